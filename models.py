@@ -1,0 +1,354 @@
+"""Networks: what looks at the pixels. Nothing here knows a data set.
+
+    CNet      backbone -> pooled embedding (+ patient data) -> logits       benign or malignant?
+    DNet      backbone -> feature pyramid -> every cell votes for a box     where is the lesion?
+    Ensemble  members' probabilities, weighted and calibrated; their disagreement is the uncertainty
+
+    model = load("runs/busi/model.pt")            # an Ensemble with its D-Net; the file alone says how to build it
+    boxes = model.locate(images)                  # (N, 4) in [0, 1], None without a D-Net
+    probabilities = model(model.look(images, boxes))  # (N, K)
+"""
+
+import io
+import math
+import os
+import pickle
+import zipfile
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from data import InputError, crop, crop_regions, to_float
+
+BACKBONES = ["small_cnn", "resnet18", "resnet34", "resnet50", "efficientnet_b0", "efficientnet_b1", "densenet121",
+             "convnext_tiny", "mobilenet_v2", "alexnet", "vgg16"]  # fmt: skip
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Backbones
+
+
+class SeparableBlock(nn.Sequential):
+    """Depthwise 3x3, then pointwise 1x1 (Howard et al., MobileNets, 2017): about 1/8 of a full convolution's work."""
+
+    def __init__(self, inputs, outputs, stride):
+        super().__init__(
+            nn.Conv2d(inputs, inputs, 3, stride, 1, groups=inputs, bias=False), nn.BatchNorm2d(inputs), nn.ReLU(inplace=True),
+            nn.Conv2d(inputs, outputs, 1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU(inplace=True))  # fmt: skip
+
+
+def small_cnn():
+    """A separable-convolution CNN of our own, 0.2 million parameters, for small data and small machines."""
+    widths = [(32, 64, 1), (64, 96, 2), (96, 96, 1), (96, 160, 2), (160, 160, 1), (160, 256, 2), (256, 256, 1)]
+    stem = nn.Sequential(nn.Conv2d(3, 32, 3, 2, 1, bias=False), nn.BatchNorm2d(32), nn.ReLU(inplace=True))
+    return nn.Sequential(stem, *(SeparableBlock(*w) for w in widths))
+
+
+def build_backbone(name, channels=3, weights="none"):
+    """(features, width): a Sequential from images (N, channels, S, S) to maps (N, width, s, s).
+
+    weights: "none", "imagenet" (torchvision downloads its own), or a file: a state_dict with torchvision's names."""
+    if name not in BACKBONES:
+        raise InputError(f"--model {name}: no such network (there are: {', '.join(BACKBONES)})")
+    if name == "small_cnn":
+        if weights == "imagenet":
+            raise InputError("--weights imagenet: small_cnn is our own, torchvision has no weights for it; use none or a file")
+        net = nn.Module()
+        net.features = small_cnn()
+    else:
+        import torchvision  # here and not above: small_cnn starts without it
+
+        try:
+            net = torchvision.models.get_model(name, weights="DEFAULT" if weights == "imagenet" else None)
+        except OSError as e:
+            raise InputError(f"--weights imagenet: download failed ({e}); give --weights FILE, or none") from e
+    if weights not in ("none", "imagenet"):
+        load_weights(net, weights)
+    if name.startswith("resnet"):
+        features = nn.Sequential(*(m for n, m in net.named_children() if n not in ("avgpool", "fc")))
+    elif name == "densenet121":
+        features = nn.Sequential(*net.features.children(), nn.ReLU())
+    else:
+        features = net.features
+    width = [m for m in features.modules() if isinstance(m, (nn.Conv2d, nn.BatchNorm2d))][-1]
+    width = width.out_channels if isinstance(width, nn.Conv2d) else width.num_features
+    if name == "convnext_tiny":
+        width = 768  # its last convolution is depthwise, inside a block of this width
+    if channels == 1:
+        fold_stem(features)
+    elif channels != 3:
+        raise InputError(f"images of {channels} channels: only 1 (grey) and 3 (colour) are known")
+    return features, width
+
+
+def fold_stem(features):
+    """Let an RGB network take grey images: sum the first convolution's weights over its input channels.
+
+    A grey image copied three times meets w_r*x + w_g*x + w_b*x = (w_r + w_g + w_b)*x: the same output for a third of
+    the input, and no copy is made."""
+    for module in features.modules():
+        for name, conv in module.named_children():
+            if isinstance(conv, nn.Conv2d):
+                grey = nn.Conv2d(1, conv.out_channels, conv.kernel_size, conv.stride, conv.padding, bias=conv.bias is not None)
+                with torch.no_grad():
+                    grey.weight.copy_(conv.weight.sum(1, keepdim=True))
+                    if conv.bias is not None:
+                        grey.bias.copy_(conv.bias)
+                setattr(module, name, grey)
+                return
+
+
+def load_weights(net, path):
+    """Load a state_dict file into `net`, and say what did not fit. Raises InputError if nothing does."""
+    state = read_checkpoint(path, f"--weights {path}")
+    if not isinstance(state, dict) or not any(isinstance(v, torch.Tensor) for v in state.values()):
+        raise InputError(f"--weights {path}: holds no state_dict")
+    own = net.state_dict()
+    fits = {k: v for k, v in state.items() if k in own and isinstance(v, torch.Tensor) and v.shape == own[k].shape}
+    if not fits:
+        raise InputError(f"--weights {path}: not one of its {len(state)} tensors fits this network (first: {next(iter(state))}; wanted: {next(iter(own))})")
+    net.load_state_dict(fits, strict=False)
+    for what, keys in (("missing in the file", own.keys() - fits.keys()), ("in the file but not fitting", state.keys() - fits.keys())):
+        if keys:
+            names = sorted(keys)
+            print(f"weights {path}: {len(names)} {what}: {', '.join(names[:4])}{' ...' if len(names) > 4 else ''}")
+
+
+def feature_pyramid(features, x):
+    """Run a Sequential and keep its last map at each resolution, finest first."""
+    maps = []
+    for layer in features:
+        x = layer(x)
+        if maps and maps[-1].shape[-2:] == x.shape[-2:]:
+            maps[-1] = x
+        else:
+            maps.append(x)
+    return maps
+
+
+def standardise(images, normalise):
+    """First step of every network, so that nobody can forget it. images: uint8, or float in [0, 1], (N, C, S, S).
+
+    "image": by each image's own mean and spread, which takes out the scanner's gain; "fixed": the same for all,
+    for colours that mean something (stains, skin)."""
+    x = to_float(images)
+    if normalise == "fixed":
+        return (x - 0.45) / 0.226
+    spread, mean = torch.std_mean(x, (1, 2, 3), keepdim=True, correction=0)
+    return (x - mean) / (spread + 0.02)  # 0.02: a blank image stays blank instead of becoming amplified noise
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# C-Net: benign or malignant?
+
+
+class CNet(nn.Module):
+    """Classifier. Two classes: one logit (N, 1), of the positive class; K classes: K logits (N, K).
+
+    meta: number of metadata columns, 0 for images alone. `config` holds the arguments that build it again."""
+
+    def __init__(self, model="mobilenet_v2", classes=2, channels=1, meta=0, dropout=0.2, normalise="image", weights="none"):
+        super().__init__()
+        self.config = {"model": model, "classes": classes, "channels": channels, "meta": meta, "dropout": dropout, "normalise": normalise}
+        self.features, self.width = build_backbone(model, channels, weights)
+        if meta:
+            self.meta = nn.Sequential(nn.Linear(meta, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU())
+            self.width += 32
+        self.dropout = nn.Dropout(dropout)
+        self.head = nn.Linear(self.width, 1 if classes == 2 else classes)
+        nn.init.zeros_(self.head.bias)
+
+    def embed(self, images, meta=None):
+        """Penultimate embedding (N, width): pooled features, and the metadata branch where there is one."""
+        x = self.features(standardise(images, self.config["normalise"])).mean((2, 3))
+        if not self.config["meta"]:
+            return x
+        if meta is None:
+            raise InputError("this model was trained with patient metadata: give it")
+        return torch.cat([x, self.meta(meta)], 1)
+
+    def forward(self, images, meta=None):
+        return self.head(self.dropout(self.embed(images, meta)))
+
+
+def to_probabilities(logits):
+    """(N, 1) logits of the positive class, or (N, K): probabilities (N, 2) or (N, K), in float32."""
+    logits = logits.float()
+    if logits.shape[1] == 1:
+        logits = torch.cat([torch.zeros_like(logits), logits], 1)
+    return logits.softmax(1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# D-Net: where is the lesion?
+
+
+class DNet(nn.Module):
+    """Detector of the one lesion: images (N, C, S, S) -> boxes (N, 4), x_min < x_max and y_min < y_max in [0, 1].
+
+    design "votes": the three coarsest maps are merged top-down (Lin et al., FPN, 2017); every cell of the finest
+    predicts its distances to the four sides (Tian et al., FCOS, 2019) and a score, and the box is the mean of all
+    votes under the softmax of the scores. It is differentiable, needs no anchors, and knows WHERE each feature is.
+    design "pooled": centre and size from the pooled vector, the usual regression head, kept to measure against."""
+
+    def __init__(self, model="mobilenet_v2", channels=1, normalise="image", design="votes", weights="none", width=96):
+        super().__init__()
+        self.config = {"model": model, "channels": channels, "normalise": normalise, "design": design, "width": width}
+        self.features, deepest = build_backbone(model, channels, weights)
+        if design == "pooled":
+            self.head = nn.Sequential(nn.Linear(deepest, width), nn.ReLU(), nn.Linear(width, 4))
+            return
+        with torch.no_grad():  # the maps' widths, by a look
+            was_training = self.features.training
+            widths = [m.shape[1] for m in feature_pyramid(self.features.eval(), torch.zeros(1, channels, 128, 128))[-3:]]
+            self.features.train(was_training)
+        self.lateral = nn.ModuleList(nn.Conv2d(w, width, 1) for w in widths)
+        self.head = nn.Sequential(
+            nn.Conv2d(width, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU(inplace=True),
+            nn.Conv2d(width, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU(inplace=True),
+            nn.Conv2d(width, 5, 1))  # fmt: skip
+        nn.init.normal_(self.head[-1].weight, std=0.01)
+        nn.init.constant_(self.head[-1].bias, -1.3)  # softplus(-1.3) = 0.24: the first boxes are about half the image
+
+    def forward(self, images):
+        x = standardise(images, self.config["normalise"])
+        if self.config["design"] == "pooled":
+            centre, size = self.head(self.features(x).mean((2, 3))).float().sigmoid().split(2, 1)
+            return torch.cat([centre - size / 2, centre + size / 2], 1)
+        *finer, merged = [lateral(m) for lateral, m in zip(self.lateral, feature_pyramid(self.features, x)[-3:], strict=True)]
+        for finer_map in reversed(finer):
+            merged = finer_map + F.interpolate(merged, size=finer_map.shape[-2:], mode="nearest")
+        out = self.head(merged).float()
+        n, _, h, w = out.shape
+        weights = out[:, 0].reshape(n, 1, h * w).softmax(2)
+        reach = F.softplus(out[:, 1:])
+        x = (torch.arange(w, device=out.device) + 0.5) / w
+        y = ((torch.arange(h, device=out.device) + 0.5) / h)[:, None]
+        votes = torch.stack([x - reach[:, 0], y - reach[:, 1], x + reach[:, 2], y + reach[:, 3]], 1).reshape(n, 4, h * w)
+        return (votes * weights).sum(2)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The whole model: members, D-Net, and everything that predicting needs
+
+
+class Ensemble(nn.Module):
+    """Weighted mean of the members' probabilities, sharpened or softened by one temperature. One member is the common case.
+
+    info: "classes", "size" (what C-Net and D-Net see), "load_size" (what the file is letterboxed to), "channels",
+    "equalise" (CLAHE), "roi" ("none", "mask", "dnet"), "margin", "meta_spec", "temperature", "threshold", "made"."""
+
+    def __init__(self, members, weights=None, dnet=None, **info):
+        super().__init__()
+        self.members = nn.ModuleList(members)
+        self.dnet = dnet
+        self.weights = torch.tensor([1.0] * len(members) if weights is None else weights, dtype=torch.float32)
+        self.info = {"temperature": 1.0, "threshold": 0.5, "roi": "none", "margin": 0.25, "equalise": False, "meta_spec": [], "made": {}, **info}
+
+    def locate(self, images):
+        """The lesions' boxes (N, 4) in [0, 1] by D-Net, or None."""
+        if self.dnet is None:
+            return None
+        size = self.info["size"]
+        small = to_float(images)
+        if small.shape[-1] != size:
+            small = F.interpolate(small, size=(size, size), mode="bilinear", antialias=True)
+        return self.dnet(small).clamp(0, 1)
+
+    def look(self, images, boxes=None):
+        """What C-Net sees: the crop around the boxes if the model was trained with an ROI, else the whole, at `size`."""
+        size = self.info["size"]
+        if self.info["roi"] != "none" and boxes is not None:
+            return crop(images, crop_regions(boxes, self.info["margin"]), size)
+        whole = to_float(images)
+        return whole if whole.shape[-1] == size else F.interpolate(whole, size=(size, size), mode="bilinear", antialias=True)
+
+    def member_probabilities(self, images, meta=None):
+        """(M, N, K) probabilities, each member by itself, before the temperature."""
+        return torch.stack([to_probabilities(m(images, meta)) for m in self.members])
+
+    def combine(self, probabilities):
+        """(M, N, K) -> (N, K): weighted mean, then the temperature: p^(1/T), which for one member is logits / T."""
+        weights = (self.weights / self.weights.sum()).to(probabilities.device)
+        mean = (probabilities * weights[:, None, None]).sum(0)
+        return ((mean + 1e-12).log() / self.info["temperature"]).softmax(1)
+
+    def forward(self, images, meta=None):
+        return self.combine(self.member_probabilities(images, meta))
+
+
+def disagreement(probabilities):
+    """Uncertainty (N,) of several opinions (V, N, K) on the same images: the standard deviation of the probability,
+    of the class where they differ most. 0 for one opinion."""
+    return probabilities.std(0, correction=0).amax(1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Files
+
+FORMAT, VERSION = "miniCADx model", 1
+
+
+def write_atomically(path, data):
+    """Write bytes beside `path`, then move them over it: a kill at any moment leaves a whole file. Raises InputError."""
+    path = Path(path)
+    part = path.with_name(path.name + ".part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(part, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except OSError as e:
+        part.unlink(missing_ok=True)
+        raise InputError(f"{path} can't be written ({e.strerror or e}); what was there before is whole. Make room and go on with --resume") from e
+
+
+def save_checkpoint(path, content):
+    """torch.save, atomically."""
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    write_atomically(path, buffer.getbuffer())
+
+
+def read_checkpoint(path, what):
+    """torch.load(weights_only=True) on the CPU; InputError in one line when it is missing or no such file."""
+    if not Path(path).is_file():
+        raise InputError(f"{what}: no such file")
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, zipfile.BadZipFile, KeyError, ValueError, OSError) as e:
+        raise InputError(f"{what}: not a PyTorch file, or damaged, or it holds more than tensors ({str(e).splitlines()[0][:80] if str(e) else type(e).__name__})") from e
+
+
+def save(path, model):
+    """One file that suffices to predict. model: Ensemble."""
+    save_checkpoint(path, {
+        "format": FORMAT, "version": VERSION, "weights": model.weights, **model.info,
+        "members": [{"config": m.config, "state": m.state_dict()} for m in model.members],
+        "dnet": model.dnet and {"config": model.dnet.config, "state": model.dnet.state_dict()}})  # fmt: skip
+
+
+def load(path, device="cpu"):
+    """An Ensemble in eval mode from a file of `save`. Raises InputError if it is none, damaged, or of a newer version."""
+    content = read_checkpoint(path, str(path))
+    if not isinstance(content, dict) or content.pop("format", None) != FORMAT:
+        raise InputError(f"{path}: not a model file of this project (a bare state_dict goes to --weights)")
+    version = content.pop("version", math.inf)
+    if version > VERSION:
+        raise InputError(f"{path}: model file of version {version}, this program knows up to {VERSION}; update it")
+    dnet = content.pop("dnet")
+    try:
+        members = [rebuild(CNet, m) for m in content.pop("members")]
+        model = Ensemble(members, content.pop("weights").tolist(), dnet and rebuild(DNet, dnet), **content)
+    except (KeyError, TypeError, RuntimeError, AttributeError) as e:
+        raise InputError(f"{path}: a model file with parts missing or not fitting ({str(e).splitlines()[0][:120]})") from e
+    return model.eval().to(device)
+
+
+def rebuild(network, saved):
+    net = network(**saved["config"])
+    net.load_state_dict(saved["state"])
+    return net

@@ -1,0 +1,160 @@
+"""Pictures, with Pillow alone: line charts, ROC, confusion matrix, contact sheet, a box over an image.
+
+Each function returns a PIL image; `page` lays several side by side. Charts are drawn at twice their size and scaled
+down, which is all the antialiasing that a line needs. The colours are Okabe and Ito's, told apart by everyone."""
+
+import io
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from models import write_atomically
+
+COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
+GREY, LIGHT = "#555555", "#DDDDDD"
+SCALE = 2
+
+
+def font(size):
+    return ImageFont.load_default(size)
+
+
+def save_png(image, path):
+    """Write a picture so that a kill never leaves half of it."""
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    write_atomically(path, buffer.getvalue())
+
+
+def page(images, columns=2, title=""):
+    """Lay pictures of one size in a grid, a title above."""
+    w, h = images[0].size
+    top = 40 if title else 0
+    sheet = Image.new("RGB", (w * columns, top + h * -(-len(images) // columns)), "white")
+    for i, image in enumerate(images):
+        sheet.paste(image, (w * (i % columns), top + h * (i // columns)))
+    ImageDraw.Draw(sheet).text((16, 12), title, "black", font(18))
+    return sheet
+
+
+def line_chart(series, title="", x_label="", y_label="", x_range=None, y_range=None, diagonal=False, size=(520, 400), points=False):
+    """series: {name: (xs, ys)}. Ranges default to the data's own. NaN breaks a line."""
+    width, height = size[0] * SCALE, size[1] * SCALE
+    left, right, top, bottom = 70 * SCALE, 20 * SCALE, 40 * SCALE, 50 * SCALE
+    image = Image.new("RGB", (width, height), "white")
+    draw = ImageDraw.Draw(image)
+    series = {n: (np.asarray(x, float), np.asarray(y, float)) for n, (x, y) in series.items() if len(x)}
+    every_x = np.concatenate([x for x, _ in series.values()]) if series else np.array([0.0, 1])
+    every_y = np.concatenate([y[np.isfinite(y)] for _, y in series.values()] or [np.array([0.0, 1])])
+    x0, x1 = x_range or (every_x.min(), every_x.max())
+    y0, y1 = y_range or (every_y.min(initial=0), every_y.max(initial=1e-9))
+    x1, y1 = x1 if x1 > x0 else x0 + 1, y1 if y1 > y0 else y0 + 1
+
+    def place(x, y):
+        return left + (x - x0) / (x1 - x0) * (width - left - right), height - bottom - (y - y0) / (y1 - y0) * (height - top - bottom)
+
+    small = font(12 * SCALE)
+    for tick in nice_ticks(x0, x1):
+        x, y = place(tick, y0)
+        draw.line([(x, y), (x, top)], LIGHT, SCALE)
+        draw.text((x, y + 5 * SCALE), f"{tick:g}", GREY, small, anchor="ma")
+    for tick in nice_ticks(y0, y1):
+        x, y = place(x0, tick)
+        draw.line([(x, y), (width - right, y)], LIGHT, SCALE)
+        draw.text((x - 6 * SCALE, y), f"{tick:g}", GREY, small, anchor="rm")
+    if diagonal:
+        draw.line([place(x0, y0), place(x1, y1)], GREY, SCALE)
+    for i, (name, (xs, ys)) in enumerate(series.items()):
+        colour = COLOURS[i % len(COLOURS)]
+        dots = [place(x, y) for x, y in zip(xs, ys, strict=True) if np.isfinite(y)]
+        draw.line(dots, colour, 2 * SCALE, joint="curve")
+        if points or len(dots) == 1:
+            for x, y in dots:
+                draw.ellipse([x - 4 * SCALE, y - 4 * SCALE, x + 4 * SCALE, y + 4 * SCALE], fill=colour)
+        draw.text((width - right - 8 * SCALE, height - bottom - (len(series) - i) * 18 * SCALE), name, colour, font(13 * SCALE), anchor="ra")
+    draw.text((left, 12 * SCALE), title, "black", font(15 * SCALE))
+    draw.text(((left + width - right) / 2, height - 8 * SCALE), x_label, GREY, small, anchor="mb")
+    side = Image.new("RGB", (height - top - bottom, 18 * SCALE), "white")
+    ImageDraw.Draw(side).text((side.width / 2, 0), y_label, GREY, small, anchor="ma")
+    image.paste(side.rotate(90, expand=True), (4 * SCALE, top))
+    return image.resize(size, Image.Resampling.LANCZOS)
+
+
+def nice_ticks(low, high):
+    """About five round numbers in a range."""
+    raw = (high - low) / 5
+    magnitude = 10 ** np.floor(np.log10(raw))
+    step = next(m * magnitude for m in (1, 2, 5, 10) if m * magnitude >= raw * 0.999)
+    return np.round(np.arange(np.ceil(low / step - 1e-9), np.floor(high / step + 1e-9) + 1) * step, 10)
+
+
+def confusion_chart(counts, classes, title="", size=(520, 400)):
+    """counts (K, K), row = truth. A cell is as dark as its share of its row."""
+    counts = np.asarray(counts)
+    k = len(classes)
+    image = Image.new("RGB", size, "white")
+    draw = ImageDraw.Draw(image)
+    left, top = 150, 85
+    cell_w, cell_h = (size[0] - left - 20) / k, (size[1] - top - 30) / k
+    shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
+
+    def short(name):
+        return name if len(name) < 18 else name[:16] + ".."
+
+    for i in range(k):
+        draw.text((left - 8, top + (i + 0.5) * cell_h), short(classes[i]), "black", font(13), anchor="rm")
+        draw.text((left + (i + 0.5) * cell_w, top - 8), short(classes[i]), "black", font(13 if k < 4 else 10), anchor="mb")
+        for j in range(k):
+            shade = tuple(round(255 + (c - 255) * shares[i, j]) for c in (0, 114, 178))
+            box = [left + j * cell_w, top + i * cell_h, left + (j + 1) * cell_w - 2, top + (i + 1) * cell_h - 2]
+            draw.rectangle(box, fill=shade)
+            text = f"{counts[i, j]}\n{shares[i, j]:.1%}" if k < 5 else f"{counts[i, j]}"
+            draw.multiline_text(((box[0] + box[2]) / 2, (box[1] + box[3]) / 2), text, "white" if shares[i, j] > 0.5 else "black", font(16 if k < 5 else 12), anchor="mm", align="center")
+    draw.text((16, 12), title, "black", font(15))
+    draw.text((left + (size[0] - left - 20) / 2, 50), "predicted", GREY, font(12), anchor="mm")
+    draw.text((16, top - 22), "truth", GREY, font(12))
+    return image
+
+
+def to_rgb(pixels):
+    """uint8 (C, S, S) as a PIL image."""
+    pixels = np.asarray(pixels)
+    return Image.fromarray(pixels[0] if len(pixels) == 1 else pixels.transpose(1, 2, 0)).convert("RGB")
+
+
+def draw_box(image, box, colour="#E69F00", width=2):
+    """Draw x_min, y_min, x_max, y_max (pixels of `image`) on a PIL image, in place. None and NaN draw nothing."""
+    if box is not None and np.isfinite(np.asarray(box, float)).all():
+        ImageDraw.Draw(image).rectangle([float(v) for v in box], outline=colour, width=width)
+    return image
+
+
+def contact_sheet(pixels, captions, boxes=None, truths=None, columns=5, side=200, title=""):
+    """Thumbnails with captions. pixels: uint8 (C, S, S) each; boxes and truths (4,) each in [0, 1], or None:
+    the predicted box is orange, the true one blue."""
+    tiles = []
+    for i, (image, caption) in enumerate(zip(pixels, captions, strict=True)):
+        tile = Image.new("RGB", (side + 8, side + 44), "white")
+        picture = to_rgb(image).resize((side, side))
+        for some, colour in ((truths, "#56B4E9"), (boxes, "#E69F00")):
+            if some is not None:
+                draw_box(picture, np.asarray(some[i], float) * side, colour)
+        tile.paste(picture, (4, 4))
+        ImageDraw.Draw(tile).multiline_text((4, side + 7), caption, "black", font(12), spacing=2)
+        tiles.append(tile)
+    if not tiles:
+        tiles = [Image.new("RGB", (side * 2, side), "white")]
+        ImageDraw.Draw(tiles[0]).text((20, side / 2), "nothing to show", "black", font(14))
+    return page(tiles, min(columns, len(tiles)), title)
+
+
+def overlay(image, box=None, caption=""):
+    """A PIL image with a box (its own pixels) and a caption below, at least 320 px wide so that it can be read."""
+    scale = max(1.0, 320 / image.width)
+    picture = image.convert("RGB").resize((round(image.width * scale), round(image.height * scale)))
+    draw_box(picture, None if box is None else np.asarray(box, float) * scale, width=max(2, picture.width // 200))
+    lines = caption.count("\n") + 1
+    sheet = Image.new("RGB", (picture.width, picture.height + 8 + 18 * lines), "white")
+    sheet.paste(picture, (0, 0))
+    ImageDraw.Draw(sheet).multiline_text((6, picture.height + 4), caption, "black", font(13))
+    return sheet
