@@ -1,0 +1,743 @@
+"""Train a detector (D-Net) and a classifier (C-Net), choose the threshold on validation, report on test with intervals.
+
+    python train.py                                        phantoms: about a minute on two CPU cores, no data needed
+    python train.py --data BUSI --positive malignant       real images; any layout that data.py reads
+    python train.py --data BUSI --positive malignant --folds 5        cross-validation by groups, one pooled report
+    python train.py @recipes/busi.args --data BUSI         the options of a published result
+    python train.py --resume runs/busi                     after a kill at any moment
+
+A run folder holds config.json, log.jsonl (a line an epoch), last.pt (to resume), model.pt (to predict), report.json,
+report.png and mistakes.png. The chapters: arguments, losses, one training loop for both networks, calibration on
+validation, one run, the report, the folds."""
+
+import argparse
+import copy
+import dataclasses
+import json
+import math
+import os
+import platform
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+import metrics
+import plots
+from data import InputError, augment, crop_regions, load, partition
+from models import BACKBONES, CNet, DNet, Ensemble, read_checkpoint, save, save_checkpoint, write_atomically
+
+DISCLAIMER = "For research and education, not for diagnosis."
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Arguments
+
+PHANTOM_DEFAULTS = {"model": "small_cnn", "weights": "none", "size": 64, "epochs": 24, "lr": 3e-3, "augment": 0.5}
+
+
+class OptionFile(argparse.ArgumentParser):
+    """argparse, with @file: options as on the command line, over any number of lines, # starts a comment."""
+
+    def convert_arg_line_to_args(self, line):
+        return line.split("#")[0].split()
+
+    def error(self, message):
+        raise InputError(f"{message} (see -h)")
+
+
+def build_parser():
+    p = OptionFile(description=__doc__.split("\n\n")[0], fromfile_prefix_chars="@", allow_abbrev=False,
+                   formatter_class=argparse.ArgumentDefaultsHelpFormatter)  # fmt: skip
+    add_data_arguments(p)
+    g = p.add_argument_group("model")
+    g.add_argument("--nets", choices=["both", "cnet", "dnet"], default="both", help="what to train; both trains D-Net only where boxes are known")
+    g.add_argument("--model", default="mobilenet_v2", help=f"backbone of both networks: {', '.join(BACKBONES)}")
+    g.add_argument("--ensemble", metavar="A,B,C", help="C-Net members' backbones, trained one after another, weighted on validation; D-Net keeps --model")
+    g.add_argument("--weights", default="imagenet", metavar="W", help="start from imagenet (a download by torchvision), none, or a state_dict file")
+    g.add_argument("--dnet-design", choices=["votes", "pooled"], default="votes", help="D-Net head, see models.py")
+    g.add_argument("--dropout", type=float, default=0.2, help="before C-Net's last layer")
+    g.add_argument("--normalise", choices=["auto", "image", "fixed"], default="auto", help="each image by its own mean and spread, or all alike; auto: image for grey, fixed for colour")
+    g.add_argument("--roi", choices=["none", "mask", "dnet"], default="none", help="what C-Net sees: the whole, the crop around the true lesion, or around D-Net's box")
+    g.add_argument("--margin", type=float, default=0.25, help="around the crop, as a share of the lesion's longer side")
+    g = p.add_argument_group("learning")
+    g.add_argument("--epochs", type=int, default=40, help="passes over the training images, of each network")
+    g.add_argument("--batch", type=int, default=32, help="images a step")
+    g.add_argument("--lr", type=float, default=1e-3, help="peak learning rate of AdamW: linear warm-up, then cosine to 0")
+    g.add_argument("--warmup", type=float, default=0.1, help="share of the steps")
+    g.add_argument("--weight-decay", type=float, default=0.02, help="on matrices, not on biases and norms")
+    g.add_argument("--clip", type=float, default=5.0, help="largest norm of the gradient")
+    g.add_argument("--augment", type=float, default=1.0, help="strength of the augmentation, 0 = none (what 1 means stands in data.py)")
+    g.add_argument("--label-smoothing", type=float, default=0.05, help="share of the label that is spread over the classes")
+    g.add_argument("--pos-weight", default="auto", help="weight of the positive class in the loss: auto (classes weigh alike), none, or a number")
+    g.add_argument("--balanced-sampler", action="store_true", help="draw every class equally often instead of weighting the loss")
+    g.add_argument("--ema", type=float, default=0.0, help="decay of the weights' moving average, which is then validated and kept; 0 = off")
+    g.add_argument("--patience", type=int, default=15, help="stop after so many epochs without a better validation; 0 = never")
+    g.add_argument("--amp", choices=["auto", "on", "off"], default="auto", help="bfloat16 autocast; auto: where the hardware has it")
+    g = p.add_argument_group("protocol")
+    g.add_argument("--seed", type=int, default=0, help="of splits, weights, shuffling and augmentation")
+    g.add_argument("--folds", type=int, default=1, help="cross-validation by groups over all labelled images; the source's splits are then not used")
+    g.add_argument("--repeats", type=int, default=1, help="the whole with seeds SEED, SEED+1, ... on the same splits (with --folds: on new folds)")
+    g.add_argument("--target-sensitivity", type=float, default=0.95, help="the threshold is the largest that reaches it on validation")
+    g = p.add_argument_group("run")
+    g.add_argument("--runs", default="runs", help="folder of the run folders")
+    g.add_argument("--name", help="of the run folder; default: from data and model")
+    g.add_argument("--resume", metavar="DIR", help="go on with a run that was stopped, with its own options")
+    g.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 ...")
+    g.add_argument("--save-seconds", type=float, default=30, help="least time between two saves of last.pt; 0 = every epoch")
+    return p
+
+
+def add_data_arguments(p):
+    g = p.add_argument_group("data")
+    g.add_argument("--data", help="folder, .npz, .csv or breastmnist (see data.py); default: the built-in phantoms")
+    g.add_argument("--size", type=int, default=128, help="side of the square that the networks see, in pixels")
+    g.add_argument("--positive", metavar="A,B", help="class or classes that are positive; all others become the negative one")
+    g.add_argument("--drop-class", nargs="+", default=[], metavar="A", help="leave these classes out")
+    g.add_argument("--channels", type=int, choices=[1, 3], help="grey or colour; default: look")
+    g.add_argument("--clahe", action="store_true", help="even out the contrast of every image (CLAHE) when it is read")
+    g.add_argument("--skip-bad", action="store_true", help="go on without images that can't be read")
+    g.add_argument("--dummy-boxes", action="store_true", help="give images without a box a central placeholder; every report then says so")
+    g.add_argument("--cache", default="runs/cache", help="folder of decoded images")
+    for name in ("image", "label", "group", "split", "mask"):
+        g.add_argument(f"--{name}-column", metavar="NAME", help=f"column of a .csv; default: {name!r} where there is one")
+    g.add_argument("--box-columns", nargs="+", metavar="NAME", help="one column with four numbers, or four: x_min y_min x_max y_max in pixels")
+    g.add_argument("--meta-columns", nargs="+", metavar="NAME", help="patient metadata that C-Net gets beside the image")
+
+
+def parse(argv=None):
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    if args.resume:
+        config = Path(args.resume) / "config.json"
+        if not config.is_file():
+            raise InputError(f"--resume {args.resume}: no config.json there, so nothing to resume; check the path")
+        stored = json.loads(config.read_text())["args"]
+        return argparse.Namespace(**{**vars(args), **stored, "resume": args.resume})
+    if args.data in (None, "phantoms"):
+        parser.set_defaults(**PHANTOM_DEFAULTS)
+        args = parser.parse_args(argv)
+    for name, low, high in (("size", 16, 4096), ("epochs", 1, 1e9), ("batch", 2, 1e9), ("folds", 1, 1e9), ("repeats", 1, 1e9), ("lr", 1e-12, 1e3),
+                            ("target_sensitivity", 0, 1), ("label_smoothing", 0, 0.99), ("dropout", 0, 0.99), ("ema", 0, 0.99999), ("augment", 0, 3)):  # fmt: skip
+        if not low <= getattr(args, name) <= high:
+            raise InputError(f"--{name.replace('_', '-')} {getattr(args, name):g}: must lie in {low:g} ... {high:g}")
+    if args.pos_weight not in ("auto", "none"):
+        try:
+            float(args.pos_weight)
+        except ValueError:
+            raise InputError(f"--pos-weight {args.pos_weight}: give auto, none, or a number") from None
+    if args.nets == "dnet" and args.roi != "none":
+        raise InputError("--roi is what C-Net sees; with --nets dnet there is none")
+    return args
+
+
+def choose_device(name):
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise InputError(f"--device {name}: no such device; give auto, cpu or cuda") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise InputError(f"--device {name}: PyTorch sees no CUDA device here; use --device cpu or auto")
+    return device
+
+
+def choose_amp(mode, device):
+    """Whether to compute in bfloat16: by default where the hardware multiplies it at full speed."""
+    if mode != "auto":
+        return mode == "on"
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
+
+
+def load_images(args, log=print):
+    """The data set that the arguments name. With an ROI the files are read at twice the size, so that a crop is sharp."""
+    columns = {name: getattr(args, f"{name}_column") for name in ("image", "label", "group", "split", "mask")}
+    columns |= {"box": args.box_columns, "meta": args.meta_columns}
+    return load(args.data, args.size * (1 if args.roi == "none" else 2), positive=args.positive, drop=args.drop_class, channels=args.channels,
+                equalise=args.clahe, columns=columns, cache=args.cache, skip_bad=args.skip_bad, seed=args.seed, dummy_boxes=args.dummy_boxes, log=log)  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Losses
+
+
+def classification_loss(logits, labels, weights=None, smoothing=0.0):
+    """Mean cross-entropy: binary for one logit (N, 1), over classes for (N, K). labels (N,).
+
+    weights (K,): of each class. smoothing: share of the label spread over the classes (Szegedy et al. 2016)."""
+    logits = logits.float()
+    if logits.shape[1] > 1:
+        return F.cross_entropy(logits, labels, weights, label_smoothing=smoothing)
+    target = labels.float() * (1 - smoothing) + smoothing / 2
+    loss = F.binary_cross_entropy_with_logits(logits[:, 0], target, reduction="none")
+    if weights is None:
+        return loss.mean()
+    return (loss * weights[labels]).sum() / weights[labels].sum()
+
+
+def class_weights(labels, classes, pos_weight):
+    """(K,) weights of the loss. auto: inverse frequency; a number: of the last (positive) class against the others."""
+    if pos_weight == "none":
+        return None
+    if pos_weight == "auto":
+        counts = torch.bincount(labels, minlength=classes).float()
+        return counts.sum() / (classes * counts)
+    return torch.cat([torch.ones(classes - 1), torch.tensor([float(pos_weight)])])
+
+
+def box_loss(predicted, true):
+    """Smooth L1 (near the right place a gentle pull) + GIoU loss (Rezatofighi et al. 2019: far from it still a direction)."""
+    from torchvision.ops import generalized_box_iou_loss
+
+    return 4 * F.smooth_l1_loss(predicted, true, beta=0.05) + generalized_box_iou_loss(predicted, true, reduction="mean")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The training loop, one for both networks
+
+
+class Stopped(Exception):
+    """Ctrl-C: the state of the last whole epoch is saved."""
+
+
+class Interrupt:
+    """The first Ctrl-C lets the epoch end and be saved; the second one stops at once."""
+
+    asked = False
+
+    def __enter__(self):
+        Interrupt.asked = False
+        self.before = signal.signal(signal.SIGINT, self.handle)
+
+    def __exit__(self, *_):
+        signal.signal(signal.SIGINT, self.before)
+
+    def handle(self, *_):
+        Interrupt.asked = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        print("\nfinishing this epoch, then saving (Ctrl-C again: stop at once)", flush=True)
+
+
+def draw_batches(rows, batch, generator, weights=None):
+    """Split the rows, shuffled (or drawn by `weights`, with replacement), into batches of nearly equal size:
+    no last batch of one image, which BatchNorm could not take."""
+    if weights is None:
+        order = torch.randperm(len(rows), generator=generator, device=rows.device)
+    else:
+        order = torch.multinomial(weights, len(rows), replacement=True, generator=generator)
+    return rows[order].tensor_split(math.ceil(len(rows) / batch))
+
+
+def train_epoch(net, optimizer, scheduler, loss_of, images, rows, args, generator, regions=None, sample_weights=None, averaged=None):
+    """One pass over `rows`: draw, augment, forward, backward, step, all on the device. Returns the mean loss.
+
+    loss_of(net, x, boxes, rows) -> scalar. images, regions and boxes lie where the network is, or on the CPU.
+    Raises FloatingPointError before a loss or gradient that is not finite can touch the weights."""
+    device = next(net.parameters()).device
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=choose_amp(args.amp, device))
+    net.train()
+    total = 0.0
+    for index in draw_batches(rows, args.batch, generator, sample_weights):
+        there = index.to(images.pixels.device)
+        x, boxes = images.pixels[there].to(device), images.boxes[there].to(device)
+        x, boxes = augment(x, args.augment, boxes, None if regions is None else regions[there].to(device), args.size, generator)
+        with autocast:
+            loss = loss_of(net, x.contiguous(memory_format=torch.channels_last), boxes, index)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        gradients = [p.grad for p in net.parameters() if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
+        value = loss.item()
+        if not (math.isfinite(value) and math.isfinite(norm)):
+            raise FloatingPointError
+        if norm > args.clip:
+            torch.nn.utils.clip_grads_with_norm_(net.parameters(), args.clip, norm)
+        optimizer.step()
+        scheduler.step()
+        if averaged is not None:
+            update_average(averaged, net, min(args.ema, 1 - 1 / (1 + 0.2 * scheduler.last_epoch)))
+        total += value * len(index)
+    return total / len(rows)
+
+
+@torch.no_grad()
+def update_average(averaged, net, decay):
+    """Exponential moving average of weights and BatchNorm statistics (Polyak & Juditsky 1992); counters are copied."""
+    mine, theirs = list(averaged.state_dict().values()), list(net.state_dict().values())
+    floats = [i for i, t in enumerate(mine) if t.is_floating_point()]
+    torch._foreach_lerp_([mine[i] for i in floats], [theirs[i] for i in floats], 1 - decay)
+
+
+def build_optimizer(net, args, steps):
+    """AdamW (Loshchilov & Hutter 2019), decay on matrices alone; linear warm-up, then cosine to zero."""
+    matrices = [p for p in net.parameters() if p.ndim > 1]
+    others = [p for p in net.parameters() if p.ndim <= 1]
+    optimizer = torch.optim.AdamW([{"params": matrices, "weight_decay": args.weight_decay}, {"params": others, "weight_decay": 0.0}], lr=args.lr, fused=True)
+    warm = max(1, round(steps * args.warmup))
+
+    def factor(step):
+        return (step + 1) / warm if step < warm else 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
+
+    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+
+
+def fit(net, images, rows, loss_of, validate, args, *, name, folder, seed, regions=None, sample_weights=None):
+    """Train `net` and return its best state by validation and the history (a list of dicts, one an epoch).
+
+    validate(net) -> {"score": (first, second, ...), ...}: the higher tuple is better; the rest is logged. Every epoch
+    can be resumed bit for bit (CPU): last.pt holds every tensor and every random state that the next epoch depends on."""
+    device = choose_device(args.device)
+    net = net.to(device, memory_format=torch.channels_last)
+    optimizer, scheduler = build_optimizer(net, args, args.epochs * math.ceil(len(rows) / args.batch))
+    averaged = copy.deepcopy(net).eval() if args.ema else None
+    generator = torch.Generator(device).manual_seed(seed)
+    torch.manual_seed(seed)
+    best, best_score, history, rows = None, None, [], rows.to(device)
+    last, log = Path(folder) / "last.pt", Path(folder) / "log.jsonl"
+    saved = read_checkpoint(last, str(last)) if last.exists() else None
+    if saved and saved["name"] == name:
+        for part, state in zip((net, optimizer, scheduler, averaged), (saved["net"], saved["optimizer"], saved["scheduler"], saved["averaged"]), strict=True):
+            if part is not None:
+                part.load_state_dict(state)
+        generator.set_state(saved["generator"])
+        torch.set_rng_state(saved["torch_rng"])
+        if saved["cuda_rng"]:
+            torch.cuda.set_rng_state_all(saved["cuda_rng"])
+        best, best_score, history = saved["best"], tuple(saved["best_score"]), saved["history"]
+        print(f"resuming {name} after epoch {len(history)}")
+    lines = [line for line in (log.read_text().splitlines() if log.exists() else []) if json.loads(line)["net"] != name]
+    write_atomically(log, "".join(f"{line}\n" for line in lines + [json.dumps(h) for h in history]).encode())  # drop what came after the save
+
+    def save_state():
+        save_checkpoint(last, {
+            "name": name, "net": net.state_dict(), "optimizer": optimizer.state_dict(), "scheduler": scheduler.state_dict(),
+            "averaged": averaged and averaged.state_dict(), "generator": generator.get_state(), "torch_rng": torch.get_rng_state(),
+            "cuda_rng": torch.cuda.get_rng_state_all() if device.type == "cuda" else None,
+            "best": best, "best_score": best_score, "history": history, "epoch": len(history)})  # fmt: skip
+
+    saved_at = start = time.time()
+    for epoch in range(len(history), args.epochs):
+        began = time.time()
+        lr = scheduler.get_last_lr()[0]
+        try:
+            loss = train_epoch(net, optimizer, scheduler, loss_of, images, rows, args, generator, regions, sample_weights, averaged)
+        except FloatingPointError:
+            save_state()
+            raise InputError(f"{name}, epoch {epoch + 1}: the loss is not finite; the last good state is kept in {last}. Try a lower --lr, or --amp off") from None
+        kept = averaged if averaged is not None else net
+        kept.eval()
+        found = validate(kept)
+        score = found.pop("score")
+        if best_score is None or score > best_score:
+            best, best_score = {k: v.detach().cpu().clone() for k, v in kept.state_dict().items()}, score  # a copy, not an alias
+        history.append({"net": name, "epoch": epoch + 1, "loss": round(loss, 5), **{k: round(v, 5) for k, v in found.items()}, "best": score == best_score, "lr": lr, "seconds": round(time.time() - began, 2)})
+        with open(log, "a") as file:
+            file.write(json.dumps(history[-1]) + "\n")
+        waited = epoch - max(h["epoch"] - 1 for h in history if h["best"])
+        over = epoch + 1 == args.epochs or (args.patience and waited >= args.patience)
+        left = (time.time() - start) / (epoch + 1 - (len(saved["history"]) if saved and saved["name"] == name else 0)) * (args.epochs - epoch - 1)
+        values = "  ".join(f"{k} {v:.3f}" for k, v in found.items())
+        print(f"{name:22s} epoch {epoch + 1:3d}/{args.epochs}  loss {loss:.4f}  {values} {'*' if score == best_score else ' '} {left:4.0f} s left", flush=True)
+        if time.time() - saved_at >= args.save_seconds or over or Interrupt.asked:
+            save_state()
+            saved_at = time.time()
+        if over:
+            break
+        if Interrupt.asked:
+            raise Stopped
+    return best, history
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Predicting, and what is chosen on validation
+
+
+@torch.inference_mode()
+def predict(model, images, rows, boxes=None, batch=64):
+    """Members' probabilities (M, N, K) of the images in `rows`, on the CPU. boxes (all images, 4): where C-Net looks."""
+    device = model.weights.device if not len(model.members) else next(model.members.parameters()).device
+    parts = []
+    for index in rows.cpu().split(batch):
+        x = images.pixels[index.to(images.pixels.device)].to(device)
+        meta = None if images.meta is None else images.meta[index].to(device)
+        parts.append(model.member_probabilities(model.look(x, None if boxes is None else boxes[index].to(device)), meta).cpu())
+    return torch.cat(parts, 1)
+
+
+@torch.inference_mode()
+def locate(model, images, rows, batch=64):
+    """D-Net's boxes (N, 4) of the images in `rows`, on the CPU."""
+    device = next(model.dnet.parameters()).device
+    return torch.cat([model.locate(images.pixels[i.to(images.pixels.device)].to(device)).cpu() for i in rows.cpu().split(batch)])
+
+
+def member_weights(probabilities, labels, steps=20):
+    """Votes (M,) of the members, from validation: a few steps of EM for the mixture's likelihood (Dempster et al. 1977),
+    from equal votes. Few, because a small validation split can't tell good members apart, and then equal is best."""
+    own = probabilities[:, torch.arange(len(labels)), labels].double()
+    votes = torch.full((len(own),), 1 / len(own), dtype=torch.double)
+    for _ in range(steps):
+        share = votes[:, None] * own
+        votes = (share / share.sum(0)).mean(1)
+    return votes.tolist()
+
+
+def calibrate(model, probabilities, labels, target_sensitivity):
+    """Votes, temperature and decision threshold of the model, in place, from validation alone. probabilities (M, N, K)."""
+    model.weights = torch.tensor(member_weights(probabilities, labels), dtype=torch.float32)
+    model.info["temperature"] = 1.0
+    model.info["temperature"] = metrics.fit_temperature(model.combine(probabilities), labels)
+    if len(model.info["classes"]) == 2:
+        model.info["threshold"] = metrics.threshold_for_sensitivity(model.combine(probabilities)[:, 1], labels, target_sensitivity)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# One run: D-Net, C-Net members, calibration, test
+
+
+def check_split(images, rows, what):
+    counts = torch.bincount(images.labels[rows], minlength=len(images.classes))
+    for name, count in zip(images.classes, counts.tolist(), strict=True):
+        if not count:
+            raise InputError(f"the {what} split has no {name!r} image ({len(rows)} images); add some, or let the splits be drawn (leave the source's out)")
+
+
+def one_run(images, train, val, test, args, folder, seed):
+    """Train on the rows `train`, choose on `val`, and return what happened on `test`: a dict of tensors.
+
+    A finished network is kept in its own file until the run is complete, so that a resumed run does not train it again."""
+    device = choose_device(args.device)
+    channels, classes, two = images.pixels.shape[1], len(images.classes), len(images.classes) == 2
+    normalise = ("image" if channels == 1 else "fixed") if args.normalise == "auto" else args.normalise
+    info = {"classes": images.classes, "size": args.size, "load_size": images.pixels.shape[-1], "channels": channels, "equalise": args.clahe,
+            "roi": args.roi, "margin": args.margin, "meta_spec": images.meta_spec,
+            "made": {"data": images.source, "placeholder_boxes": images.placeholder_boxes, "seed": seed, "torch": str(torch.__version__)}}  # fmt: skip
+    if device.type == "cuda" and images.pixels.nbytes < torch.cuda.mem_get_info(device)[0] / 2:
+        images = dataclasses.replace(images, pixels=images.pixels.to(device))
+    histories = []
+
+    def trained(name, build, *fit_arguments, **more):
+        path = Path(folder) / f"{name.replace(' ', '_')}.pt"
+        torch.manual_seed(seed)
+        net = build()
+        if path.exists():
+            done = read_checkpoint(path, str(path))
+        else:
+            check_size(net, channels, args.size, images.meta)
+            best, history = fit(net, *fit_arguments, args, name=name, folder=folder, seed=seed, **more)
+            done = {"state": best, "history": history}
+            save_checkpoint(path, done)
+        net.load_state_dict(done["state"])
+        histories.append(done["history"])
+        return net.eval().to(device)
+
+    boxed = images.boxes[:, 0].isfinite()
+    dnet, test_boxes, look = None, None, None
+    if args.nets != "cnet" and not boxed[train].any():
+        message = "no boxes in this data: D-Net can't be trained (give masks or boxes, or --dummy-boxes for central placeholders)"
+        if args.nets == "dnet" or args.roi == "dnet":
+            raise InputError(message)
+        print(message)
+    elif args.nets != "cnet":
+        with_box, val_boxed = train[boxed[train]], val[boxed[val]]
+        if not len(val_boxed):
+            raise InputError("no validation image has a box: D-Net can't choose its best epoch; add boxes, or use --nets cnet")
+
+        def dnet_loss(net, x, boxes, rows):
+            return box_loss(net(x), boxes)
+
+        def dnet_score(net):
+            iou = metrics.paired_iou(locate(Ensemble([], dnet=net, **info), images, val_boxed), images.boxes[val_boxed])
+            return {"score": (float(iou.mean()),), "val_iou": float(iou.mean())}
+
+        dnet = trained("dnet", lambda: DNet(args.model, channels, normalise, args.dnet_design, args.weights), images, with_box, dnet_loss, dnet_score)
+        test_boxes = locate(Ensemble([], dnet=dnet, **info), images, test)
+    if args.roi == "mask":
+        if images.masks is None and not boxed.any():
+            raise InputError("--roi mask: this data has neither masks nor boxes")
+        look = images.boxes
+    elif args.roi == "dnet":
+        if dnet is None:
+            raise InputError("--roi dnet needs D-Net: leave out --nets cnet, or use --roi none")
+        everything = torch.arange(len(images))
+        look = locate(Ensemble([], dnet=dnet, **info), images, everything)
+        known = train[boxed[train]]
+        look[known] = images.boxes[known]  # D-Net has seen these images: its boxes there are better than they will be
+
+    model = Ensemble([], dnet=dnet, **info)
+    result = {"rows": test, "seed": seed, "boxes": test_boxes, "probabilities": None, "threshold": None}
+    if args.nets != "dnet":
+        weights = None if args.balanced_sampler else class_weights(images.labels[train], classes, args.pos_weight)
+        weights = None if weights is None else weights.to(device)
+        frequency = torch.bincount(images.labels[train], minlength=classes).double()
+        sample_weights = (1 / frequency)[images.labels[train]].to(device) if args.balanced_sampler else None
+        labels = images.labels.to(device)
+        meta = None if images.meta is None else images.meta.to(device)
+
+        def cnet_loss(net, x, boxes, rows):
+            return classification_loss(net(x, None if meta is None else meta[rows]), labels[rows], weights, args.label_smoothing)
+
+        def cnet_score(net):
+            p = predict(Ensemble([net], **info), images, val, look)[0]
+            area = float(metrics.evaluate(p, images.labels[val])["auc"])
+            nll = float(F.nll_loss((p + 1e-12).log(), images.labels[val]))
+            return {"score": (area, -nll), "val_auc": area, "val_loss": nll}  # equal AUC: the better likelihood
+
+        members = []
+        for i, backbone in enumerate((args.ensemble or args.model).split(",")):
+            members.append(trained(
+                f"cnet{i + 1} {backbone}", lambda backbone=backbone: CNet(backbone, classes, channels, 0 if meta is None else meta.shape[1], args.dropout, normalise, args.weights),
+                images, train, cnet_loss, cnet_score, regions=None if look is None else crop_regions(look, args.margin), sample_weights=sample_weights))  # fmt: skip
+        model = Ensemble(members, dnet=dnet, **info)
+        chosen = predict(model, images, val, look)
+        calibrate(model, chosen, images.labels[val], args.target_sensitivity)
+        result["members"] = predict(model, images, test, look)
+        result["probabilities"] = model.combine(result["members"])
+        result["threshold"] = model.info["threshold"] if two else None
+        result["val_auc"] = float(metrics.evaluate(model.combine(chosen), images.labels[val])["auc"])
+    result.update(temperature=model.info["temperature"], weights=model.weights.tolist(), histories=histories)
+    if dnet is not None and len(val_boxed):
+        result["val_iou"] = max(h["val_iou"] for h in histories[0])
+    save(Path(folder) / "model.pt", model)
+    save_checkpoint(Path(folder) / "test.pt", result)
+    for path in [*Path(folder).glob("cnet*.pt"), Path(folder) / "dnet.pt"]:
+        path.unlink(missing_ok=True)
+    return result
+
+
+def check_size(net, channels, size, meta):
+    """A network that shrinks small images to nothing says so before training."""
+    try:
+        with torch.no_grad():
+            image = torch.zeros(1, channels, size, size)
+            copy.deepcopy(net).eval()(*([image] if isinstance(net, DNet) or meta is None else [image, meta[:1]]))
+    except RuntimeError as e:
+        raise InputError(f"--size {size} is too small for {net.config['model']} ({str(e).splitlines()[0][:90]}); use a larger --size") from None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The report
+
+
+def write_report(images, results, args, folder, seconds, splits):
+    """report.json, report.png and mistakes.png of one run, or of all folds and repeats pooled. Returns the dict."""
+    rows = torch.cat([r["rows"] for r in results])
+    labels, groups = images.labels[rows], images.groups[rows]
+    classify = results[0]["probabilities"] is not None
+    probabilities = torch.cat([r["probabilities"] for r in results]) if classify else None
+    threshold = torch.cat([torch.full((len(r["rows"]),), r["threshold"] if r["threshold"] is not None else 0.5) for r in results])
+    boxes = torch.cat([r["boxes"] for r in results]) if results[0]["boxes"] is not None else None
+    iou = None if boxes is None else metrics.paired_iou(boxes, images.boxes[rows])
+    if iou is not None and not iou.isfinite().any():
+        iou = None
+    test = metrics.with_intervals(probabilities, labels if classify else None, groups, threshold, iou)
+    report = {
+        "data": {"source": images.source, "images": len(images), "size": args.size, "classes": images.classes, "placeholder_boxes": images.placeholder_boxes},
+        "splits": splits, "model": args.ensemble or args.model, "seconds": round(seconds, 1), "test": test,
+        "threshold": [r["threshold"] for r in results], "temperature": [r["temperature"] for r in results], "weights": [r["weights"] for r in results],
+        "validation": {k: [r[k] for r in results if k in r] for k in ("val_auc", "val_iou")}}  # fmt: skip
+    if len(results) > 1:
+        runs = [point_metrics(images, r) for r in results]
+        report["runs"] = runs
+        values = {k: torch.tensor([run[k] for run in runs]) for k in runs[0]}
+        report["mean"] = {k: {"mean": float(v.mean()), "sd": float(v.std())} for k, v in values.items()}
+    write_atomically(Path(folder) / "report.json", json.dumps(clean(report), indent=1).encode())
+
+    note = "   PLACEHOLDER BOXES: localisation means nothing" if images.placeholder_boxes else ""
+    panels = []
+    if classify:
+        panels += [roc_panel(probabilities, labels, images.classes, test), confusion_panel(probabilities, labels, threshold, images.classes), calibration_panel(probabilities, labels, test)]
+    panels.append(training_panel(results[0]["histories"]))
+    plots.save_png(plots.page(panels, min(2, len(panels)), f"{images.source}: {report['model']}, {len(rows)} test images{note}"), Path(folder) / "report.png")
+    if classify:
+        plots.save_png(mistakes_sheet(images, rows, probabilities, threshold, boxes, note), Path(folder) / "mistakes.png")
+    return report
+
+
+def clean(value):
+    """NaN is no JSON: null."""
+    if isinstance(value, dict):
+        return {k: clean(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [clean(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def point_metrics(images, result):
+    """The metrics of one run without intervals: {name: number}."""
+    values = {}
+    if result["probabilities"] is not None:
+        values = metrics.evaluate(result["probabilities"], images.labels[result["rows"]], 0.5 if result["threshold"] is None else result["threshold"])
+    if result["boxes"] is not None:
+        values |= metrics.localisation(metrics.paired_iou(result["boxes"], images.boxes[result["rows"]]))
+    return {k: float(v) for k, v in values.items()}
+
+
+def interval(m):
+    return f"{m['value']:.3f} [{m['low']:.3f}, {m['high']:.3f}]"
+
+
+def roc_panel(probabilities, labels, classes, test):
+    curves = {}
+    for k in range(len(classes))[1 if len(classes) == 2 else 0 :]:
+        curves[classes[k]] = [v.tolist() for v in metrics.roc_curve(probabilities[:, k], labels == k)]
+    return plots.line_chart(curves, f"ROC: AUC {interval(test['auc'])}", "1 - specificity", "sensitivity", (0, 1), (0, 1), diagonal=True)
+
+
+def confusion_panel(probabilities, labels, threshold, classes):
+    title = "Confusion" + (" at the validation threshold" if len(classes) == 2 else "")
+    return plots.confusion_chart(metrics.confusion(metrics.decide(probabilities, threshold), labels, len(classes)), classes, title)
+
+
+def calibration_panel(probabilities, labels, test):
+    predicted, true, bins = metrics.calibration_bins(probabilities, labels)
+    points = [(predicted[bins == b].mean(), true[bins == b].mean()) for b in range(metrics.BINS) if (bins == b).any()]
+    return plots.line_chart({"test": list(zip(*points, strict=True))}, f"Calibration: ECE {interval(test['ece'])}", "predicted", "observed", (0, 1), (0, 1), diagonal=True, points=True)
+
+
+def training_panel(histories):
+    curves = {}
+    for history in histories:
+        key = next(k for k in ("val_auc", "val_iou") if k in history[0])
+        curves[f"{history[0]['net']} {key}"] = ([h["epoch"] for h in history], [h[key] for h in history])
+    return plots.line_chart(curves, "Training", "epoch", "validation", y_range=(0, 1))
+
+
+def mistakes_sheet(images, rows, probabilities, threshold, boxes, note, most=20):
+    """The wrongest first: those that gave the true class the least probability."""
+    labels = images.labels[rows]
+    wrong = torch.nonzero(metrics.decide(probabilities, threshold) != labels)[:, 0]
+    wrong = wrong[probabilities[wrong, labels[wrong]].argsort()][:most]
+    captions = []
+    for i in wrong.tolist():
+        shown = images.classes[labels[i]]
+        captions.append(f"{Path(images.names[rows[i]]).name[-26:]}\n{shown[:16]}: p {float(probabilities[i, labels[i]]):.3f}")
+    return plots.contact_sheet(
+        [images.pixels[rows[i]].cpu() for i in wrong.tolist()], captions, None if boxes is None else boxes[wrong], images.boxes[rows[wrong]],
+        title=f"The worst {len(wrong)} errors: truth and its probability (boxes: blue true, orange D-Net){note}")  # fmt: skip
+
+
+def print_report(report):
+    print("\ntest, with 95 % intervals resampled by group:")
+    for name, m in report["test"].items():
+        spread = f"   runs {report['mean'][name]['mean']:.3f} +- {report['mean'][name]['sd']:.3f}" if "mean" in report else ""
+        values = [float("nan") if v is None else v for v in (m["value"], m["low"], m["high"])]
+        print(f"  {name:18s} {values[0]:.3f}  [{values[1]:.3f}, {values[2]:.3f}]{spread}")
+    if report["data"]["placeholder_boxes"]:
+        print("  placeholder boxes: iou and iou_at_50 say nothing about lesions")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Folds, repeats, and the command line
+
+
+def plan(images, args):
+    """The runs to make: (folder name, train, val, test rows, seed)."""
+    labelled = torch.nonzero(images.labels >= 0)[:, 0]
+    runs = []
+    for seed in range(args.seed, args.seed + args.repeats):
+        prefix = f"seed{seed}" if args.repeats > 1 else ""
+        if args.folds == 1:
+            runs.append((prefix, images.rows("train"), images.rows("val"), images.rows("test"), seed))
+            continue
+        fold = partition(images.labels[labelled], images.groups[labelled], [1] * args.folds, seed)
+        for k in range(args.folds):
+            rest = labelled[fold != k]
+            is_val = partition(images.labels[rest], images.groups[rest], [7, 1], seed) == 1
+            runs.append((f"{prefix}{'-' if prefix else ''}fold{k + 1}", rest[~is_val], rest[is_val], labelled[fold == k], seed))
+    for name, train, val, test, _ in runs:
+        for rows, what in ((train, "train"), (val, "val"), (test, "test")):
+            check_split(images, rows, f"{name} {what}".strip())
+    return runs
+
+
+def prepare_folder(args):
+    """The run folder, with its config. An existing run is never written over."""
+    if args.resume:
+        return Path(args.resume)
+    members = "ensemble" if args.ensemble else args.model
+    name = args.name or ("phantoms" if args.data in (None, "phantoms") else f"{Path(args.data).stem}-{members}")
+    folder = Path(args.runs) / name
+    if folder.exists():
+        if args.name:
+            raise InputError(f"--name {args.name}: {folder} exists; choose another name, or go on with --resume {folder}")
+        number = 2
+        while (folder := Path(args.runs) / f"{name}-{number}").exists():
+            number += 1
+    commit = subprocess.run(["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
+    config = {"args": {k: v for k, v in vars(args).items() if k != "resume"}, "commit": commit or None, "command": sys.argv,
+              "versions": {"python": platform.python_version(), "torch": str(torch.__version__)}}  # fmt: skip
+    write_atomically(folder / "config.json", json.dumps(config, indent=1).encode())
+    return folder
+
+
+def write_example(images, results, folder):
+    """A test image as a picture file, so that the next command can be tried at once."""
+    test = results[0]["rows"]
+    row = int(test[images.labels[test].argmax()])
+    path = Path(folder) / "example.png"
+    plots.save_png(plots.to_rgb(images.pixels[row]), path)
+    return path
+
+
+def main(argv=None):
+    args = parse(argv)
+    choose_device(args.device)
+    if args.resume and (Path(args.resume) / "report.json").exists():
+        print(f"{args.resume} is complete:")
+        print_report(json.loads((Path(args.resume) / "report.json").read_text()))
+        return
+    images = load_images(args)
+    if len(images.classes) < 2:
+        raise InputError(f"--data {args.data}: {'one class only (' + images.classes[0] + ')' if images.classes else 'no labels'}: nothing to learn; at least two are needed")
+    runs = plan(images, args)
+    folder = prepare_folder(args)
+    print(f"run folder: {folder}")
+    start, results = time.time(), []
+    try:
+        with Interrupt():
+            for name, train, val, test, seed in runs:
+                part = folder / name if name else folder
+                part.mkdir(parents=True, exist_ok=True)
+                if (part / "test.pt").exists():
+                    results.append(read_checkpoint(part / "test.pt", str(part / "test.pt")))
+                    continue
+                if name:
+                    print(f"\n{name}: {len(train)} train, {len(val)} val, {len(test)} test")
+                results.append(one_run(images, train, val, test, args, part, seed))
+                if name:
+                    write_report(images, results[-1:], args, part, time.time() - start, {"train": len(train), "val": len(val), "test": len(test)})
+    except (Stopped, KeyboardInterrupt):
+        print(f"stopped; go on with: python train.py --resume {folder}")
+        sys.exit(130)
+    seconds = sum(h["seconds"] for r in results for history in r["histories"] for h in history)
+    splits = {what: sum(len(run[i]) for run in runs) for i, what in ((1, "train"), (2, "val"), (3, "test"))}
+    report = write_report(images, results, args, folder, seconds, splits)
+    print_report(report)
+    model = folder / (runs[0][0] or ".") / "model.pt"
+    print(f"\n{folder}: model.pt, report.json, report.png, mistakes.png   ({time.time() - start:.0f} s)")
+    print(f"try: python infer.py {write_example(images, results, folder)} --model {model}")
+    print(DISCLAIMER)
+
+
+def run_main(main):
+    """Call `main`; a user's mistake is one line on stderr and exit code 1, a bug keeps its traceback."""
+    try:
+        main()
+    except InputError as e:
+        print(f"error: {e}", file=sys.stderr)
+        sys.exit(1)
+    except BrokenPipeError:  # the reader of our output (head, less) has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    run_main(main)
