@@ -45,6 +45,30 @@ class InputError(ValueError):
     """Something the user gave is wrong. The message is one line: what, where, what to do. A bug is never this."""
 
 
+def run_main(main):
+    """Call `main`; a user's mistake is one line on stderr and exit code 1, a bug keeps its traceback."""
+    try:
+        main()
+    except InputError as e:
+        print(f"error: {e}", file=sys.stderr)
+        sys.exit(1)
+    except BrokenPipeError:  # the reader of our output (head, less) has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+
+
+def choose_device(name):
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise InputError(f"--device {name}: no such device; give auto, cpu or cuda") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise InputError(f"--device {name}: PyTorch sees no CUDA device here; use --device cpu or auto")
+    return device
+
+
 @dataclasses.dataclass
 class ImageSet:
     """N images in memory (or memory-mapped), and all that is known of them. The one thing that travels between files."""
@@ -68,16 +92,22 @@ class ImageSet:
 
     def rows(self, split):
         """Indices (int64) of the LABELLED images in a split."""
-        return torch.tensor([i for i, s in enumerate(self.splits) if s == split and self.labels[i] >= 0], dtype=torch.long)
+        return torch.tensor(
+            [i for i, s in enumerate(self.splits) if s == split and self.labels[i] >= 0], dtype=torch.long
+        )
 
     def summary(self):
         """Counts per class and split, one line each: a flipped label is seen here first."""
         n, c, s, _ = self.pixels.shape
-        lines = [f"{self.source}: {n} images, {s}x{s} px, {'grey' if c == 1 else 'colour'}, {len(self.groups.unique())} groups"]
+        lines = [
+            f"{self.source}: {n} images, {s}x{s} px, {'grey' if c == 1 else 'colour'}, {len(self.groups.unique())} groups"
+        ]
         names = list(self.classes) + ["not labelled"]
         for split in ("train", "val", "test", ""):
             labels = self.labels[[i for i, x in enumerate(self.splits) if x == split]]
-            counts = [f"{name} {count}" for k, name in enumerate(names) if (count := int((labels == k % len(names)).sum()))]
+            counts = [
+                f"{name} {count}" for k, name in enumerate(names) if (count := int((labels == k % len(names)).sum()))
+            ]
             if not len(labels):
                 continue
             unlabelled = int((labels < 0).sum())
@@ -155,7 +185,9 @@ def clahe(images, tiles=8, clip=2.0):
     x = F.pad(images.float(), (0, tw * tiles - w, 0, th * tiles - h), mode="replicate").long()
     x = x.reshape(n * c, tiles, th, tiles, tw)
     tile = torch.arange(n * c * tiles * tiles, device=x.device).reshape(n * c, tiles, 1, tiles, 1)
-    histogram = torch.bincount((tile * 256 + x).flatten(), minlength=n * c * tiles * tiles * 256).float().reshape(-1, 256)
+    histogram = (
+        torch.bincount((tile * 256 + x).flatten(), minlength=n * c * tiles * tiles * 256).float().reshape(-1, 256)
+    )
     limit = max(1.0, clip * th * tw / 256)
     clipped = histogram.clamp(max=limit)
     clipped += (histogram - clipped).sum(1, keepdim=True) / 256
@@ -217,7 +249,9 @@ def natural(text):
 
 
 def image_files(folder):
-    return sorted((p for p in Path(folder).iterdir() if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file()), key=natural)
+    return sorted(
+        (p for p in Path(folder).iterdir() if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file()), key=natural
+    )
 
 
 def subfolders(folder):
@@ -243,16 +277,25 @@ def read_class_folders(folder, split=""):
 
 def read_split_folders(folder):
     """training_set/CLASS/* and testing_set/CLASS/*. The split is the source's."""
-    return read_class_folders(Path(folder) / "training_set", "train") + read_class_folders(Path(folder) / "testing_set", "test")
+    return read_class_folders(Path(folder) / "training_set", "train") + read_class_folders(
+        Path(folder) / "testing_set", "test"
+    )
 
 
 def read_patients(folder):
     """PATIENT/0/* and PATIENT/1/* (Cruz-Roa et al. 2014): 1 is invasive ductal carcinoma. The group is the patient."""
     entries = []
     for patient in subfolders(folder):
-        found = [e for name, label in (("0", "no IDC"), ("1", "IDC")) if (patient / name).is_dir() for e in read_images(patient / name, label=label, group=patient.name)]
+        found = [
+            e
+            for name, label in (("0", "no IDC"), ("1", "IDC"))
+            if (patient / name).is_dir()
+            for e in read_images(patient / name, label=label, group=patient.name)
+        ]
         if not found:
-            raise InputError(f"{patient}: a patient folder without patches; remove it, or put its images under 0/ and 1/")
+            raise InputError(
+                f"{patient}: a patient folder without patches; remove it, or put its images under 0/ and 1/"
+            )
         entries += found
     return entries
 
@@ -266,7 +309,9 @@ def read_npz(path):
         raise InputError(f"{path}: holds pickled objects or is damaged, refused ({e}); save plain arrays") from e
     except Exception as e:  # zipfile and numpy raise a family of their own on files that are no npz
         raise InputError(f"{path}: not an npz file ({e})") from e
-    malignant_is_zero = Path(path).name.startswith("breastmnist") or hashlib.md5(Path(path).read_bytes()).hexdigest() == BREASTMNIST_MD5
+    malignant_is_zero = (
+        Path(path).name.startswith("breastmnist") or hashlib.md5(Path(path).read_bytes()).hexdigest() == BREASTMNIST_MD5
+    )
     word = {0: "malignant", 1: "benign"} if malignant_is_zero else {}
     entries = []
     splits = [s for s in ("train", "val", "test") if f"{s}_images" in arrays]
@@ -284,12 +329,26 @@ def read_npz(path):
         for key, values in (("labels", labels), ("bboxes", boxes)):
             if values is not None and len(values) != len(images):
                 raise InputError(f"{path}: {len(images)} {split}_images but {len(values)} {split}_{key}")
-        if images.dtype != np.uint8 or images.ndim not in (3, 4) or (images.ndim == 4 and images.shape[3] not in (1, 3)):
-            raise InputError(f"{path}: {split}_images is {images.dtype} {images.shape}, not uint8 (N, H, W) or (N, H, W, 3)")
+        if (
+            images.dtype != np.uint8
+            or images.ndim not in (3, 4)
+            or (images.ndim == 4 and images.shape[3] not in (1, 3))
+        ):
+            raise InputError(
+                f"{path}: {split}_images is {images.dtype} {images.shape}, not uint8 (N, H, W) or (N, H, W, 3)"
+            )
         for i, (image, label) in enumerate(zip(images, labels[:, 0], strict=True)):
             box = None if boxes is None or not np.isfinite(boxes[i]).all() else tuple(float(v) for v in boxes[i])
             name = f"{path}#{i}" if splits == ["train"] else f"{path}#{split}/{i}"
-            entries.append(Entry(image, name, word.get(int(label), str(int(label))), box=box, split="" if splits == ["train"] else split))
+            entries.append(
+                Entry(
+                    image,
+                    name,
+                    word.get(int(label), str(int(label))),
+                    box=box,
+                    split="" if splits == ["train"] else split,
+                )
+            )
     return entries
 
 
@@ -304,13 +363,21 @@ def read_csv(path, columns):
             rows, header = list(reader), reader.fieldnames or []
     except (UnicodeDecodeError, csv.Error) as e:
         raise InputError(f"{path}: not a CSV in UTF-8 ({e})") from e
-    columns = {k: v if v is not None else (k if k in header else None) for k, v in columns.items()}  # image's default name is "image"
-    wanted = [columns[k] for k in ("image", "label", "group", "split", "mask") if columns[k]] + list(columns["box"] or []) + list(columns["meta"] or [])
+    columns = {
+        k: v if v is not None else (k if k in header else None) for k, v in columns.items()
+    }  # image's default name is "image"
+    wanted = (
+        [columns[k] for k in ("image", "label", "group", "split", "mask") if columns[k]]
+        + list(columns["box"] or [])
+        + list(columns["meta"] or [])
+    )
     for name in wanted:
         if name not in header:
             raise InputError(f"{path}: no column {name!r} (its columns: {', '.join(header)})")
     if columns["image"] is None:
-        raise InputError(f"{path}: no column 'image'; name the one that holds the file names with --image-column (its columns: {', '.join(header)})")
+        raise InputError(
+            f"{path}: no column 'image'; name the one that holds the file names with --image-column (its columns: {', '.join(header)})"
+        )
     root = Path(path).parent
     index = {}
 
@@ -323,14 +390,25 @@ def read_csv(path, columns):
                     if Path(file).suffix.lower() in IMAGE_SUFFIXES:
                         index.setdefault(file, f"{folder}/{file}")
                         index.setdefault(Path(file).stem, f"{folder}/{file}")
-        return index.get(value) or index.get(Path(value).name) or str(root / value)  # the last is reported as missing at decoding
+        return (
+            index.get(value) or index.get(Path(value).name) or str(root / value)
+        )  # the last is reported as missing at decoding
 
     entries = []
     for line, row in enumerate(rows, 2):
         get = {k: (row.get(v) or "").strip() if isinstance(v, str) else "" for k, v in columns.items()}
         if not get["image"]:
             raise InputError(f"{path}, line {line}: no image named")
-        split = {"": "", "train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "test": "test", "testing": "test"}.get(get["split"].lower())
+        split = {
+            "": "",
+            "train": "train",
+            "training": "train",
+            "val": "val",
+            "valid": "val",
+            "validation": "val",
+            "test": "test",
+            "testing": "test",
+        }.get(get["split"].lower())
         if split is None:
             raise InputError(f"{path}, line {line}: split {get['split']!r} is none of train, val, test")
         numbers = re.findall(r"[^\s,;\[\]()]+", " ".join((row.get(c) or "") for c in columns["box"] or []))
@@ -341,7 +419,18 @@ def read_csv(path, columns):
         if box is not None and (len(box) != 4 or not (box[0] < box[2] and box[1] < box[3])):
             raise InputError(f"{path}, line {line}: box {' '.join(numbers)!r} is not x_min y_min x_max y_max in pixels")
         masks = [find(m.strip(), line) for m in get["mask"].split(";") if m.strip()]
-        entries.append(Entry(find(get["image"], line), get["image"], get["label"], masks, box, get["group"], split, {c: (row.get(c) or "").strip() for c in columns["meta"] or []} or None))
+        entries.append(
+            Entry(
+                find(get["image"], line),
+                get["image"],
+                get["label"],
+                masks,
+                box,
+                get["group"],
+                split,
+                {c: (row.get(c) or "").strip() for c in columns["meta"] or []} or None,
+            )
+        )
     return entries
 
 
@@ -358,10 +447,14 @@ def download_breastmnist(folder):
             with urllib.request.urlopen(BREASTMNIST, timeout=60) as response, open(part, "wb") as file:
                 shutil.copyfileobj(response, file)
         except OSError as e:
-            raise InputError(f"breastmnist: download failed ({e}); fetch {BREASTMNIST} yourself and give its path to --data") from e
+            raise InputError(
+                f"breastmnist: download failed ({e}); fetch {BREASTMNIST} yourself and give its path to --data"
+            ) from e
         os.replace(part, path)
     if hashlib.md5(path.read_bytes()).hexdigest() != BREASTMNIST_MD5:
-        raise InputError(f"{path}: not the original BreastMNIST file (its MD5 is not {BREASTMNIST_MD5}); remove it and try again")
+        raise InputError(
+            f"{path}: not the original BreastMNIST file (its MD5 is not {BREASTMNIST_MD5}); remove it and try again"
+        )
     return path
 
 
@@ -388,7 +481,11 @@ def find_entries(source, columns, folder):
     if image_files(path):
         return read_images(path)
     tables = sorted(path.glob("*.csv"))
-    hint = f"; it holds {tables[0].name}: give that file" if tables else "; expected CLASS/*.png, PATIENT/0 and PATIENT/1, or images"
+    hint = (
+        f"; it holds {tables[0].name}: give that file"
+        if tables
+        else "; expected CLASS/*.png, PATIENT/0 and PATIENT/1, or images"
+    )
     raise InputError(f"--data {source}: no images found in it{hint}")
 
 
@@ -437,7 +534,11 @@ def encode_meta(rows, columns, spec=None):
             values = [r[column] for r in rows if r[column].lower() not in MISSING]
             try:
                 numbers = np.array([float(v) for v in values])
-                spec.append({"column": column, "mean": float(numbers.mean()), "sd": float(numbers.std()) or 1.0} if len(numbers) else {"column": column, "levels": []})
+                spec.append(
+                    {"column": column, "mean": float(numbers.mean()), "sd": float(numbers.std()) or 1.0}
+                    if len(numbers)
+                    else {"column": column, "levels": []}
+                )
             except ValueError:
                 spec.append({"column": column, "levels": sorted(set(values))})
     names, parts = [], []
@@ -448,7 +549,9 @@ def encode_meta(rows, columns, spec=None):
         if "levels" in s:
             unknown = sorted({v for v, m in zip(values, missing, strict=True) if not m and v not in s["levels"]})
             if unknown:
-                raise InputError(f"{column}={unknown[0]}: a value not seen in training (known: {', '.join(s['levels'])})")
+                raise InputError(
+                    f"{column}={unknown[0]}: a value not seen in training (known: {', '.join(s['levels'])})"
+                )
             parts += [np.array([v == level for v in values]) for level in s["levels"]]
             names += [f"{column}={level}" for level in s["levels"]]
         else:
@@ -474,7 +577,9 @@ def near_duplicates(pixels, threshold=0.95):
     correlation of these thumbnails, or of one with the other's mirror image, reaches `threshold`. Costs N^2 / 2
     correlations, in blocks. pixels: uint8 (N, C, S, S)."""
     side = min(32, pixels.shape[-1])
-    thumbs = torch.cat([F.adaptive_avg_pool2d(chunk.float().mean(1, keepdim=True), side) for chunk in pixels.split(512)])
+    thumbs = torch.cat(
+        [F.adaptive_avg_pool2d(chunk.float().mean(1, keepdim=True), side) for chunk in pixels.split(512)]
+    )
     thumbs = thumbs - thumbs.mean((2, 3), keepdim=True)
     mirrored = F.normalize(thumbs.flip(3).flatten(1), dim=1)
     thumbs = F.normalize(thumbs.flatten(1), dim=1)
@@ -512,7 +617,9 @@ def partition(labels, groups, shares, seed):
     shares = torch.tensor(shares, dtype=torch.double) / sum(shares)
     _, classes = torch.unique(labels, return_inverse=True)
     _, groups = torch.unique(groups, return_inverse=True)
-    counts = torch.zeros(int(groups.max()) + 1 if len(groups) else 0, int(classes.max()) + 1 if len(classes) else 0, dtype=torch.double)
+    counts = torch.zeros(
+        int(groups.max()) + 1 if len(groups) else 0, int(classes.max()) + 1 if len(classes) else 0, dtype=torch.double
+    )
     counts.index_put_((groups, classes), torch.ones(len(labels), dtype=torch.double), accumulate=True)
     total = counts.sum(0)
     target = shares[:, None] * total
@@ -521,7 +628,9 @@ def partition(labels, groups, shares, seed):
     order = torch.randperm(len(counts), generator=generator)
     order = order[torch.argsort(counts[order].sum(1), descending=True, stable=True)]
     for g in order.tolist():
-        lack = ((target - filled) / target.clamp(min=1e-9) * (counts[g] > 0)).sum(1)  # relative, so that small parts get theirs
+        lack = ((target - filled) / target.clamp(min=1e-9) * (counts[g] > 0)).sum(
+            1
+        )  # relative, so that small parts get theirs
         part[g] = lack.argmax()
         filled[part[g]] += counts[g]
     return part[groups]
@@ -581,7 +690,11 @@ def looks_grey(entries):
     coloured, seen = 0, 0
     for entry in entries[:: max(1, len(entries) // 32)]:
         try:
-            image = Image.fromarray(entry.image.squeeze()) if isinstance(entry.image, np.ndarray) else read_image(entry.image, 3)
+            image = (
+                Image.fromarray(entry.image.squeeze())
+                if isinstance(entry.image, np.ndarray)
+                else read_image(entry.image, 3)
+            )
         except InputError:
             continue  # a bad file is reported when all are decoded
         pixels = np.asarray(image.convert("RGB").resize((32, 32))).astype(int)
@@ -601,7 +714,12 @@ class Progress:
         if sys.stderr.isatty() and (now - self.shown > 0.2 or done == self.total):
             self.shown = now
             left = (now - self.start) / max(done, 1) * (self.total - done)
-            print(f"\r{self.what} {done}/{self.total}, {left:.0f} s left ", end="\n" if done == self.total else "", file=sys.stderr, flush=True)
+            print(
+                f"\r{self.what} {done}/{self.total}, {left:.0f} s left ",
+                end="\n" if done == self.total else "",
+                file=sys.stderr,
+                flush=True,
+            )
 
 
 def decode(entries, size, channels, equalise=False, cache=None, skip_bad=False):
@@ -661,18 +779,25 @@ def decode(entries, size, channels, equalise=False, cache=None, skip_bad=False):
                     shutil.rmtree(folder, ignore_errors=True)
                     os.replace(part, folder)
         except OSError as e:
-            raise InputError(f"the cache {cache} can't be written ({e}); make room or name another folder with --cache") from e
+            raise InputError(
+                f"the cache {cache} can't be written ({e}); make room or name another folder with --cache"
+            ) from e
         finally:
             if part:
                 shutil.rmtree(part, ignore_errors=True)
     if bad and not skip_bad:
-        raise InputError(f"{len(bad)} of {len(entries)} images can't be read (--skip-bad goes on without them):\n  " + "\n  ".join(bad))
+        raise InputError(
+            f"{len(bad)} of {len(entries)} images can't be read (--skip-bad goes on without them):\n  "
+            + "\n  ".join(bad)
+        )
     if not kept:
         raise InputError("no readable image is left")
     for line in bad:
         print(f"skipped {line}")
     if folder:
-        pixels = np.memmap(folder / "pixels.u8", np.uint8, "c", shape=(len(kept), *shape))  # "c": no write reaches the file
+        pixels = np.memmap(
+            folder / "pixels.u8", np.uint8, "c", shape=(len(kept), *shape)
+        )  # "c": no write reaches the file
         masks = np.memmap(folder / "masks.u8", bool, "c", shape=(len(kept), size, size))
         boxes = np.load(folder / "boxes.npy")
     return torch.from_numpy(pixels[: len(kept)]), torch.from_numpy(masks[: len(kept)]), torch.from_numpy(boxes), kept
@@ -704,7 +829,11 @@ def load(source=None, size=128, *, positive=None, drop=(), channels=None, equali
         log(f"{source}: {native}-pixel images, enlarged to {size}: no detail is gained")
 
     words = [e.group or f"image {i}" for i, e in enumerate(entries)]
-    groups = torch.tensor([{w: k for k, w in enumerate(dict.fromkeys(words))}[w] for w in words]) if not any(e.group for e in entries) else torch.from_numpy(np.unique(words, return_inverse=True)[1].reshape(-1))
+    groups = (
+        torch.tensor([{w: k for k, w in enumerate(dict.fromkeys(words))}[w] for w in words])
+        if not any(e.group for e in entries)
+        else torch.from_numpy(np.unique(words, return_inverse=True)[1].reshape(-1))
+    )
     splits = [e.split for e in entries]
     if not any(e.group for e in entries):  # a source that names patients or lesions knows better than a thumbnail
         pairs, similarity = near_duplicates(pixels)
@@ -713,7 +842,9 @@ def load(source=None, size=128, *, positive=None, drop=(), channels=None, equali
             log(f"{len(pairs)} near-duplicate pairs (thumbnail correlation >= 0.95) share a group")
         for (i, j), s in zip(pairs.tolist(), similarity.tolist(), strict=True):
             if labels[i] != labels[j] and min(labels[i], labels[j]) >= 0:
-                log(f"  OPPOSITE LABELS, correlation {s:.3f}: {entries[i].name} ({classes[labels[i]]}), {entries[j].name} ({classes[labels[j]]})")
+                log(
+                    f"  OPPOSITE LABELS, correlation {s:.3f}: {entries[i].name} ({classes[labels[i]]}), {entries[j].name} ({classes[labels[j]]})"
+                )
         if crossing := sum(splits[i] != splits[j] for i, j in pairs.tolist()):
             log(f"  {crossing} of these pairs cross the source's own splits, which are kept")
     meta, meta_columns, spec = (None, [], [])
@@ -879,7 +1010,18 @@ def phantoms(n=800, size=128, seed=0):
     parts = [phantom_batch(chunk, size, generator) for chunk in labels.split(64)]
     pixels, masks = (torch.cat(p) for p in zip(*parts, strict=True))
     boxes = torch.from_numpy(np.stack([box_of(m) for m in masks.numpy()])) / size
-    return ImageSet(pixels, labels, boxes, masks, torch.arange(n), [""] * n, None, [f"phantom#{i}" for i in range(n)], ["benign", "malignant"], source="phantoms")
+    return ImageSet(
+        pixels,
+        labels,
+        boxes,
+        masks,
+        torch.arange(n),
+        [""] * n,
+        None,
+        [f"phantom#{i}" for i in range(n)],
+        ["benign", "malignant"],
+        source="phantoms",
+    )
 
 
 def phantom_batch(labels, size, generator):
@@ -897,7 +1039,13 @@ def phantom_batch(labels, size, generator):
     y, x = axis[None, :, None], axis[None, None, :]
 
     # Echo strength of the tissue, in dB: wavy layers from the skin down to the muscle.
-    wave = sum(a * torch.sin(2 * math.pi * f * x + p) for a, f, p in ((uniform(0, 0.03), uniform(0.3, 1), uniform(0, 6.3)), (uniform(0, 0.015), uniform(1, 3), uniform(0, 6.3))))
+    wave = sum(
+        a * torch.sin(2 * math.pi * f * x + p)
+        for a, f, p in (
+            (uniform(0, 0.03), uniform(0.3, 1), uniform(0, 6.3)),
+            (uniform(0, 0.015), uniform(1, 3), uniform(0, 6.3)),
+        )
+    )
     fat, muscle = uniform(0.12, 0.35) + wave, uniform(0.7, 0.95) + wave
     echo = torch.full((n, size, size), -9.0) + 0 * y
     streaks = torch.sin(2 * math.pi * (uniform(4, 9) * (y + wave) + uniform(0, 1))) * uniform(0.5, 3)
@@ -905,10 +1053,14 @@ def phantom_batch(labels, size, generator):
     echo = torch.where(y > muscle, uniform(-10, -5) + 3 * torch.sin(2 * math.pi * 20 * (y + wave)), echo)
     echo = torch.where(y < uniform(0.02, 0.05), 4.0, echo)
     for _ in range(3):  # fat lobules: dark and oval like a lesion, faint
-        distance = ((x - uniform(0, 1)) / uniform(0.05, 0.15)) ** 2 + ((y - uniform(0.1, 0.9)) / uniform(0.03, 0.08)) ** 2
+        distance = ((x - uniform(0, 1)) / uniform(0.05, 0.15)) ** 2 + (
+            (y - uniform(0.1, 0.9)) / uniform(0.03, 0.08)
+        ) ** 2
         echo = echo - uniform(0, 5) * torch.sigmoid(6 * (1 - distance))
     for _ in range(4):  # shadows of ligaments and ribs: dark stripes that mean nothing
-        stripe = torch.sigmoid((uniform(0.01, 0.06) - (x - uniform(0, 1) - uniform(-0.2, 0.2) * y).abs()) * 80) * torch.sigmoid((y - uniform(0.05, 0.7)) * 30)
+        stripe = torch.sigmoid(
+            (uniform(0.01, 0.06) - (x - uniform(0, 1) - uniform(-0.2, 0.2) * y).abs()) * 80
+        ) * torch.sigmoid((y - uniform(0.05, 0.7)) * 30)
         echo = echo - uniform(-6, 10) * stripe
 
     # The lesion, as a closed curve r(angle) around its centre.

@@ -129,7 +129,11 @@ def with_intervals(probabilities, labels, groups, threshold=0.5, iou=None):
     report = {}
     for name, value in point.items():
         draws = spread[name][spread[name].isfinite()]  # a resample without positives has no AUC
-        low, high = torch.quantile(draws, torch.tensor([0.025, 0.975], dtype=torch.double)).tolist() if len(draws) else (math.nan, math.nan)
+        low, high = (
+            torch.quantile(draws, torch.tensor([0.025, 0.975], dtype=torch.double)).tolist()
+            if len(draws)
+            else (math.nan, math.nan)
+        )
         report[name] = {"value": float(value), "low": low, "high": high}
     return report
 

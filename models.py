@@ -1,12 +1,12 @@
 """Networks: what looks at the pixels. Nothing here knows a data set.
 
-    CNet      backbone -> pooled embedding (+ patient data) -> logits       benign or malignant?
-    DNet      backbone -> feature pyramid -> every cell votes for a box     where is the lesion?
-    Ensemble  members' probabilities, weighted and calibrated; their disagreement is the uncertainty
+CNet      backbone -> pooled embedding (+ patient data) -> logits       benign or malignant?
+DNet      backbone -> feature pyramid -> every cell votes for a box     where is the lesion?
+Ensemble  members' probabilities, weighted and calibrated; their disagreement is the uncertainty
 
-    model = load("runs/busi/model.pt")            # an Ensemble with its D-Net; the file alone says how to build it
-    boxes = model.locate(images)                  # (N, 4) in [0, 1], None without a D-Net
-    probabilities = model(model.look(images, boxes))  # (N, K)
+model = load("runs/busi/model.pt")            # an Ensemble with its D-Net; the file alone says how to build it
+boxes = model.locate(images)                  # (N, 4) in [0, 1], None without a D-Net
+probabilities = model(model.look(images, boxes))  # (N, K)
 """
 
 import io
@@ -24,6 +24,8 @@ from data import InputError, crop, crop_regions, to_float
 
 BACKBONES = ["small_cnn", "resnet18", "resnet34", "resnet50", "efficientnet_b0", "efficientnet_b1", "densenet121",
              "convnext_tiny", "mobilenet_v2", "alexnet", "vgg16"]  # fmt: skip
+
+DISCLAIMER = "For research and education, not for diagnosis."
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Backbones
@@ -53,7 +55,9 @@ def build_backbone(name, channels=3, weights="none"):
         raise InputError(f"--model {name}: no such network (there are: {', '.join(BACKBONES)})")
     if name == "small_cnn":
         if weights == "imagenet":
-            raise InputError("--weights imagenet: small_cnn is our own, torchvision has no weights for it; use none or a file")
+            raise InputError(
+                "--weights imagenet: small_cnn is our own, torchvision has no weights for it; use none or a file"
+            )
         net = nn.Module()
         net.features = small_cnn()
     else:
@@ -90,7 +94,9 @@ def fold_stem(features):
     for module in features.modules():
         for name, conv in module.named_children():
             if isinstance(conv, nn.Conv2d):
-                grey = nn.Conv2d(1, conv.out_channels, conv.kernel_size, conv.stride, conv.padding, bias=conv.bias is not None)
+                grey = nn.Conv2d(
+                    1, conv.out_channels, conv.kernel_size, conv.stride, conv.padding, bias=conv.bias is not None
+                )
                 with torch.no_grad():
                     grey.weight.copy_(conv.weight.sum(1, keepdim=True))
                     if conv.bias is not None:
@@ -107,9 +113,14 @@ def load_weights(net, path):
     own = net.state_dict()
     fits = {k: v for k, v in state.items() if k in own and isinstance(v, torch.Tensor) and v.shape == own[k].shape}
     if not fits:
-        raise InputError(f"--weights {path}: not one of its {len(state)} tensors fits this network (first: {next(iter(state))}; wanted: {next(iter(own))})")
+        raise InputError(
+            f"--weights {path}: not one of its {len(state)} tensors fits this network (first: {next(iter(state))}; wanted: {next(iter(own))})"
+        )
     net.load_state_dict(fits, strict=False)
-    for what, keys in (("missing in the file", own.keys() - fits.keys()), ("in the file but not fitting", state.keys() - fits.keys())):
+    for what, keys in (
+        ("missing in the file", own.keys() - fits.keys()),
+        ("in the file but not fitting", state.keys() - fits.keys()),
+    ):
         if keys:
             names = sorted(keys)
             print(f"weights {path}: {len(names)} {what}: {', '.join(names[:4])}{' ...' if len(names) > 4 else ''}")
@@ -148,9 +159,18 @@ class CNet(nn.Module):
 
     meta: number of metadata columns, 0 for images alone. `config` holds the arguments that build it again."""
 
-    def __init__(self, model="mobilenet_v2", classes=2, channels=1, meta=0, dropout=0.2, normalise="image", weights="none"):
+    def __init__(
+        self, model="mobilenet_v2", classes=2, channels=1, meta=0, dropout=0.2, normalise="image", weights="none"
+    ):
         super().__init__()
-        self.config = {"model": model, "classes": classes, "channels": channels, "meta": meta, "dropout": dropout, "normalise": normalise}
+        self.config = {
+            "model": model,
+            "classes": classes,
+            "channels": channels,
+            "meta": meta,
+            "dropout": dropout,
+            "normalise": normalise,
+        }
         self.features, self.width = build_backbone(model, channels, weights)
         if meta:
             self.meta = nn.Sequential(nn.Linear(meta, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU())
@@ -201,7 +221,9 @@ class DNet(nn.Module):
             return
         with torch.no_grad():  # the maps' widths, by a look
             was_training = self.features.training
-            widths = [m.shape[1] for m in feature_pyramid(self.features.eval(), torch.zeros(1, channels, 128, 128))[-3:]]
+            widths = [
+                m.shape[1] for m in feature_pyramid(self.features.eval(), torch.zeros(1, channels, 128, 128))[-3:]
+            ]
             self.features.train(was_training)
         self.lateral = nn.ModuleList(nn.Conv2d(w, width, 1) for w in widths)
         self.head = nn.Sequential(
@@ -211,22 +233,31 @@ class DNet(nn.Module):
         nn.init.normal_(self.head[-1].weight, std=0.01)
         nn.init.constant_(self.head[-1].bias, -1.3)  # softplus(-1.3) = 0.24: the first boxes are about half the image
 
-    def forward(self, images):
-        x = standardise(images, self.config["normalise"])
-        if self.config["design"] == "pooled":
-            centre, size = self.head(self.features(x).mean((2, 3))).float().sigmoid().split(2, 1)
-            return torch.cat([centre - size / 2, centre + size / 2], 1)
-        *finer, merged = [lateral(m) for lateral, m in zip(self.lateral, feature_pyramid(self.features, x)[-3:], strict=True)]
+    def vote(self, images):
+        """Every cell's box (N, 4, h, w) and the log of its weight in the mean (N, h, w). Design "votes" only."""
+        maps = feature_pyramid(self.features, standardise(images, self.config["normalise"]))[-3:]
+        *finer, merged = [lateral(m) for lateral, m in zip(self.lateral, maps, strict=True)]
         for finer_map in reversed(finer):
             merged = finer_map + F.interpolate(merged, size=finer_map.shape[-2:], mode="nearest")
         out = self.head(merged).float()
         n, _, h, w = out.shape
-        weights = out[:, 0].reshape(n, 1, h * w).softmax(2)
-        reach = F.softplus(out[:, 1:])
-        x = (torch.arange(w, device=out.device) + 0.5) / w
-        y = ((torch.arange(h, device=out.device) + 0.5) / h)[:, None]
-        votes = torch.stack([x - reach[:, 0], y - reach[:, 1], x + reach[:, 2], y + reach[:, 3]], 1).reshape(n, 4, h * w)
-        return (votes * weights).sum(2)
+        reach = F.softplus(out[:, 1:])  # left, top, right, bottom of the cell's centre: never negative
+        x, y = cell_centres(h, w, out.device)
+        boxes = torch.stack([x - reach[:, 0], y - reach[:, 1], x + reach[:, 2], y + reach[:, 3]], 1)
+        return boxes, out[:, 0].flatten(1).log_softmax(1).view(n, h, w)
+
+    def forward(self, images):
+        if self.config["design"] == "votes":
+            boxes, log_weights = self.vote(images)
+            return (boxes * log_weights.exp()[:, None]).sum((2, 3))
+        x = self.features(standardise(images, self.config["normalise"])).mean((2, 3))
+        centre, size = self.head(x).float().sigmoid().split(2, 1)
+        return torch.cat([centre - size / 2, centre + size / 2], 1)
+
+
+def cell_centres(h, w, device=None):
+    """x (1, w) and y (h, 1) of a map's cell centres, in [0, 1]."""
+    return (torch.arange(w, device=device)[None] + 0.5) / w, (torch.arange(h, device=device)[:, None] + 0.5) / h
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -244,7 +275,16 @@ class Ensemble(nn.Module):
         self.members = nn.ModuleList(members)
         self.dnet = dnet
         self.weights = torch.tensor([1.0] * len(members) if weights is None else weights, dtype=torch.float32)
-        self.info = {"temperature": 1.0, "threshold": 0.5, "roi": "none", "margin": 0.25, "equalise": False, "meta_spec": [], "made": {}, **info}
+        self.info = {
+            "temperature": 1.0,
+            "threshold": 0.5,
+            "roi": "none",
+            "margin": 0.25,
+            "equalise": False,
+            "meta_spec": [],
+            "made": {},
+            **info,
+        }
 
     def locate(self, images):
         """The lesions' boxes (N, 4) in [0, 1] by D-Net, or None."""
@@ -262,7 +302,11 @@ class Ensemble(nn.Module):
         if self.info["roi"] != "none" and boxes is not None:
             return crop(images, crop_regions(boxes, self.info["margin"]), size)
         whole = to_float(images)
-        return whole if whole.shape[-1] == size else F.interpolate(whole, size=(size, size), mode="bilinear", antialias=True)
+        return (
+            whole
+            if whole.shape[-1] == size
+            else F.interpolate(whole, size=(size, size), mode="bilinear", antialias=True)
+        )
 
     def member_probabilities(self, images, meta=None):
         """(M, N, K) probabilities, each member by itself, before the temperature."""
@@ -303,7 +347,9 @@ def write_atomically(path, data):
         os.replace(part, path)
     except OSError as e:
         part.unlink(missing_ok=True)
-        raise InputError(f"{path} can't be written ({e.strerror or e}); what was there before is whole. Make room and go on with --resume") from e
+        raise InputError(
+            f"{path} can't be written ({e.strerror or e}); what was there before is whole. Make room and go on with --resume"
+        ) from e
 
 
 def save_checkpoint(path, content):
@@ -320,7 +366,9 @@ def read_checkpoint(path, what):
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, zipfile.BadZipFile, KeyError, ValueError, OSError) as e:
-        raise InputError(f"{what}: not a PyTorch file, or damaged, or it holds more than tensors ({str(e).splitlines()[0][:80] if str(e) else type(e).__name__})") from e
+        raise InputError(
+            f"{what}: not a PyTorch file, or damaged, or it holds more than tensors ({str(e).splitlines()[0][:80] if str(e) else type(e).__name__})"
+        ) from e
 
 
 def save(path, model):
@@ -344,7 +392,9 @@ def load(path, device="cpu"):
         members = [rebuild(CNet, m) for m in content.pop("members")]
         model = Ensemble(members, content.pop("weights").tolist(), dnet and rebuild(DNet, dnet), **content)
     except (KeyError, TypeError, RuntimeError, AttributeError) as e:
-        raise InputError(f"{path}: a model file with parts missing or not fitting ({str(e).splitlines()[0][:120]})") from e
+        raise InputError(
+            f"{path}: a model file with parts missing or not fitting ({str(e).splitlines()[0][:120]})"
+        ) from e
     return model.eval().to(device)
 
 

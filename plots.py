@@ -37,7 +37,9 @@ def page(images, columns=2, title=""):
     return sheet
 
 
-def line_chart(series, title="", x_label="", y_label="", x_range=None, y_range=None, diagonal=False, size=(520, 400), points=False):
+def line_chart(
+    series, title="", x_label="", y_label="", x_range=None, y_range=None, diagonal=False, size=(520, 400), points=False
+):
     """series: {name: (xs, ys)}. Ranges default to the data's own. NaN breaks a line."""
     width, height = size[0] * SCALE, size[1] * SCALE
     left, right, top, bottom = 70 * SCALE, 20 * SCALE, 40 * SCALE, 50 * SCALE
@@ -51,7 +53,9 @@ def line_chart(series, title="", x_label="", y_label="", x_range=None, y_range=N
     x1, y1 = x1 if x1 > x0 else x0 + 1, y1 if y1 > y0 else y0 + 1
 
     def place(x, y):
-        return left + (x - x0) / (x1 - x0) * (width - left - right), height - bottom - (y - y0) / (y1 - y0) * (height - top - bottom)
+        return left + (x - x0) / (x1 - x0) * (width - left - right), height - bottom - (y - y0) / (y1 - y0) * (
+            height - top - bottom
+        )
 
     small = font(12 * SCALE)
     for tick in nice_ticks(x0, x1):
@@ -71,7 +75,13 @@ def line_chart(series, title="", x_label="", y_label="", x_range=None, y_range=N
         if points or len(dots) == 1:
             for x, y in dots:
                 draw.ellipse([x - 4 * SCALE, y - 4 * SCALE, x + 4 * SCALE, y + 4 * SCALE], fill=colour)
-        draw.text((width - right - 8 * SCALE, height - bottom - (len(series) - i) * 18 * SCALE), name, colour, font(13 * SCALE), anchor="ra")
+        draw.text(
+            (width - right - 8 * SCALE, height - bottom - (len(series) - i) * 18 * SCALE),
+            name,
+            colour,
+            font(13 * SCALE),
+            anchor="ra",
+        )
     draw.text((left, 12 * SCALE), title, "black", font(15 * SCALE))
     draw.text(((left + width - right) / 2, height - 8 * SCALE), x_label, GREY, small, anchor="mb")
     side = Image.new("RGB", (height - top - bottom, 18 * SCALE), "white")
@@ -85,7 +95,7 @@ def nice_ticks(low, high):
     raw = (high - low) / 5
     magnitude = 10 ** np.floor(np.log10(raw))
     step = next(m * magnitude for m in (1, 2, 5, 10) if m * magnitude >= raw * 0.999)
-    return np.round(np.arange(np.ceil(low / step - 1e-9), np.floor(high / step + 1e-9) + 1) * step, 10)
+    return np.round(np.arange(np.ceil(low / step - 1e-9), np.floor(high / step + 1e-9) + 1) * step, 10) + 0.0  # no -0
 
 
 def confusion_chart(counts, classes, title="", size=(520, 400)):
@@ -103,13 +113,22 @@ def confusion_chart(counts, classes, title="", size=(520, 400)):
 
     for i in range(k):
         draw.text((left - 8, top + (i + 0.5) * cell_h), short(classes[i]), "black", font(13), anchor="rm")
-        draw.text((left + (i + 0.5) * cell_w, top - 8), short(classes[i]), "black", font(13 if k < 4 else 10), anchor="mb")
+        draw.text(
+            (left + (i + 0.5) * cell_w, top - 8), short(classes[i]), "black", font(13 if k < 4 else 10), anchor="mb"
+        )
         for j in range(k):
             shade = tuple(round(255 + (c - 255) * shares[i, j]) for c in (0, 114, 178))
             box = [left + j * cell_w, top + i * cell_h, left + (j + 1) * cell_w - 2, top + (i + 1) * cell_h - 2]
             draw.rectangle(box, fill=shade)
             text = f"{counts[i, j]}\n{shares[i, j]:.1%}" if k < 5 else f"{counts[i, j]}"
-            draw.multiline_text(((box[0] + box[2]) / 2, (box[1] + box[3]) / 2), text, "white" if shares[i, j] > 0.5 else "black", font(16 if k < 5 else 12), anchor="mm", align="center")
+            draw.multiline_text(
+                ((box[0] + box[2]) / 2, (box[1] + box[3]) / 2),
+                text,
+                "white" if shares[i, j] > 0.5 else "black",
+                font(16 if k < 5 else 12),
+                anchor="mm",
+                align="center",
+            )
     draw.text((16, 12), title, "black", font(15))
     draw.text((left + (size[0] - left - 20) / 2, 50), "predicted", GREY, font(12), anchor="mm")
     draw.text((16, top - 22), "truth", GREY, font(12))

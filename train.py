@@ -15,7 +15,6 @@ import copy
 import dataclasses
 import json
 import math
-import os
 import platform
 import signal
 import subprocess
@@ -28,10 +27,19 @@ import torch.nn.functional as F
 
 import metrics
 import plots
-from data import InputError, augment, crop_regions, load, partition
-from models import BACKBONES, CNet, DNet, Ensemble, read_checkpoint, save, save_checkpoint, write_atomically
-
-DISCLAIMER = "For research and education, not for diagnosis."
+from data import InputError, augment, choose_device, crop_regions, load, partition, run_main
+from models import (
+    BACKBONES,
+    DISCLAIMER,
+    CNet,
+    DNet,
+    Ensemble,
+    cell_centres,
+    read_checkpoint,
+    save,
+    save_checkpoint,
+    write_atomically,
+)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Arguments
@@ -54,40 +62,108 @@ def build_parser():
                    formatter_class=argparse.ArgumentDefaultsHelpFormatter)  # fmt: skip
     add_data_arguments(p)
     g = p.add_argument_group("model")
-    g.add_argument("--nets", choices=["both", "cnet", "dnet"], default="both", help="what to train; both trains D-Net only where boxes are known")
+    g.add_argument(
+        "--nets",
+        choices=["both", "cnet", "dnet"],
+        default="both",
+        help="what to train; both trains D-Net only where boxes are known",
+    )
     g.add_argument("--model", default="mobilenet_v2", help=f"backbone of both networks: {', '.join(BACKBONES)}")
-    g.add_argument("--ensemble", metavar="A,B,C", help="C-Net members' backbones, trained one after another, weighted on validation; D-Net keeps --model")
-    g.add_argument("--weights", default="imagenet", metavar="W", help="start from imagenet (a download by torchvision), none, or a state_dict file")
+    g.add_argument(
+        "--ensemble",
+        metavar="A,B,C",
+        help="C-Net members' backbones, trained one after another, weighted on validation; D-Net keeps --model",
+    )
+    g.add_argument(
+        "--weights",
+        default="imagenet",
+        metavar="W",
+        help="start from imagenet (a download by torchvision), none, or a state_dict file",
+    )
     g.add_argument("--dnet-design", choices=["votes", "pooled"], default="votes", help="D-Net head, see models.py")
     g.add_argument("--dropout", type=float, default=0.2, help="before C-Net's last layer")
-    g.add_argument("--normalise", choices=["auto", "image", "fixed"], default="auto", help="each image by its own mean and spread, or all alike; auto: image for grey, fixed for colour")
-    g.add_argument("--roi", choices=["none", "mask", "dnet"], default="none", help="what C-Net sees: the whole, the crop around the true lesion, or around D-Net's box")
+    g.add_argument(
+        "--normalise",
+        choices=["auto", "image", "fixed"],
+        default="auto",
+        help="each image by its own mean and spread, or all alike; auto: image for grey, fixed for colour",
+    )
+    g.add_argument(
+        "--roi",
+        choices=["none", "mask", "dnet"],
+        default="none",
+        help="what C-Net sees: the whole, the crop around the true lesion, or around D-Net's box",
+    )
     g.add_argument("--margin", type=float, default=0.25, help="around the crop, as a share of the lesion's longer side")
     g = p.add_argument_group("learning")
     g.add_argument("--epochs", type=int, default=40, help="passes over the training images, of each network")
     g.add_argument("--batch", type=int, default=32, help="images a step")
-    g.add_argument("--lr", type=float, default=1e-3, help="peak learning rate of AdamW: linear warm-up, then cosine to 0")
+    g.add_argument(
+        "--lr", type=float, default=1e-3, help="peak learning rate of AdamW: linear warm-up, then cosine to 0"
+    )
     g.add_argument("--warmup", type=float, default=0.1, help="share of the steps")
     g.add_argument("--weight-decay", type=float, default=0.02, help="on matrices, not on biases and norms")
     g.add_argument("--clip", type=float, default=5.0, help="largest norm of the gradient")
-    g.add_argument("--augment", type=float, default=1.0, help="strength of the augmentation, 0 = none (what 1 means stands in data.py)")
-    g.add_argument("--label-smoothing", type=float, default=0.05, help="share of the label that is spread over the classes")
-    g.add_argument("--pos-weight", default="auto", help="weight of the positive class in the loss: auto (classes weigh alike), none, or a number")
-    g.add_argument("--balanced-sampler", action="store_true", help="draw every class equally often instead of weighting the loss")
-    g.add_argument("--ema", type=float, default=0.0, help="decay of the weights' moving average, which is then validated and kept; 0 = off")
-    g.add_argument("--patience", type=int, default=15, help="stop after so many epochs without a better validation; 0 = never")
-    g.add_argument("--amp", choices=["auto", "on", "off"], default="auto", help="bfloat16 autocast; auto: where the hardware has it")
+    g.add_argument(
+        "--augment",
+        type=float,
+        default=1.0,
+        help="strength of the augmentation, 0 = none (what 1 means stands in data.py)",
+    )
+    g.add_argument(
+        "--label-smoothing", type=float, default=0.05, help="share of the label that is spread over the classes"
+    )
+    g.add_argument(
+        "--pos-weight",
+        default="auto",
+        help="weight of the positive class in the loss: auto (classes weigh alike), none, or a number",
+    )
+    g.add_argument(
+        "--balanced-sampler", action="store_true", help="draw every class equally often instead of weighting the loss"
+    )
+    g.add_argument(
+        "--ema",
+        type=float,
+        default=0.0,
+        help="decay of the weights' moving average, which is then validated and kept; 0 = off",
+    )
+    g.add_argument(
+        "--patience", type=int, default=15, help="stop after so many epochs without a better validation; 0 = never"
+    )
+    g.add_argument(
+        "--amp",
+        choices=["auto", "on", "off"],
+        default="auto",
+        help="bfloat16 autocast; auto: where the hardware has it",
+    )
     g = p.add_argument_group("protocol")
     g.add_argument("--seed", type=int, default=0, help="of splits, weights, shuffling and augmentation")
-    g.add_argument("--folds", type=int, default=1, help="cross-validation by groups over all labelled images; the source's splits are then not used")
-    g.add_argument("--repeats", type=int, default=1, help="the whole with seeds SEED, SEED+1, ... on the same splits (with --folds: on new folds)")
-    g.add_argument("--target-sensitivity", type=float, default=0.95, help="the threshold is the largest that reaches it on validation")
+    g.add_argument(
+        "--folds",
+        type=int,
+        default=1,
+        help="cross-validation by groups over all labelled images; the source's splits are then not used",
+    )
+    g.add_argument(
+        "--repeats",
+        type=int,
+        default=1,
+        help="the whole with seeds SEED, SEED+1, ... on the same splits (with --folds: on new folds)",
+    )
+    g.add_argument(
+        "--target-sensitivity",
+        type=float,
+        default=0.95,
+        help="the threshold is the largest that reaches it on validation",
+    )
     g = p.add_argument_group("run")
     g.add_argument("--runs", default="runs", help="folder of the run folders")
     g.add_argument("--name", help="of the run folder; default: from data and model")
     g.add_argument("--resume", metavar="DIR", help="go on with a run that was stopped, with its own options")
     g.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 ...")
-    g.add_argument("--save-seconds", type=float, default=30, help="least time between two saves of last.pt; 0 = every epoch")
+    g.add_argument(
+        "--save-seconds", type=float, default=30, help="least time between two saves of last.pt; 0 = every epoch"
+    )
     return p
 
 
@@ -95,17 +171,32 @@ def add_data_arguments(p):
     g = p.add_argument_group("data")
     g.add_argument("--data", help="folder, .npz, .csv or breastmnist (see data.py); default: the built-in phantoms")
     g.add_argument("--size", type=int, default=128, help="side of the square that the networks see, in pixels")
-    g.add_argument("--positive", metavar="A,B", help="class or classes that are positive; all others become the negative one")
+    g.add_argument(
+        "--positive", metavar="A,B", help="class or classes that are positive; all others become the negative one"
+    )
     g.add_argument("--drop-class", nargs="+", default=[], metavar="A", help="leave these classes out")
     g.add_argument("--channels", type=int, choices=[1, 3], help="grey or colour; default: look")
     g.add_argument("--clahe", action="store_true", help="even out the contrast of every image (CLAHE) when it is read")
     g.add_argument("--skip-bad", action="store_true", help="go on without images that can't be read")
-    g.add_argument("--dummy-boxes", action="store_true", help="give images without a box a central placeholder; every report then says so")
+    g.add_argument(
+        "--dummy-boxes",
+        action="store_true",
+        help="give images without a box a central placeholder; every report then says so",
+    )
     g.add_argument("--cache", default="runs/cache", help="folder of decoded images")
     for name in ("image", "label", "group", "split", "mask"):
-        g.add_argument(f"--{name}-column", metavar="NAME", help=f"column of a .csv; default: {name!r} where there is one")
-    g.add_argument("--box-columns", nargs="+", metavar="NAME", help="one column with four numbers, or four: x_min y_min x_max y_max in pixels")
-    g.add_argument("--meta-columns", nargs="+", metavar="NAME", help="patient metadata that C-Net gets beside the image")
+        g.add_argument(
+            f"--{name}-column", metavar="NAME", help=f"column of a .csv; default: {name!r} where there is one"
+        )
+    g.add_argument(
+        "--box-columns",
+        nargs="+",
+        metavar="NAME",
+        help="one column with four numbers, or four: x_min y_min x_max y_max in pixels",
+    )
+    g.add_argument(
+        "--meta-columns", nargs="+", metavar="NAME", help="patient metadata that C-Net gets beside the image"
+    )
 
 
 def parse(argv=None):
@@ -134,18 +225,6 @@ def parse(argv=None):
     return args
 
 
-def choose_device(name):
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise InputError(f"--device {name}: no such device; give auto, cpu or cuda") from None
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise InputError(f"--device {name}: PyTorch sees no CUDA device here; use --device cpu or auto")
-    return device
-
-
 def choose_amp(mode, device):
     """Whether to compute in bfloat16: by default where the hardware multiplies it at full speed."""
     if mode != "auto":
@@ -166,6 +245,8 @@ def load_images(args, log=print):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Losses
+
+VOTING = 0.2  # weight of the cross-entropy beside the box loss
 
 
 def classification_loss(logits, labels, weights=None, smoothing=0.0):
@@ -196,7 +277,27 @@ def box_loss(predicted, true):
     """Smooth L1 (near the right place a gentle pull) + GIoU loss (Rezatofighi et al. 2019: far from it still a direction)."""
     from torchvision.ops import generalized_box_iou_loss
 
-    return 4 * F.smooth_l1_loss(predicted, true, beta=0.05) + generalized_box_iou_loss(predicted, true, reduction="mean")
+    return 4 * F.smooth_l1_loss(predicted, true, beta=0.05) + generalized_box_iou_loss(
+        predicted, true, reduction="mean"
+    )
+
+
+def detection_loss(dnet, images, true):
+    """Loss of D-Net on a batch with its boxes (N, 4): box_loss and, for "votes", a cross-entropy that tells the cells
+    who should vote: those near the lesion's centre (a Gaussian of a sixth of its sides; Zhou et al., CenterNet, 2019).
+    Without it the scores learn only through the mean box, many times slower."""
+    if dnet.config["design"] != "votes":
+        return box_loss(dnet(images), true)
+    boxes, log_weights = dnet.vote(images)
+    x, y = cell_centres(*log_weights.shape[1:], log_weights.device)
+    centre, sides = (
+        ((true[:, :2] + true[:, 2:]) / 2)[..., None, None],
+        (true[:, 2:] - true[:, :2]).clamp(min=0.02)[..., None, None],
+    )
+    distance = ((x - centre[:, 0]) / sides[:, 0]) ** 2 + ((y - centre[:, 1]) / sides[:, 1]) ** 2
+    target = (-18 * distance).flatten(1).softmax(1)
+    voting = -(target * log_weights.flatten(1)).sum(1).mean()
+    return box_loss((boxes * log_weights.exp()[:, None]).sum((2, 3)), true) + VOTING * voting
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -235,7 +336,9 @@ def draw_batches(rows, batch, generator, weights=None):
     return rows[order].tensor_split(math.ceil(len(rows) / batch))
 
 
-def train_epoch(net, optimizer, scheduler, loss_of, images, rows, args, generator, regions=None, sample_weights=None, averaged=None):
+def train_epoch(
+    net, optimizer, scheduler, loss_of, images, rows, args, generator, regions=None, sample_weights=None, averaged=None
+):
     """One pass over `rows`: draw, augment, forward, backward, step, all on the device. Returns the mean loss.
 
     loss_of(net, x, boxes, rows) -> scalar. images, regions and boxes lie where the network is, or on the CPU.
@@ -247,7 +350,9 @@ def train_epoch(net, optimizer, scheduler, loss_of, images, rows, args, generato
     for index in draw_batches(rows, args.batch, generator, sample_weights):
         there = index.to(images.pixels.device)
         x, boxes = images.pixels[there].to(device), images.boxes[there].to(device)
-        x, boxes = augment(x, args.augment, boxes, None if regions is None else regions[there].to(device), args.size, generator)
+        x, boxes = augment(
+            x, args.augment, boxes, None if regions is None else regions[there].to(device), args.size, generator
+        )
         with autocast:
             loss = loss_of(net, x.contiguous(memory_format=torch.channels_last), boxes, index)
         optimizer.zero_grad(set_to_none=True)
@@ -279,11 +384,17 @@ def build_optimizer(net, args, steps):
     """AdamW (Loshchilov & Hutter 2019), decay on matrices alone; linear warm-up, then cosine to zero."""
     matrices = [p for p in net.parameters() if p.ndim > 1]
     others = [p for p in net.parameters() if p.ndim <= 1]
-    optimizer = torch.optim.AdamW([{"params": matrices, "weight_decay": args.weight_decay}, {"params": others, "weight_decay": 0.0}], lr=args.lr, fused=True)
+    optimizer = torch.optim.AdamW(
+        [{"params": matrices, "weight_decay": args.weight_decay}, {"params": others, "weight_decay": 0.0}],
+        lr=args.lr,
+        fused=True,
+    )
     warm = max(1, round(steps * args.warmup))
 
     def factor(step):
-        return (step + 1) / warm if step < warm else 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
+        return (
+            (step + 1) / warm if step < warm else 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
+        )
 
     return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
 
@@ -303,7 +414,11 @@ def fit(net, images, rows, loss_of, validate, args, *, name, folder, seed, regio
     last, log = Path(folder) / "last.pt", Path(folder) / "log.jsonl"
     saved = read_checkpoint(last, str(last)) if last.exists() else None
     if saved and saved["name"] == name:
-        for part, state in zip((net, optimizer, scheduler, averaged), (saved["net"], saved["optimizer"], saved["scheduler"], saved["averaged"]), strict=True):
+        for part, state in zip(
+            (net, optimizer, scheduler, averaged),
+            (saved["net"], saved["optimizer"], saved["scheduler"], saved["averaged"]),
+            strict=True,
+        ):
             if part is not None:
                 part.load_state_dict(state)
         generator.set_state(saved["generator"])
@@ -313,7 +428,9 @@ def fit(net, images, rows, loss_of, validate, args, *, name, folder, seed, regio
         best, best_score, history = saved["best"], tuple(saved["best_score"]), saved["history"]
         print(f"resuming {name} after epoch {len(history)}")
     lines = [line for line in (log.read_text().splitlines() if log.exists() else []) if json.loads(line)["net"] != name]
-    write_atomically(log, "".join(f"{line}\n" for line in lines + [json.dumps(h) for h in history]).encode())  # drop what came after the save
+    write_atomically(
+        log, "".join(f"{line}\n" for line in lines + [json.dumps(h) for h in history]).encode()
+    )  # drop what came after the save
 
     def save_state():
         save_checkpoint(last, {
@@ -327,24 +444,48 @@ def fit(net, images, rows, loss_of, validate, args, *, name, folder, seed, regio
         began = time.time()
         lr = scheduler.get_last_lr()[0]
         try:
-            loss = train_epoch(net, optimizer, scheduler, loss_of, images, rows, args, generator, regions, sample_weights, averaged)
+            loss = train_epoch(
+                net, optimizer, scheduler, loss_of, images, rows, args, generator, regions, sample_weights, averaged
+            )
         except FloatingPointError:
             save_state()
-            raise InputError(f"{name}, epoch {epoch + 1}: the loss is not finite; the last good state is kept in {last}. Try a lower --lr, or --amp off") from None
+            raise InputError(
+                f"{name}, epoch {epoch + 1}: the loss is not finite; the last good state is kept in {last}. Try a lower --lr, or --amp off"
+            ) from None
         kept = averaged if averaged is not None else net
         kept.eval()
         found = validate(kept)
         score = found.pop("score")
         if best_score is None or score > best_score:
-            best, best_score = {k: v.detach().cpu().clone() for k, v in kept.state_dict().items()}, score  # a copy, not an alias
-        history.append({"net": name, "epoch": epoch + 1, "loss": round(loss, 5), **{k: round(v, 5) for k, v in found.items()}, "best": score == best_score, "lr": lr, "seconds": round(time.time() - began, 2)})
+            best, best_score = (
+                {k: v.detach().cpu().clone() for k, v in kept.state_dict().items()},
+                score,
+            )  # a copy, not an alias
+        history.append(
+            {
+                "net": name,
+                "epoch": epoch + 1,
+                "loss": round(loss, 5),
+                **{k: round(v, 5) for k, v in found.items()},
+                "best": score == best_score,
+                "lr": lr,
+                "seconds": round(time.time() - began, 2),
+            }
+        )
         with open(log, "a") as file:
             file.write(json.dumps(history[-1]) + "\n")
         waited = epoch - max(h["epoch"] - 1 for h in history if h["best"])
         over = epoch + 1 == args.epochs or (args.patience and waited >= args.patience)
-        left = (time.time() - start) / (epoch + 1 - (len(saved["history"]) if saved and saved["name"] == name else 0)) * (args.epochs - epoch - 1)
+        left = (
+            (time.time() - start)
+            / (epoch + 1 - (len(saved["history"]) if saved and saved["name"] == name else 0))
+            * (args.epochs - epoch - 1)
+        )
         values = "  ".join(f"{k} {v:.3f}" for k, v in found.items())
-        print(f"{name:22s} epoch {epoch + 1:3d}/{args.epochs}  loss {loss:.4f}  {values} {'*' if score == best_score else ' '} {left:4.0f} s left", flush=True)
+        print(
+            f"{name:22s} epoch {epoch + 1:3d}/{args.epochs}  loss {loss:.4f}  {values} {'*' if score == best_score else ' '} {left:4.0f} s left",
+            flush=True,
+        )
         if time.time() - saved_at >= args.save_seconds or over or Interrupt.asked:
             save_state()
             saved_at = time.time()
@@ -367,7 +508,9 @@ def predict(model, images, rows, boxes=None, batch=64):
     for index in rows.cpu().split(batch):
         x = images.pixels[index.to(images.pixels.device)].to(device)
         meta = None if images.meta is None else images.meta[index].to(device)
-        parts.append(model.member_probabilities(model.look(x, None if boxes is None else boxes[index].to(device)), meta).cpu())
+        parts.append(
+            model.member_probabilities(model.look(x, None if boxes is None else boxes[index].to(device)), meta).cpu()
+        )
     return torch.cat(parts, 1)
 
 
@@ -375,7 +518,9 @@ def predict(model, images, rows, boxes=None, batch=64):
 def locate(model, images, rows, batch=64):
     """D-Net's boxes (N, 4) of the images in `rows`, on the CPU."""
     device = next(model.dnet.parameters()).device
-    return torch.cat([model.locate(images.pixels[i.to(images.pixels.device)].to(device)).cpu() for i in rows.cpu().split(batch)])
+    return torch.cat(
+        [model.locate(images.pixels[i.to(images.pixels.device)].to(device)).cpu() for i in rows.cpu().split(batch)]
+    )
 
 
 def member_weights(probabilities, labels, steps=20):
@@ -395,7 +540,9 @@ def calibrate(model, probabilities, labels, target_sensitivity):
     model.info["temperature"] = 1.0
     model.info["temperature"] = metrics.fit_temperature(model.combine(probabilities), labels)
     if len(model.info["classes"]) == 2:
-        model.info["threshold"] = metrics.threshold_for_sensitivity(model.combine(probabilities)[:, 1], labels, target_sensitivity)
+        model.info["threshold"] = metrics.threshold_for_sensitivity(
+            model.combine(probabilities)[:, 1], labels, target_sensitivity
+        )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -406,7 +553,9 @@ def check_split(images, rows, what):
     counts = torch.bincount(images.labels[rows], minlength=len(images.classes))
     for name, count in zip(images.classes, counts.tolist(), strict=True):
         if not count:
-            raise InputError(f"the {what} split has no {name!r} image ({len(rows)} images); add some, or let the splits be drawn (leave the source's out)")
+            raise InputError(
+                f"the {what} split has no {name!r} image ({len(rows)} images); add some, or let the splits be drawn (leave the source's out)"
+            )
 
 
 def one_run(images, train, val, test, args, folder, seed):
@@ -448,16 +597,25 @@ def one_run(images, train, val, test, args, folder, seed):
     elif args.nets != "cnet":
         with_box, val_boxed = train[boxed[train]], val[boxed[val]]
         if not len(val_boxed):
-            raise InputError("no validation image has a box: D-Net can't choose its best epoch; add boxes, or use --nets cnet")
+            raise InputError(
+                "no validation image has a box: D-Net can't choose its best epoch; add boxes, or use --nets cnet"
+            )
 
         def dnet_loss(net, x, boxes, rows):
-            return box_loss(net(x), boxes)
+            return detection_loss(net, x, boxes)
 
         def dnet_score(net):
             iou = metrics.paired_iou(locate(Ensemble([], dnet=net, **info), images, val_boxed), images.boxes[val_boxed])
             return {"score": (float(iou.mean()),), "val_iou": float(iou.mean())}
 
-        dnet = trained("dnet", lambda: DNet(args.model, channels, normalise, args.dnet_design, args.weights), images, with_box, dnet_loss, dnet_score)
+        dnet = trained(
+            "dnet",
+            lambda: DNet(args.model, channels, normalise, args.dnet_design, args.weights),
+            images,
+            with_box,
+            dnet_loss,
+            dnet_score,
+        )
         test_boxes = locate(Ensemble([], dnet=dnet, **info), images, test)
     if args.roi == "mask":
         if images.masks is None and not boxed.any():
@@ -482,7 +640,9 @@ def one_run(images, train, val, test, args, folder, seed):
         meta = None if images.meta is None else images.meta.to(device)
 
         def cnet_loss(net, x, boxes, rows):
-            return classification_loss(net(x, None if meta is None else meta[rows]), labels[rows], weights, args.label_smoothing)
+            return classification_loss(
+                net(x, None if meta is None else meta[rows]), labels[rows], weights, args.label_smoothing
+            )
 
         def cnet_score(net):
             p = predict(Ensemble([net], **info), images, val, look)[0]
@@ -519,7 +679,9 @@ def check_size(net, channels, size, meta):
             image = torch.zeros(1, channels, size, size)
             copy.deepcopy(net).eval()(*([image] if isinstance(net, DNet) or meta is None else [image, meta[:1]]))
     except RuntimeError as e:
-        raise InputError(f"--size {size} is too small for {net.config['model']} ({str(e).splitlines()[0][:90]}); use a larger --size") from None
+        raise InputError(
+            f"--size {size} is too small for {net.config['model']} ({str(e).splitlines()[0][:90]}); use a larger --size"
+        ) from None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -532,7 +694,9 @@ def write_report(images, results, args, folder, seconds, splits):
     labels, groups = images.labels[rows], images.groups[rows]
     classify = results[0]["probabilities"] is not None
     probabilities = torch.cat([r["probabilities"] for r in results]) if classify else None
-    threshold = torch.cat([torch.full((len(r["rows"]),), r["threshold"] if r["threshold"] is not None else 0.5) for r in results])
+    threshold = torch.cat(
+        [torch.full((len(r["rows"]),), r["threshold"] if r["threshold"] is not None else 0.5) for r in results]
+    )
     boxes = torch.cat([r["boxes"] for r in results]) if results[0]["boxes"] is not None else None
     iou = None if boxes is None else metrics.paired_iou(boxes, images.boxes[rows])
     if iou is not None and not iou.isfinite().any():
@@ -553,11 +717,20 @@ def write_report(images, results, args, folder, seconds, splits):
     note = "   PLACEHOLDER BOXES: localisation means nothing" if images.placeholder_boxes else ""
     panels = []
     if classify:
-        panels += [roc_panel(probabilities, labels, images.classes, test), confusion_panel(probabilities, labels, threshold, images.classes), calibration_panel(probabilities, labels, test)]
+        panels += [
+            roc_panel(probabilities, labels, images.classes, test),
+            confusion_panel(probabilities, labels, threshold, images.classes),
+            calibration_panel(probabilities, labels, test),
+        ]
     panels.append(training_panel(results[0]["histories"]))
-    plots.save_png(plots.page(panels, min(2, len(panels)), f"{images.source}: {report['model']}, {len(rows)} test images{note}"), Path(folder) / "report.png")
+    plots.save_png(
+        plots.page(panels, min(2, len(panels)), f"{images.source}: {report['model']}, {len(rows)} test images{note}"),
+        Path(folder) / "report.png",
+    )
     if classify:
-        plots.save_png(mistakes_sheet(images, rows, probabilities, threshold, boxes, note), Path(folder) / "mistakes.png")
+        plots.save_png(
+            mistakes_sheet(images, rows, probabilities, threshold, boxes, note), Path(folder) / "mistakes.png"
+        )
     return report
 
 
@@ -574,7 +747,11 @@ def point_metrics(images, result):
     """The metrics of one run without intervals: {name: number}."""
     values = {}
     if result["probabilities"] is not None:
-        values = metrics.evaluate(result["probabilities"], images.labels[result["rows"]], 0.5 if result["threshold"] is None else result["threshold"])
+        values = metrics.evaluate(
+            result["probabilities"],
+            images.labels[result["rows"]],
+            0.5 if result["threshold"] is None else result["threshold"],
+        )
     if result["boxes"] is not None:
         values |= metrics.localisation(metrics.paired_iou(result["boxes"], images.boxes[result["rows"]]))
     return {k: float(v) for k, v in values.items()}
@@ -588,18 +765,31 @@ def roc_panel(probabilities, labels, classes, test):
     curves = {}
     for k in range(len(classes))[1 if len(classes) == 2 else 0 :]:
         curves[classes[k]] = [v.tolist() for v in metrics.roc_curve(probabilities[:, k], labels == k)]
-    return plots.line_chart(curves, f"ROC: AUC {interval(test['auc'])}", "1 - specificity", "sensitivity", (0, 1), (0, 1), diagonal=True)
+    return plots.line_chart(
+        curves, f"ROC: AUC {interval(test['auc'])}", "1 - specificity", "sensitivity", (0, 1), (0, 1), diagonal=True
+    )
 
 
 def confusion_panel(probabilities, labels, threshold, classes):
     title = "Confusion" + (" at the validation threshold" if len(classes) == 2 else "")
-    return plots.confusion_chart(metrics.confusion(metrics.decide(probabilities, threshold), labels, len(classes)), classes, title)
+    return plots.confusion_chart(
+        metrics.confusion(metrics.decide(probabilities, threshold), labels, len(classes)), classes, title
+    )
 
 
 def calibration_panel(probabilities, labels, test):
     predicted, true, bins = metrics.calibration_bins(probabilities, labels)
     points = [(predicted[bins == b].mean(), true[bins == b].mean()) for b in range(metrics.BINS) if (bins == b).any()]
-    return plots.line_chart({"test": list(zip(*points, strict=True))}, f"Calibration: ECE {interval(test['ece'])}", "predicted", "observed", (0, 1), (0, 1), diagonal=True, points=True)
+    return plots.line_chart(
+        {"test": list(zip(*points, strict=True))},
+        f"Calibration: ECE {interval(test['ece'])}",
+        "predicted",
+        "observed",
+        (0, 1),
+        (0, 1),
+        diagonal=True,
+        points=True,
+    )
 
 
 def training_panel(histories):
@@ -618,7 +808,9 @@ def mistakes_sheet(images, rows, probabilities, threshold, boxes, note, most=20)
     captions = []
     for i in wrong.tolist():
         shown = images.classes[labels[i]]
-        captions.append(f"{Path(images.names[rows[i]]).name[-26:]}\n{shown[:16]}: p {float(probabilities[i, labels[i]]):.3f}")
+        captions.append(
+            f"{Path(images.names[rows[i]]).name[-26:]}\n{shown[:16]}: p {float(probabilities[i, labels[i]]):.3f}"
+        )
     return plots.contact_sheet(
         [images.pixels[rows[i]].cpu() for i in wrong.tolist()], captions, None if boxes is None else boxes[wrong], images.boxes[rows[wrong]],
         title=f"The worst {len(wrong)} errors: truth and its probability (boxes: blue true, orange D-Net){note}")  # fmt: skip
@@ -627,7 +819,11 @@ def mistakes_sheet(images, rows, probabilities, threshold, boxes, note, most=20)
 def print_report(report):
     print("\ntest, with 95 % intervals resampled by group:")
     for name, m in report["test"].items():
-        spread = f"   runs {report['mean'][name]['mean']:.3f} +- {report['mean'][name]['sd']:.3f}" if "mean" in report else ""
+        spread = (
+            f"   runs {report['mean'][name]['mean']:.3f} +- {report['mean'][name]['sd']:.3f}"
+            if "mean" in report
+            else ""
+        )
         values = [float("nan") if v is None else v for v in (m["value"], m["low"], m["high"])]
         print(f"  {name:18s} {values[0]:.3f}  [{values[1]:.3f}, {values[2]:.3f}]{spread}")
     if report["data"]["placeholder_boxes"]:
@@ -651,7 +847,9 @@ def plan(images, args):
         for k in range(args.folds):
             rest = labelled[fold != k]
             is_val = partition(images.labels[rest], images.groups[rest], [7, 1], seed) == 1
-            runs.append((f"{prefix}{'-' if prefix else ''}fold{k + 1}", rest[~is_val], rest[is_val], labelled[fold == k], seed))
+            runs.append(
+                (f"{prefix}{'-' if prefix else ''}fold{k + 1}", rest[~is_val], rest[is_val], labelled[fold == k], seed)
+            )
     for name, train, val, test, _ in runs:
         for rows, what in ((train, "train"), (val, "val"), (test, "test")):
             check_split(images, rows, f"{name} {what}".strip())
@@ -667,11 +865,15 @@ def prepare_folder(args):
     folder = Path(args.runs) / name
     if folder.exists():
         if args.name:
-            raise InputError(f"--name {args.name}: {folder} exists; choose another name, or go on with --resume {folder}")
+            raise InputError(
+                f"--name {args.name}: {folder} exists; choose another name, or go on with --resume {folder}"
+            )
         number = 2
         while (folder := Path(args.runs) / f"{name}-{number}").exists():
             number += 1
-    commit = subprocess.run(["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
+    commit = subprocess.run(
+        ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"], capture_output=True, text=True
+    ).stdout.strip()
     config = {"args": {k: v for k, v in vars(args).items() if k != "resume"}, "commit": commit or None, "command": sys.argv,
               "versions": {"python": platform.python_version(), "torch": str(torch.__version__)}}  # fmt: skip
     write_atomically(folder / "config.json", json.dumps(config, indent=1).encode())
@@ -696,7 +898,9 @@ def main(argv=None):
         return
     images = load_images(args)
     if len(images.classes) < 2:
-        raise InputError(f"--data {args.data}: {'one class only (' + images.classes[0] + ')' if images.classes else 'no labels'}: nothing to learn; at least two are needed")
+        raise InputError(
+            f"--data {args.data}: {'one class only (' + images.classes[0] + ')' if images.classes else 'no labels'}: nothing to learn; at least two are needed"
+        )
     runs = plan(images, args)
     folder = prepare_folder(args)
     print(f"run folder: {folder}")
@@ -713,7 +917,14 @@ def main(argv=None):
                     print(f"\n{name}: {len(train)} train, {len(val)} val, {len(test)} test")
                 results.append(one_run(images, train, val, test, args, part, seed))
                 if name:
-                    write_report(images, results[-1:], args, part, time.time() - start, {"train": len(train), "val": len(val), "test": len(test)})
+                    write_report(
+                        images,
+                        results[-1:],
+                        args,
+                        part,
+                        time.time() - start,
+                        {"train": len(train), "val": len(val), "test": len(test)},
+                    )
     except (Stopped, KeyboardInterrupt):
         print(f"stopped; go on with: python train.py --resume {folder}")
         sys.exit(130)
@@ -725,18 +936,6 @@ def main(argv=None):
     print(f"\n{folder}: model.pt, report.json, report.png, mistakes.png   ({time.time() - start:.0f} s)")
     print(f"try: python infer.py {write_example(images, results, folder)} --model {model}")
     print(DISCLAIMER)
-
-
-def run_main(main):
-    """Call `main`; a user's mistake is one line on stderr and exit code 1, a bug keeps its traceback."""
-    try:
-        main()
-    except InputError as e:
-        print(f"error: {e}", file=sys.stderr)
-        sys.exit(1)
-    except BrokenPipeError:  # the reader of our output (head, less) has gone
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
 
 
 if __name__ == "__main__":

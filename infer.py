@@ -1,0 +1,283 @@
+"""Use a trained model: where is the lesion, how likely is it malignant, how sure is that?
+
+    python infer.py image.png                                   the newest model under runs/
+    python infer.py scans/ more.png --model runs/busi/model.pt --tta 5 --save-overlay out/
+    python infer.py scans/ --json > results.jsonl               one JSON object a line
+
+    from infer import BreastCancerDetector
+    BreastCancerDetector("runs/busi/model.pt").predict("image.png")["probability"]
+
+An image is letterboxed, D-Net gives the box, C-Net looks at the whole or at the crop (as it was trained), at several
+views at once (test-time augmentation); the mean is calibrated and held against the validation threshold. What is near
+the threshold, or where members and views disagree, is to be referred to a radiologist."""
+
+import argparse
+import json
+import math
+import os
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from data import (
+    MASK,
+    InputError,
+    choose_device,
+    clahe,
+    crop_regions,
+    encode_meta,
+    image_files,
+    letterbox,
+    natural,
+    read_image,
+    region_matrices,
+    run_main,
+    to_mode,
+    warp,
+)
+from models import DISCLAIMER, disagreement, load
+
+REFER_ODDS = 2.0  # refer when the odds lie within this factor of the threshold's
+REFER_UNCERTAINTY = 0.15  # or when the opinions' standard deviation is above this
+
+# Flip and zoom of each view. The first is the picture as it is; no vertical flips, depth has a meaning.
+VIEWS = [(1, 1.0), (-1, 1.0), (1, 0.9), (-1, 0.9), (1, 1.1), (-1, 1.1), (1, 0.8), (-1, 0.8)]
+
+
+def tta_views(images, views=5, regions=None, size=None):
+    """Test-time augmentation: `views` looks at each image, each resampled once, in ONE batch of views * N.
+
+    images (N, C, S, S); regions (N, 4): the crops that C-Net looks at, None = the whole. Returns float32
+    (views * N, C, size, size), view by view; a zoom of 0.9 shows nine tenths of the side."""
+    n, _, _, side = images.shape
+    if regions is None:
+        regions = torch.tensor([[0.0, 0.0, 1.0, 1.0]], device=images.device).expand(n, 4)
+    base = region_matrices(regions)
+    scale = torch.tensor(
+        [[flip * zoom, zoom, 1.0] for flip, zoom in VIEWS[:views]], device=images.device
+    )  # of the columns x, y, centre
+    matrices = (base * scale[:, None, None]).flatten(0, 1)
+    return warp(images.repeat(len(scale), 1, 1, 1), matrices, size or side)
+
+
+class BreastCancerDetector:
+    """A model file, ready to predict. model: path, or None for the newest under runs/. device: auto, cpu, cuda.
+    tta: number of views, 1 to 8. Raises InputError if the file is missing, damaged, or no model."""
+
+    def __init__(self, model=None, device="auto", tta=5):
+        if not 1 <= tta <= len(VIEWS):
+            raise InputError(f"--tta {tta}: give 1 to {len(VIEWS)} views")
+        self.path = Path(model) if model else newest_model()
+        self.device = choose_device(device)
+        self.model = load(self.path, self.device)
+        self.tta = tta
+        self.info = self.model.info
+
+    def predict(self, images, meta=None):
+        """A dict for one image, a list of dicts for a list. An image is a path, a PIL image, or an array: uint8 (H, W)
+        or (H, W, 3), or float in [0, 1]. meta: {"age": 55, ...}, one dict for all; what is not given counts as missing.
+
+        Keys: image, prediction, probability (of the positive class, the last of the model's classes), confidence (the
+        probability of the prediction), probabilities, uncertainty (standard deviation over members and views), box
+        (x_min, y_min, x_max, y_max in the image's own pixels, or None), refer, error (None, or one line; then all else is None)."""
+        alone = not isinstance(images, (list, tuple))
+        images = [images] if alone else list(images)
+        results = []
+        for start in range(0, len(images), 32):  # a batch on the device while memory stays bounded
+            results += self._predict_batch(images[start : start + 32], meta)
+        return results[0] if alone else results
+
+    @torch.inference_mode()
+    def _predict_batch(self, images, meta):
+        info = self.info
+        with ThreadPoolExecutor(min(len(images), os.cpu_count() or 1)) as pool:
+            opened = list(pool.map(self._open, images))
+        results = [{"image": name, "prediction": None, "probability": None, "confidence": None, "probabilities": None, "uncertainty": None,
+                    "box": None, "refer": None, "error": error} for name, _, _, _, error in opened]  # fmt: skip
+        good = [i for i, o in enumerate(opened) if o[4] is None]
+        if not good:
+            return results
+        pixels = torch.from_numpy(np.stack([opened[i][1] for i in good])).to(self.device)
+        if info["equalise"]:
+            pixels = clahe(pixels)
+        patient = None
+        if info["meta_spec"]:
+            row = {str(k): str(v) for k, v in (meta or {}).items()}
+            known = [s["column"] for s in info["meta_spec"]]
+            if unknown := set(row) - set(known):
+                raise InputError(f"--meta {sorted(unknown)[0]}: the model knows {', '.join(known)}")
+            patient = encode_meta([row], None, info["meta_spec"])[0].to(self.device).expand(len(good) * self.tta, -1)
+        elif meta:
+            raise InputError("--meta: this model was trained on images alone")
+
+        boxes = self.model.locate(pixels)
+        regions = crop_regions(boxes, info["margin"]) if info["roi"] != "none" and boxes is not None else None
+        opinions = self.model.member_probabilities(
+            tta_views(pixels, self.tta, regions, info["size"]), patient
+        ).unflatten(1, (self.tta, len(good)))
+        probabilities = self.model.combine(opinions.mean(1)).cpu()
+        uncertainty = disagreement(opinions.flatten(0, 1)).cpu()
+        for k, i in enumerate(good):
+            results[i].update(self._answer(probabilities[k].tolist(), float(uncertainty[k])))
+            if boxes is not None:
+                results[i]["box"] = self._original_box(boxes[k].tolist(), *opened[i][2:4])
+        return results
+
+    def _open(self, image):
+        """(name, letterboxed pixels, placement, size, error) of a path, a PIL image or an array."""
+        name = str(image) if isinstance(image, (str, Path)) else None
+        try:
+            if name is not None:
+                picture = read_image(name, self.info["channels"])
+            elif isinstance(image, Image.Image):
+                picture = to_mode(image, self.info["channels"])
+            else:
+                picture = to_mode(array_image(image), self.info["channels"])
+            pixels, placement = letterbox(picture, self.info["load_size"])
+            return name, pixels, placement, picture.size, None
+        except InputError as e:
+            return name, None, None, None, str(e)
+
+    def _answer(self, probabilities, uncertainty):
+        classes, p = self.info["classes"], probabilities[-1]
+        if len(classes) == 2:
+            threshold = self.info["threshold"]
+            predicted = int(p >= threshold)
+            near = abs(log_odds(p) - log_odds(threshold)) < math.log(REFER_ODDS)
+        else:
+            predicted = int(np.argmax(probabilities))
+            best, second = sorted(probabilities)[:-3:-1]
+            near = best < REFER_ODDS * second
+        return {"prediction": classes[predicted], "probability": round(p, 6), "confidence": round(probabilities[predicted], 6),
+                "probabilities": {c: round(v, 6) for c, v in zip(classes, probabilities, strict=True)}, "uncertainty": round(uncertainty, 6),
+                "refer": near or uncertainty > REFER_UNCERTAINTY}  # fmt: skip
+
+    def _original_box(self, box, placement, size):
+        """From [0, 1] of the letterboxed square to the image's own pixels, inside the image."""
+        sx, sy, left, top = placement
+        corners = [
+            (v * self.info["load_size"] - o) / s for v, o, s in zip(box, (left, top) * 2, (sx, sy) * 2, strict=True)
+        ]
+        return [round(min(max(v, 0.0), float(m)), 1) for v, m in zip(corners, size * 2, strict=True)]
+
+    def describe(self):
+        """Where the model comes from, in one line."""
+        made = self.info["made"]
+        members = "+".join(m.config["model"] for m in self.model.members)
+        warning = (
+            "; trained on PHANTOMS, its answer on a real picture means nothing"
+            if made.get("data") == "phantoms"
+            else ""
+        )
+        warning += "; PLACEHOLDER BOXES" if made.get("placeholder_boxes") else ""
+        return f"model {self.path}: {members} of {made.get('data')}, {self.info['size']} px{warning}"
+
+
+def log_odds(p):
+    p = min(max(p, 1e-6), 1 - 1e-6)
+    return math.log(p / (1 - p))
+
+
+def array_image(array):
+    """A numpy array as a PIL image. Floats in [0, 1] and bools are scaled; anything else goes by its own range."""
+    array = np.asarray(array)
+    if array.ndim not in (2, 3) or 0 in array.shape or (array.ndim == 3 and array.shape[2] not in (1, 3, 4)):
+        raise InputError(f"an array of shape {array.shape} is no image: give (H, W) or (H, W, 3)")
+    if array.dtype.kind not in "buif":
+        raise InputError(f"an array of {array.dtype} is no image")
+    if array.dtype.kind == "f" and not np.isfinite(array).all():
+        raise InputError("the array holds NaN or infinity")
+    if array.dtype != np.uint8:
+        low, high = (
+            (0.0, 1.0)
+            if array.dtype.kind == "b" or (array.dtype.kind == "f" and array.min() >= 0 and array.max() <= 1)
+            else (float(array.min()), float(array.max()))
+        )
+        array = ((array.astype(np.float64) - low) * (255 / max(high - low, 1e-12))).round().astype(np.uint8)
+    return Image.fromarray(array[:, :, 0] if array.ndim == 3 and array.shape[2] == 1 else np.ascontiguousarray(array))
+
+
+def newest_model():
+    found = sorted(Path("runs").glob("**/model.pt"), key=lambda p: p.stat().st_mtime)
+    if not found:
+        raise InputError("no model under runs/: train one (python train.py), or name a file with --model")
+    return found[-1]
+
+
+def collect(paths):
+    """Files as they are; of a folder all images in it and below, but not the masks beside them."""
+    files = []
+    for path in map(Path, paths):
+        if not path.is_dir():
+            files.append(str(path))
+            continue
+        found = [p for folder, _, _ in os.walk(path) for p in image_files(folder)]
+        stems = {(p.parent, p.stem) for p in found}
+        found = [p for p in found if not ((m := MASK.match(p.stem)) and (p.parent, m[1]) in stems)]
+        if not found:
+            raise InputError(f"{path}: no image in this folder")
+        files += map(str, sorted(found, key=natural))
+    return files
+
+
+def main(argv=None):
+    p = argparse.ArgumentParser(
+        description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False
+    )
+    p.add_argument("images", nargs="+", help="image files and folders")
+    p.add_argument("--model", help="model file; default: the newest under runs/")
+    p.add_argument("--tta", type=int, default=5, help=f"views of each image, 1 to {len(VIEWS)}")
+    p.add_argument(
+        "--meta", metavar="A=X,B=Y", help="patient data for a model trained with it, as in age=55,sex=female"
+    )
+    p.add_argument("--json", action="store_true", help="one JSON object a line on stdout, nothing else")
+    p.add_argument("--save-overlay", metavar="DIR", help="write each picture with its box and answer into DIR")
+    p.add_argument("--device", default="auto", help="auto, cpu, cuda")
+    args = p.parse_args(argv)
+    meta = dict(pair.partition("=")[::2] for pair in args.meta.split(",")) if args.meta else None
+
+    detector = BreastCancerDetector(args.model, args.device, args.tta)
+    files = collect(args.images)
+    if not args.json:
+        print(detector.describe())
+        if missing := [s["column"] for s in detector.info["meta_spec"] if s["column"] not in (meta or {})]:
+            print(f"not given, so counted as missing: {', '.join(missing)}")
+    failed = 0
+    for start in range(0, len(files), 32):
+        for result in detector.predict(files[start : start + 32], meta):
+            failed += result["error"] is not None
+            print(json.dumps(result) if args.json else sentence(result, detector.info), flush=True)
+            if args.save_overlay and result["error"] is None:
+                save_overlay(result, detector.info, args.save_overlay)
+    if not args.json:
+        print(DISCLAIMER)
+    if failed:
+        raise SystemExit(1)
+
+
+def sentence(result, info):
+    """One human-readable line."""
+    if result["error"]:
+        return f"{result['image']}: error: {result['error']}"
+    held = f" (threshold {info['threshold']:.3f})" if len(info["classes"]) == 2 else ""
+    box = f", box {' '.join(f'{v:.0f}' for v in result['box'])}" if result["box"] else ""
+    refer = "  -> refer to a radiologist: the evidence is not clear" if result["refer"] else ""
+    return f"{result['image']}: {result['prediction']}, p({info['classes'][-1]}) = {result['probability']:.3f}{held}, uncertainty {result['uncertainty']:.3f}{box}{refer}"
+
+
+def save_overlay(result, info, folder):
+    import plots  # here and not above: a plain prediction starts without it
+
+    path = Path(result["image"])
+    caption = f"{result['prediction']}, p({info['classes'][-1]}) = {result['probability']:.3f}{', refer' if result['refer'] else ''}\n{DISCLAIMER}"
+    plots.save_png(
+        plots.overlay(read_image(path, 3), result["box"], caption),
+        Path(folder) / f"{path.parent.name}_{path.stem}_overlay.png",
+    )
+
+
+if __name__ == "__main__":
+    run_main(main)
