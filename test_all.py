@@ -1,0 +1,1571 @@
+"""All tests: `pytest test_all.py`, a few minutes on two CPU cores, no data needed.
+
+Against independent oracles (counting pairs, brute force, loops over pixels, uninterrupted runs), on awkward inputs,
+and through the command lines. With DATA=/path/to/data the real files are read too (breastmnist.npz, BUSI/, IDC/,
+HAM10000/). The order is that of the house: data, models, metrics, plots, train, infer."""
+
+import argparse
+import contextlib
+import io
+import json
+import math
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageDraw
+
+import data
+import infer
+import metrics
+import models
+import plots
+import train
+from data import InputError
+
+HERE = Path(__file__).parent
+DATA = Path(os.environ["DATA"]) if os.environ.get("DATA") else None
+needs_data = pytest.mark.skipif(DATA is None, reason="real data: set DATA to its folder")
+
+
+def run(*command, **more):
+    """A command line as a user calls it."""
+    environment = {**os.environ, "PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "2"}
+    return subprocess.run(
+        [sys.executable, *map(str, command)], capture_output=True, text=True, env=environment, timeout=300, **more
+    )
+
+
+def error_of(result):
+    """The one line on stderr of a command that the user got wrong."""
+    assert result.returncode == 1, result.stderr
+    lines = [line for line in result.stderr.splitlines() if line]
+    assert lines[0].startswith("error: "), result.stderr
+    assert "Traceback" not in result.stderr
+    return lines[0]
+
+
+def picture(width=60, height=40, seed=0, mode="L"):
+    shape = (height, width) if mode == "L" else (height, width, 3)
+    # smooth, so that a thumbnail of it keeps its content
+    coarse = np.random.default_rng(seed).integers(0, 256, (5, 7) + shape[2:], dtype=np.uint8)
+    return Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
+
+
+def class_folders(folder, counts=None, width=60, height=40):
+    """CLASS/i.png with a bright or dark blob that tells the class, and masks."""
+    seed = 0
+    for name, count in (counts or {"benign": 12, "malignant": 8}).items():
+        (folder / name).mkdir(parents=True)
+        for i in range(count):
+            seed += 1
+            image, mask = picture(width, height, seed), Image.new("L", (width, height))
+            if name != "normal":
+                box = [10 + seed % 9, 8 + seed % 7, 30 + seed % 9, 24 + seed % 7]
+                ImageDraw.Draw(mask).ellipse(box, fill=255)
+                ImageDraw.Draw(image).ellipse(box, fill=250 if name == "malignant" else 5)
+            image.save(folder / name / f"{name} ({i + 1}).png")
+            mask.save(folder / name / f"{name} ({i + 1})_mask.png")
+    return folder
+
+
+def quiet_load(*args, **kwargs):
+    return data.load(*args, **{"cache": None, "log": lambda _: None, **kwargs})
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# data.py: one image
+
+
+@pytest.mark.parametrize(("width", "height"), [(60, 40), (40, 60), (50, 50), (1, 1), (3, 200), (20_000, 30)])
+def test_letterbox_keeps_the_aspect_ratio_and_pads_with_the_mean(width, height):
+    image = picture(width, height)
+    square, (sx, sy, left, top) = data.letterbox(image, 64)
+    assert square.shape == (1, 64, 64)
+    w, h = round(width * sx), round(height * sy)
+    assert max(w, h) == 64
+    assert abs(w / h - width / height) <= max(1, width / height) / min(w, h)  # up to the rounding of the short side
+    content = square[0, top : top + h, left : left + w]
+    outside = np.ones((64, 64), bool)
+    outside[top : top + h, left : left + w] = False
+    assert (square[0][outside] == round(float(content.mean()))).all()
+    assert abs(float(square.mean()) - float(content.mean())) <= 0.5
+
+
+def test_letterbox_places_points_where_it_says():
+    image = Image.new("L", (200, 100))
+    ImageDraw.Draw(image).rectangle([120, 40, 139, 59], fill=255)
+    square, (sx, sy, left, top) = data.letterbox(image, 100)
+    ys, xs = np.nonzero(square[0] > 200)
+    assert xs.min() == pytest.approx(120 * sx + left, abs=1)
+    assert xs.max() + 1 == pytest.approx(140 * sx + left, abs=1)
+    assert ys.min() == pytest.approx(40 * sy + top, abs=1)
+
+
+def awkward_images(folder):
+    """Files of every mode that a user may have; the left half is dark, the right half bright."""
+    base = np.zeros((20, 30), np.uint8)
+    base[:, 15:] = 200
+    grey = Image.fromarray(base)
+    rgb = grey.convert("RGB")
+    rgba = rgb.convert("RGBA")
+    rgba.putalpha(Image.fromarray(np.where(base > 0, 255, 0).astype(np.uint8)))
+    hidden = Image.fromarray(np.full((20, 30, 4), 255, np.uint8))  # white behind full transparency must not be seen
+    hidden.putalpha(Image.fromarray(np.where(base > 0, 200, 0).astype(np.uint8)))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was turned: rotate by 90 degrees to see it upright
+    turned = Image.fromarray(np.ascontiguousarray(np.rot90(base)))
+    files = {}
+    for name, image, options in [
+        ("grey.png", grey, {}),
+        ("rgb.png", rgb, {}),
+        ("rgba.png", rgba, {}),
+        ("hidden.png", hidden, {}),
+        ("palette.png", rgb.quantize(8), {}),
+        ("palette_transparent.gif", rgb.quantize(8), {"transparency": 0}),
+        ("cmyk.jpg", rgb.convert("CMYK"), {"quality": 95}),
+        ("sixteen.png", Image.fromarray(base.astype(np.uint16) * 10), {}),
+        ("float.tif", Image.fromarray(base.astype(np.float32) / 255), {}),
+        ("bilevel.png", grey.convert("1"), {}),
+        ("exif.jpg", turned, {"exif": exif, "quality": 95}),
+    ]:
+        image.save(folder / name, **options)
+        files[name] = folder / name
+    return files
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_every_image_mode_is_read_upright_with_its_contrast(tmp_path, channels):
+    for name, path in awkward_images(tmp_path).items():
+        image = data.read_image(path, channels)
+        assert image.mode == ("L" if channels == 1 else "RGB"), name
+        assert image.size == (30, 20), name
+        values = np.asarray(image).reshape(20, 30, -1).astype(int)
+        assert values[:, 17:].mean() - values[:, :13].mean() > 120, name
+
+
+def bad_files(folder):
+    good = folder / "good.png"
+    picture().save(good)
+    (folder / "text.png").write_text("no image")
+    (folder / "cut.png").write_bytes(good.read_bytes()[:200])
+    (folder / "empty.jpg").write_bytes(b"")
+    bomb = Image.new("1", (20_000, 20_000))
+    bomb.save(folder / "bomb.png")
+    good.unlink()
+    return {"text.png": "not an image", "cut.png": "damaged", "empty.jpg": "not an image", "bomb.png": "million pixels"}
+
+
+def test_bad_files_say_what_is_wrong(tmp_path):
+    for name, why in bad_files(tmp_path).items():
+        with pytest.raises(InputError, match=why):
+            data.read_image(tmp_path / name, 1)
+    with pytest.raises(InputError, match="no such file"):
+        data.read_image(tmp_path / "nowhere.png", 1)
+
+
+def test_clahe_of_one_tile_without_a_limit_is_histogram_equalisation():
+    x = torch.randint(30, 90, (2, 1, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    out = data.clahe(x, tiles=1, clip=1e9)
+    for image, result in zip(x, out, strict=True):
+        for v in image.unique():
+            expected = 255 * (image <= v).sum().item() / image.numel()
+            assert abs(result[image == v].float() - expected).max() <= 0.51
+
+
+def test_clahe_raises_local_contrast_and_leaves_blank_images_blank():
+    x = (torch.linspace(100, 130, 64).expand(64, 64) + torch.randint(0, 8, (64, 64)))[None, None].to(torch.uint8)
+    assert data.clahe(x).float().std() > 2 * x.float().std()
+    blank = data.clahe(torch.full((1, 3, 33, 47), 90, dtype=torch.uint8))
+    assert blank.shape == (1, 3, 33, 47)
+    assert blank.unique().numel() == 1
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# data.py: readers
+
+
+def test_class_folders_with_masks(tmp_path):
+    class_folders(tmp_path, {"benign": 4, "malignant": 3, "normal": 2})
+    second = Image.new("L", (60, 40))
+    ImageDraw.Draw(second).rectangle([50, 30, 54, 34], fill=255)
+    second.save(tmp_path / "benign" / "benign (2)_mask_1.png")
+    images = quiet_load(tmp_path, 60, positive="malignant")
+    assert len(images) == 9
+    assert images.classes == ["benign+normal", "malignant"]
+    assert images.labels.tolist() == [0] * 4 + [1] * 3 + [0] * 2
+    assert not any("_mask" in n for n in images.names)
+    assert images.boxes[7:].isnan().all()  # normal: all-black masks, so no lesion and no box
+    for i in range(7):  # the box is that of the union of the masks
+        np.testing.assert_allclose(images.boxes[i] * 60, data.box_of(images.masks[i].numpy()), atol=1.01)
+    assert images.boxes[1, 2] * 60 == pytest.approx(55, abs=1)  # and it reaches the second lesion
+
+
+def test_classes_are_ordered_and_chosen():
+    order = data.resolve_classes
+    assert order(["malignant", "benign"])[0] == ["benign", "malignant"]
+    assert order(["0", "1", "1"]) == (["0", "1"], [0, 1, 1])
+    assert order(["0", "1", "1"], positive="0") == (["1", "0"], [1, 0, 0])
+    assert order(["normal", "malignant", "benign"])[0] == ["benign", "normal", "malignant"]
+    assert order(["mel", "nv", "bcc", ""], positive="mel,bcc") == (["nv", "bcc+mel"], [1, 0, 1, -1])
+    assert order(["a", "b", "c"], drop=["b"]) == (["a", "c"], [0, None, 1])
+    assert order(["10", "9", "2"])[0] == ["2", "9", "10"]
+    with pytest.raises(InputError, match="no such class"):
+        order(["a", "b"], positive="z")
+    with pytest.raises(InputError, match="no such class"):
+        order(["a", "b"], drop=["z"])
+    with pytest.raises(InputError, match="no negative class"):
+        order(["a", "b"], positive="a,b")
+
+
+def test_source_splits_are_kept_and_a_missing_one_is_made(tmp_path):
+    class_folders(tmp_path / "training_set", {"benign": 40, "malignant": 24})
+    class_folders(tmp_path / "testing_set", {"benign": 5, "malignant": 5})
+    images = quiet_load(tmp_path, 32)
+    counts = {s: images.splits.count(s) for s in ("train", "val", "test")}
+    assert counts["test"] >= 10  # all of testing_set; its near-duplicates in training_set do not move
+    assert counts["val"] == pytest.approx(8, abs=2)
+    assert all(("testing_set" in n) == (s == "test") for n, s in zip(images.names, images.splits, strict=True))
+
+
+def test_patients_are_groups(tmp_path):
+    for patient in ("8863", "10256", "9"):
+        for label in "01":
+            (tmp_path / patient / label).mkdir(parents=True)
+            for i in range(3):
+                picture(50, 50 if i else 31, int(patient) + i, "RGB").save(
+                    tmp_path / patient / label / f"{patient}_idx5_x{i}_y1_class{label}.png"
+                )
+    images = quiet_load(tmp_path, 50)
+    assert images.classes == ["no IDC", "IDC"]
+    assert images.pixels.shape == (18, 3, 50, 50)
+    assert len(images.groups.unique()) == 3
+    for g in images.groups.unique():
+        assert len({images.splits[i] for i in torch.nonzero(images.groups == g)[:, 0].tolist()}) == 1
+    (tmp_path / "77").mkdir()
+    with pytest.raises(InputError, match=r"77.*without patches"):
+        quiet_load(tmp_path, 50)
+
+
+def write_npz(path, n=20, positive=1, **more):
+    rng = np.random.default_rng(0)
+    arrays = {}
+    for split, count in (("train", n), ("val", n // 2), ("test", n // 2)):
+        arrays[f"{split}_images"] = rng.integers(0, 256, (count, 28, 28), dtype=np.uint8)
+        arrays[f"{split}_labels"] = (np.arange(count) % 4 == 0).astype(np.uint8)[:, None] ^ (1 - positive)
+    arrays.update(more)
+    np.savez(path, **{k: v for k, v in arrays.items() if v is not None})
+    return path
+
+
+def test_npz_splits_boxes_and_the_flipped_labels_of_breastmnist(tmp_path):
+    boxes = np.tile(np.array([7.0, 14, 21, 28]), (20, 1))
+    boxes[3] = np.nan
+    images = quiet_load(write_npz(tmp_path / "any.npz", train_bboxes=boxes), 28)
+    assert (images.classes, images.splits.count("val")) == (["0", "1"], 10)
+    np.testing.assert_allclose(images.boxes[0], [0.25, 0.5, 0.75, 1.0])
+    assert images.boxes[3].isnan().all()
+    assert images.boxes[20:].isnan().all()
+    assert images.names[20].endswith("any.npz#val/0")
+    flipped = quiet_load(write_npz(tmp_path / "breastmnist_28.npz", positive=0), 28)
+    assert flipped.classes == ["benign", "malignant"]
+    assert torch.equal(flipped.labels, images.labels)  # 0 is malignant there, and malignant is the positive class here
+    again = quiet_load(tmp_path / "any.npz", 28, positive="0")
+    assert torch.equal(again.labels, 1 - images.labels)
+
+
+def test_npz_with_train_keys_alone_is_split(tmp_path):
+    none = {f"{s}_{k}": None for s in ("val", "test") for k in ("images", "labels")}
+    images = quiet_load(write_npz(tmp_path / "t.npz", n=100, **none), 28)
+    assert {s: images.splits.count(s) for s in ("train", "val", "test")} == {"train": 70, "val": 10, "test": 20}
+    assert images.names[5].endswith("t.npz#5")
+
+
+def test_npz_that_can_not_be_trusted_is_refused(tmp_path):
+    for change, why in [
+        ({"train_labels": None}, "no train_labels"),
+        ({"train_labels": np.zeros(7, int)}, "20 train_images but 7 train_labels"),
+        ({"train_bboxes": np.zeros((3, 4))}, "20 train_images but 3 train_bboxes"),
+        ({"train_images": np.zeros((20, 28, 28))}, "not uint8"),
+        ({"train_labels": np.zeros((20, 14), int)}, "14 columns"),
+        ({"train_images": np.array([{}] * 20, dtype=object)}, "pickled"),
+    ]:
+        with pytest.raises(InputError, match=why):
+            quiet_load(write_npz(tmp_path / "x.npz", **change), 28)
+    np.savez(tmp_path / "y.npz", a=np.zeros(3))
+    with pytest.raises(InputError, match="no key train_images"):
+        quiet_load(tmp_path / "y.npz", 28)
+    (tmp_path / "z.npz").write_bytes(b"PK no zip")
+    with pytest.raises(InputError, match=r"z.npz"):
+        quiet_load(tmp_path / "z.npz", 28)
+
+
+def write_csv(folder, rows, header="image,label,group,split,mask,age,sex,x_min,y_min,x_max,y_max"):
+    (folder / "table.csv").write_text("\n".join([header, *rows]) + "\n")
+    return folder / "table.csv"
+
+
+def test_csv_with_every_column(tmp_path):
+    (tmp_path / "deep").mkdir()
+    for i in range(4):
+        picture(40, 40, i).save(tmp_path / "deep" / f"ISIC_{i}.jpg")
+    mask = Image.new("L", (40, 40))
+    ImageDraw.Draw(mask).rectangle([10, 10, 19, 29], fill=255)
+    mask.save(tmp_path / "m.png")
+    table = write_csv(
+        tmp_path,
+        ["ISIC_0,mel,a,train,m.png,50,male,,,,", "ISIC_1.jpg,nv,a,train,,70,female,4,8,12,20",
+         "deep/ISIC_2.jpg,nv,b,validation,,,male,,,,", "ISIC_3,,b,test,,60,unknown,,,,"],
+    )  # fmt: skip
+    images = quiet_load(
+        table, 40, positive="mel", columns={"meta": ["age", "sex"], "box": ["x_min", "y_min", "x_max", "y_max"]}
+    )
+    assert images.labels.tolist() == [1, 0, 0, -1]
+    assert images.splits == ["train", "train", "val", ""]  # what has no label is in no split
+    assert images.groups[0] == images.groups[1] != images.groups[2]
+    np.testing.assert_allclose(images.boxes[0] * 40, [10, 10, 20, 30], atol=1e-4)
+    np.testing.assert_allclose(images.boxes[1] * 40, [4, 8, 12, 20], atol=1e-4)
+    assert images.meta_columns == ["age", "age missing", "sex=female", "sex=male", "sex missing"]
+    sd = np.std([50, 70, 60])
+    np.testing.assert_allclose(
+        images.meta, [[-10 / sd, 0, 0, 1, 0], [10 / sd, 0, 1, 0, 0], [0, 1, 0, 1, 0], [0, 0, 0, 0, 1]], atol=1e-6
+    )
+    new, _, _ = data.encode_meta([{"age": "50", "sex": "male"}, {}], None, images.meta_spec)
+    np.testing.assert_allclose(new, [[-10 / sd, 0, 0, 1, 0], [0, 1, 0, 0, 1]], atol=1e-6)
+    with pytest.raises(InputError, match="sex=robot: a value not seen in training"):
+        data.encode_meta([{"sex": "robot"}], None, images.meta_spec)
+
+
+def test_csv_mistakes_name_the_column_or_the_line(tmp_path):
+    for i in range(3):
+        picture(40, 40, i).save(tmp_path / f"{i}.png")
+    table = write_csv(tmp_path, ["0,a,,,,,,,,,", "1,b,,,,,,,,,"])
+    for columns, why in [({"group": "lesion"}, "no column 'lesion'"), ({"meta": ["weight"]}, "no column 'weight'")]:
+        with pytest.raises(InputError, match=why):
+            quiet_load(table, 32, columns=columns)
+    box = {"box": ["x_min", "y_min", "x_max", "y_max"]}
+    for row, why in [("1,b,,nowhere,,,,,,,", "line 3: split"), ("1,b,,,,,,9,9,3,3", "line 3: box"), (",b,,,,,,,,,", "line 3: no image")]:  # fmt: skip
+        with pytest.raises(InputError, match=why):
+            quiet_load(write_csv(tmp_path, ["0,a,,,,,,,,,", row]), 32, columns=box)
+    with pytest.raises(InputError, match="--image-column"):
+        quiet_load(write_csv(tmp_path, ["0,a"], header="file,label"), 32)
+    with pytest.raises(InputError, match=r"gone: no such file"):
+        quiet_load(write_csv(tmp_path, ["0,a,,,,,,,,,", "gone,b,,,,,,,,,"]), 32)
+
+
+def test_a_folder_without_labels_is_a_pool(tmp_path):
+    for i in range(3):
+        picture(seed=i).save(tmp_path / f"{i}.png")
+    images = quiet_load(tmp_path, 32)
+    assert images.labels.tolist() == [-1] * 3
+    assert images.splits == [""] * 3
+    assert "3 not labelled" in images.summary()
+
+
+def test_sources_that_are_not_there(tmp_path):
+    for source, why in [(tmp_path / "no", "no such file"), (tmp_path, "no images found")]:
+        with pytest.raises(InputError, match=why):
+            quiet_load(source, 32)
+    (tmp_path / "HAM_metadata.csv").write_text("a\n")
+    with pytest.raises(InputError, match=r"HAM_metadata.csv: give that file"):
+        quiet_load(tmp_path, 32)
+    (tmp_path / "x.txt").write_text("")
+    with pytest.raises(InputError, match="neither a folder"):
+        quiet_load(tmp_path / "x.txt", 32)
+
+
+def test_all_bad_images_are_listed_at_once_or_skipped(tmp_path, capsys):
+    class_folders(tmp_path)
+    bad = bad_files(tmp_path / "benign")
+    small = Image.new("L", (10, 10))
+    small.save(tmp_path / "malignant" / "malignant (1)_mask.png")  # a mask of another size than its image
+    with pytest.raises(InputError) as e:
+        quiet_load(tmp_path, 32)
+    assert "5 of 24 images can't be read" in str(e.value)
+    assert all(name in str(e.value) for name in bad)
+    assert "its mask" in str(e.value)
+    for cache in (None, tmp_path / "cache"):
+        images = quiet_load(tmp_path, 32, skip_bad=True, cache=cache)
+        assert len(images) == 19
+        assert images.labels.sum() == 7
+    assert "skipped" in capsys.readouterr().out
+
+
+def test_the_second_start_reads_the_cache(tmp_path, monkeypatch):
+    source = class_folders(tmp_path / "set")
+    first = quiet_load(source, 32, cache=tmp_path / "cache")
+    with monkeypatch.context() as m:
+        m.setattr(data, "decode_entry", lambda *_: pytest.fail("decoded again"))
+        second = quiet_load(source, 32, cache=tmp_path / "cache")
+    plain = quiet_load(source, 32)
+    for images in (second, plain):
+        assert torch.equal(first.pixels, images.pixels)
+        assert torch.equal(first.masks, images.masks)
+        assert torch.equal(first.boxes.nan_to_num(-1), images.boxes.nan_to_num(-1))
+    changed = next((source / "benign").glob("*(3).png"))
+    Image.new("L", (60, 40), 77).save(changed)
+    third = quiet_load(source, 32, cache=tmp_path / "cache")
+    assert (third.pixels[third.names.index(str(changed))] == 77).all()
+    assert not list((tmp_path / "cache").glob("*.part"))
+
+
+def test_a_cache_that_can_not_be_written_is_one_line(tmp_path):
+    source = class_folders(tmp_path / "set")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="--cache"):
+        quiet_load(source, 32, cache=tmp_path / "file")
+
+
+def test_dummy_boxes_are_said_to_be_dummies(tmp_path):
+    images = quiet_load(write_npz(tmp_path / "a.npz"), 28, dummy_boxes=True)
+    assert images.boxes.isfinite().all()
+    assert "PLACEHOLDERS" in images.summary()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# data.py: groups and splits
+
+
+def test_near_duplicates_are_found_and_named(tmp_path):
+    for name in ("benign", "malignant"):
+        (tmp_path / name).mkdir()
+        for i in range(12):
+            picture(80, 60, seed=i + 50 * (name == "malignant")).save(tmp_path / name / f"{i}.png")
+    original = Image.open(tmp_path / "benign" / "0.png")
+    Image.fromarray((np.asarray(original) * 0.7 + 20).astype(np.uint8)).save(tmp_path / "benign" / "brighter.png")
+    original.resize((160, 120)).save(tmp_path / "benign" / "larger.jpg", quality=60)
+    original.transpose(Image.Transpose.FLIP_LEFT_RIGHT).save(tmp_path / "malignant" / "mirrored.png")
+    said = []
+    images = quiet_load(tmp_path, 64, log=said.append)
+    index = {Path(n).name: i for i, n in enumerate(images.names)}
+    same = [index[n] for n in ("brighter.png", "larger.jpg", "mirrored.png")] + [0]
+    assert len(images.groups[same].unique()) == 1
+    assert len(images.groups.unique()) == len(images) - 3
+    opposite = [line for line in said if "OPPOSITE" in line]
+    assert len(opposite) == 3
+    assert all("mirrored.png" in line for line in opposite)
+
+
+def test_near_duplicates_against_brute_force():
+    pixels = torch.randint(0, 256, (40, 1, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    pixels[7], pixels[30] = pixels[2], pixels[5].flip(2)
+    pairs, similarity = data.near_duplicates(pixels, threshold=0.3)
+    x = pixels.double().flatten(1).numpy()
+    mirrored = pixels.flip(3).double().flatten(1).numpy()
+    expected = {}
+    for i in range(40):
+        for j in range(i + 1, 40):
+            value = max(np.corrcoef(x[i], x[j])[0, 1], np.corrcoef(x[i], mirrored[j])[0, 1])
+            if value >= 0.3:
+                expected[i, j] = value
+    assert {tuple(p) for p in pairs.tolist()} == set(expected)
+    np.testing.assert_allclose(similarity, list(expected.values()), atol=1e-5)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_partition_is_stratified_and_splits_no_group(seed):
+    generator = torch.Generator().manual_seed(seed)
+    labels = (torch.rand(300, generator=generator) < 0.3).long()
+    groups = torch.randint(0, 120, (300,), generator=generator)
+    part = data.partition(labels, groups, [0.7, 0.1, 0.2], seed)
+    assert torch.equal(part, data.partition(labels, groups, [0.7, 0.1, 0.2], seed))
+    assert not torch.equal(part, data.partition(labels, groups, [0.7, 0.1, 0.2], seed + 1))
+    for g in groups.unique():
+        assert len(part[groups == g].unique()) == 1
+    for k, share in enumerate((0.7, 0.1, 0.2)):
+        for c in (0, 1):
+            assert float((part[labels == c] == k).float().mean()) == pytest.approx(share, abs=0.05)
+
+
+def test_merge_groups_is_transitive():
+    groups = data.merge_groups(torch.arange(6), torch.tensor([[0, 3], [3, 5], [1, 2]]))
+    assert groups[0] == groups[3] == groups[5]
+    assert groups[1] == groups[2]
+    assert len(groups.unique()) == 3
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# data.py: resampling and augmentation
+
+
+def test_warp_by_the_identity_and_by_a_flip_is_exact():
+    x = torch.rand(3, 2, 17, 17)
+    whole = data.region_matrices(torch.tensor([[0.0, 0, 1, 1]]).expand(3, 4))
+    torch.testing.assert_close(data.warp(x, whole, 17), x, atol=1e-5, rtol=0)
+    flip = whole * torch.tensor([-1.0, 1, 1])
+    torch.testing.assert_close(data.warp(x, flip, 17), x.flip(3), atol=1e-5, rtol=0)
+
+
+def test_crop_is_slicing_and_outside_is_the_mean():
+    x = torch.rand(2, 1, 32, 32)
+    region = torch.tensor([[0.25, 0.5, 0.5, 0.75], [-0.5, -0.5, 0.0, 0.0]])
+    out = data.crop(x, region, 8)
+    torch.testing.assert_close(out[0], x[0, :, 16:24, 8:16], atol=1e-5, rtol=0)
+    out = data.crop(x[1:], region[1:], 16)
+    torch.testing.assert_close(out[0, :, :15, :15], x[1].mean().expand(1, 15, 15), atol=1e-5, rtol=0)
+
+
+def test_crop_regions_are_square_and_hold_the_box():
+    boxes = torch.tensor([[0.2, 0.4, 0.6, 0.5], [math.nan] * 4])
+    regions = data.crop_regions(boxes, margin=0.25)
+    np.testing.assert_allclose(regions, [[0.1, 0.15, 0.7, 0.75], [0, 0, 1, 1]], atol=1e-6)
+
+
+def lesions(n, size, seed=0):
+    """Bright ellipses on black, and their boxes."""
+    g = torch.Generator().manual_seed(seed)
+    centre, radius = 0.35 + 0.3 * torch.rand(n, 2, generator=g), 0.08 + 0.12 * torch.rand(n, 2, generator=g)
+    axis = (torch.arange(size) + 0.5) / size
+    dx, dy = (axis[None, None] - centre[:, 0, None, None]), (axis[None, :, None] - centre[:, 1, None, None])
+    inside = (dx / radius[:, 0, None, None]) ** 2 + (dy / radius[:, 1, None, None]) ** 2 < 1
+    return inside[:, None].to(torch.uint8) * 255, torch.cat([centre - radius, centre + radius], 1)
+
+
+@pytest.mark.parametrize("crop_first", [False, True])
+def test_boxes_follow_the_augmented_lesion(monkeypatch, crop_first):
+    for name in ("GAMMA", "GAIN", "DEPTH_GAIN", "SPECKLE", "CUTOUT", "BLUR"):  # leave the geometry alone
+        monkeypatch.setattr(data, name, 0.0)
+    pixels, boxes = lesions(64, 96)
+    regions = data.crop_regions(boxes, 1.0) if crop_first else None
+    out, moved = data.augment(pixels, 1.0, boxes, regions, 96, torch.Generator().manual_seed(0))
+    # The background is not black after the warp (the bars are the mean), so the lesion is what is far above it.
+    found = torch.stack([torch.from_numpy(data.box_of((o[0] > 0.6).numpy())) for o in out]) / 96
+    iou = metrics.paired_iou(found, moved)
+    assert iou.median() > 0.85  # the elastic part moves the edge a little, and a box does not know of it
+    assert iou.min() > 0.6
+    still = metrics.paired_iou(
+        found, boxes if not crop_first else data.move_boxes(boxes, data.region_matrices(regions))
+    )
+    assert still.mean() < iou.mean() - 0.1  # and the images did move
+
+
+def test_augmentation_resamples_once_is_seeded_and_stays_in_range(monkeypatch):
+    calls = []
+    sample = F.grid_sample
+    monkeypatch.setattr(F, "grid_sample", lambda *a, **k: calls.append(1) or sample(*a, **k))
+    pixels, boxes = lesions(16, 64)
+    out, _ = data.augment(pixels, 1.0, boxes, generator=torch.Generator().manual_seed(3))
+    assert len(calls) == 1
+    assert out.dtype == torch.float32
+    assert 0 <= float(out.min()) <= float(out.max()) <= 1
+    same, _ = data.augment(pixels, 1.0, boxes, generator=torch.Generator().manual_seed(3))
+    other, _ = data.augment(pixels, 1.0, boxes, generator=torch.Generator().manual_seed(4))
+    assert torch.equal(out, same)
+    assert not torch.equal(out, other)
+    none, unmoved = data.augment(pixels, 0, boxes)
+    torch.testing.assert_close(none, pixels / 255, atol=1e-5, rtol=0)
+    torch.testing.assert_close(unmoved, boxes, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(
+    "part", ["GAMMA", "GAIN", "DEPTH_GAIN", "SPECKLE", "BLUR", "CUTOUT", "ROTATE", "SCALE", "SHIFT", "ELASTIC"]
+)
+def test_every_part_of_the_augmentation_does_something(monkeypatch, part):
+    names = ["GAMMA", "GAIN", "DEPTH_GAIN", "SPECKLE", "BLUR", "CUTOUT", "ROTATE", "SCALE", "SHIFT", "ELASTIC"]
+    pixels = torch.from_numpy(np.stack([np.asarray(picture(48, 48, s)) for s in range(24)]))[:, None]
+
+    def change(kept):
+        with monkeypatch.context() as m:
+            for name in names:
+                m.setattr(data, name, getattr(data, name) if name in kept else 0.0)
+            out = data.augment(pixels, 1.0, generator=torch.Generator().manual_seed(0))[0]
+        plain = pixels / 255
+        return torch.minimum((out - plain).abs().mean((1, 2, 3)), (out - plain.flip(3)).abs().mean((1, 2, 3)))
+
+    assert change([]).max() < 1e-3  # all off: the image or its mirror image
+    assert (change([part]) > 2e-3).sum() >= 3
+
+
+def test_blur_is_a_gaussian_of_each_images_own_sigma():
+    x = torch.zeros(2, 2, 21, 21)
+    x[:, :, 10, 10] = 1
+    out = data.blur(x, torch.tensor([0.7, 1.3]))
+    t = torch.arange(-4, 5)
+    for i, sigma in enumerate((0.7, 1.3)):
+        line = torch.exp(-(t**2) / (2 * sigma**2))
+        kernel = line[:, None] * line
+        torch.testing.assert_close(out[i, 1, 6:15, 6:15], kernel / kernel.sum(), atol=1e-6, rtol=0)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# data.py: phantoms
+
+
+def test_phantoms_are_seeded_and_their_boxes_hold_their_masks():
+    a, b, c = data.phantoms(20, 64, 3), data.phantoms(20, 64, 3), data.phantoms(20, 64, 4)
+    assert torch.equal(a.pixels, b.pixels)
+    assert not torch.equal(a.pixels, c.pixels)
+    assert a.labels.sum() == 8
+    for mask, box in zip(a.masks, a.boxes, strict=True):
+        np.testing.assert_allclose(box * 64, data.box_of(mask.numpy()))
+
+
+@pytest.mark.parametrize("size", [32, 64])
+def test_a_linear_model_on_the_phantoms_pixels_is_lost(size):
+    images = quiet_load(None, size)
+    x = images.pixels.flatten(1).float() / 255
+    x = (x - x.mean(0)) / (x.std(0) + 1e-3)
+    train_rows, test_rows = images.rows("train"), torch.cat([images.rows("val"), images.rows("test")])
+    best = 0.0
+    for decay in (1e-3, 1e-1, 10.0):  # the best of three is generous to the linear model
+        w = torch.zeros(x.shape[1], requires_grad=True)
+        optimizer = torch.optim.LBFGS([w], max_iter=100)
+
+        def closure(w=w, optimizer=optimizer, decay=decay):
+            optimizer.zero_grad()
+            loss = F.binary_cross_entropy_with_logits(x[train_rows] @ w, images.labels[train_rows].float())
+            (loss + decay * w @ w / len(train_rows)).backward()
+            return loss
+
+        optimizer.step(closure)
+        best = max(best, float(metrics.auc((x[test_rows] @ w).detach(), images.labels[test_rows])))
+    assert best < 0.75
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# models.py
+
+
+@pytest.mark.parametrize("name", models.BACKBONES)
+def test_every_backbone_makes_both_networks_and_takes_grey_images_unchanged(name):
+    torch.manual_seed(0)
+    features, width = models.build_backbone(name, channels=3)
+    features.eval()
+    grey = torch.rand(2, 1, 96, 96)
+    with torch.no_grad():
+        copied = features(grey.expand(-1, 3, -1, -1))
+        models.fold_stem(features)
+        torch.testing.assert_close(features(grey), copied, atol=1e-4, rtol=1e-3)
+    assert copied.shape[1] == width
+    net = models.CNet.__new__(models.CNet)  # the classifier around the same features
+    models.CNet.__init__(net, name, classes=2, channels=1)
+    net.eval()
+    assert net(grey).shape == (2, 1)
+    assert net.embed(grey).shape == (2, width)
+    box = models.DNet(name, channels=1).eval()(grey)
+    assert box.shape == (2, 4)
+    assert (box[:, :2] < box[:, 2:]).all()
+
+
+def test_logits_classes_and_metadata():
+    x, meta = torch.rand(3, 3, 32, 32), torch.randn(3, 5)
+    assert models.CNet("small_cnn", 7, 3)(x).shape == (3, 7)
+    net = models.CNet("small_cnn", 2, 3, meta=5).eval()
+    assert net(x, meta).shape == (3, 1)
+    assert not torch.allclose(net(x, meta), net(x, meta + 1))
+    with pytest.raises(InputError, match="metadata"):
+        net(x)
+    p = models.to_probabilities(torch.tensor([[0.3], [-2.0]]))
+    torch.testing.assert_close(p[:, 1], torch.sigmoid(torch.tensor([0.3, -2.0])))
+    torch.testing.assert_close(p.sum(1), torch.ones(2))
+    with pytest.raises(InputError, match="no such network"):
+        models.CNet("resnet19")
+    with pytest.raises(InputError, match="2 channels"):
+        models.CNet("small_cnn", channels=2)
+
+
+def test_every_network_standardises_each_image_by_itself():
+    x = torch.rand(2, 1, 16, 16)
+    a, b = models.standardise(x, "image"), models.standardise(x * 0.5 + 0.2, "image")
+    torch.testing.assert_close(a, b, atol=0.2, rtol=0.1)  # gain and offset are gone, up to the guard for blank images
+    assert models.standardise(torch.full((1, 1, 4, 4), 7, dtype=torch.uint8), "image").abs().max() < 1e-3
+    torch.testing.assert_close(models.standardise(x, "fixed"), (x - 0.45) / 0.226)
+
+
+@pytest.mark.parametrize("design", ["votes", "pooled"])
+def test_boxes_are_ordered_by_construction(design):
+    torch.manual_seed(0)
+    net = models.DNet("small_cnn", channels=1, design=design)
+    for p in net.head.parameters():  # whatever the weights
+        torch.nn.init.normal_(p, std=3.0)
+    box = net(torch.rand(16, 1, 64, 64))
+    assert (box[:, :2] < box[:, 2:]).all()
+
+
+def test_feature_pyramid_ends_in_the_features():
+    features, _ = models.build_backbone("small_cnn", 1)
+    features.eval()
+    x = torch.rand(1, 1, 64, 64)
+    maps = models.feature_pyramid(features, x)
+    sides = [m.shape[-1] for m in maps]
+    assert sides == sorted(set(sides), reverse=True)
+    torch.testing.assert_close(maps[-1], features(x))
+
+
+def test_ensemble_by_hand():
+    torch.manual_seed(0)
+    members = [models.CNet("small_cnn", 2, 1).eval() for _ in range(3)]
+    ensemble = models.Ensemble(members, [0.5, 0.3, 0.2], classes=["a", "b"], size=32)
+    x = torch.rand(4, 1, 32, 32)
+    p = [torch.sigmoid(m(x)[:, 0]) for m in members]
+    mean = 0.5 * p[0] + 0.3 * p[1] + 0.2 * p[2]
+    torch.testing.assert_close(ensemble(x)[:, 1], mean, atol=1e-6, rtol=0)
+    ensemble.info["temperature"] = 2.0
+    expected = torch.sigmoid(torch.log(mean / (1 - mean)) / 2)
+    torch.testing.assert_close(ensemble(x)[:, 1], expected, atol=1e-6, rtol=0)
+    spread = models.disagreement(ensemble.member_probabilities(x))
+    torch.testing.assert_close(spread, torch.stack(p).std(0, correction=0))
+
+
+def small_model(**info):
+    torch.manual_seed(0)
+    classes = info.pop("classes", ["benign", "malignant"])
+    meta = 5 if info.get("meta_spec") else 0
+    members = [models.CNet("small_cnn", len(classes), 1, meta) for _ in range(2)]
+    for m in members:  # untrained logits would all be alike
+        torch.nn.init.normal_(m.head.weight, std=1.0)
+    return models.Ensemble(
+        members, [0.7, 0.3], models.DNet("small_cnn", 1), classes=classes, size=32, load_size=32, channels=1, **info
+    ).eval()
+
+
+def test_a_model_file_suffices_to_predict(tmp_path):
+    model = small_model(temperature=1.7, threshold=0.2, roi="dnet", classes=["a", "b", "c"])
+    models.save(tmp_path / "m.pt", model)
+    torch.load(tmp_path / "m.pt", weights_only=True)
+    again = models.load(tmp_path / "m.pt")
+    assert again.info == model.info
+    x = torch.rand(2, 1, 32, 32)
+    with torch.no_grad():
+        assert torch.equal(again(again.look(x, again.locate(x))), model(model.look(x, model.locate(x))))
+    assert not again.training
+
+
+def test_what_is_no_model_file_is_said_to_be_none(tmp_path):
+    models.save(tmp_path / "m.pt", small_model())
+    whole = (tmp_path / "m.pt").read_bytes()
+    (tmp_path / "cut.pt").write_bytes(whole[:1000])
+    (tmp_path / "text.pt").write_text("hello")
+    torch.save({"a": torch.zeros(2)}, tmp_path / "state.pt")
+    torch.save(argparse.Namespace(x=1), tmp_path / "object.pt")
+    content = torch.load(tmp_path / "m.pt", weights_only=True)
+    torch.save({**content, "version": 99}, tmp_path / "newer.pt")
+    torch.save({k: v for k, v in content.items() if k != "members"}, tmp_path / "less.pt")
+    for name, why in [("cut", "damaged"), ("text", "damaged"), ("state", "not a model file"), ("object", "more than tensors"),
+                      ("newer", "version 99"), ("less", "parts missing"), ("nowhere", "no such file")]:  # fmt: skip
+        with pytest.raises(InputError, match=why) as e:
+            models.load(tmp_path / f"{name}.pt")
+        assert "\n" not in str(e.value)
+
+
+def test_weights_from_a_file(tmp_path, capsys):
+    torch.manual_seed(1)
+    source = torch.nn.Module()
+    source.features = models.small_cnn()
+    torch.save({**source.state_dict(), "classifier.weight": torch.zeros(3)}, tmp_path / "w.pth")
+    net = models.CNet("small_cnn", 2, 3, weights=str(tmp_path / "w.pth"))
+    for a, b in zip(source.features.state_dict().values(), net.features.state_dict().values(), strict=True):
+        assert torch.equal(a, b)
+    assert "1 in the file but not fitting: classifier.weight" in capsys.readouterr().out
+    state = source.state_dict()
+    state.pop("features.0.0.weight")
+    torch.save(state, tmp_path / "w.pth")
+    models.CNet("small_cnn", 2, 3, weights=str(tmp_path / "w.pth"))
+    assert "1 missing in the file: features.0.0.weight" in capsys.readouterr().out
+    torch.save({"x": torch.zeros(1)}, tmp_path / "none.pth")
+    with pytest.raises(InputError, match="not one of its 1 tensors fits"):
+        models.CNet("small_cnn", weights=str(tmp_path / "none.pth"))
+    with pytest.raises(InputError, match="no such file"):
+        models.CNet("small_cnn", weights=str(tmp_path / "nowhere.pth"))
+    with pytest.raises(InputError, match="small_cnn is our own"):
+        models.CNet("small_cnn", weights="imagenet")
+
+
+def test_a_full_disk_leaves_the_old_file_whole(tmp_path):
+    path = tmp_path / "last.pt"
+    models.write_atomically(path, b"old")
+    (tmp_path / "last.pt.part").symlink_to("/dev/full")  # every write to it fails: no space left on device
+    with pytest.raises(InputError, match="No space left"):
+        models.write_atomically(path, b"new" * 100_000)
+    assert path.read_bytes() == b"old"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# metrics.py
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_auc_is_the_share_of_ordered_pairs(seed):
+    rng = np.random.default_rng(seed)
+    n = rng.integers(4, 40)
+    scores = rng.integers(0, 6, n) / 5  # many ties
+    labels = rng.integers(0, 2, n)
+    labels[:2] = [0, 1]
+    pairs = [(s > t) + 0.5 * (s == t) for s, y in zip(scores, labels, strict=True) if y for t, z in zip(scores, labels, strict=True) if not z]  # fmt: skip
+    value = metrics.auc(torch.tensor(scores), torch.tensor(labels))
+    assert float(value) == pytest.approx(np.mean(pairs))
+    fpr, tpr = metrics.roc_curve(torch.tensor(scores), torch.tensor(labels))
+    assert float(torch.trapezoid(tpr, fpr)) == pytest.approx(np.mean(pairs))
+    counts = rng.integers(0, 4, n)
+    counts[:2] = 1
+    drawn = np.repeat(np.arange(n), counts)  # a weight of 3 is the image three times
+    weighted = metrics.auc(torch.tensor(scores), torch.tensor(labels), torch.tensor(counts)[None])
+    plain = metrics.auc(torch.tensor(scores[drawn]), torch.tensor(labels[drawn]))
+    assert float(weighted) == pytest.approx(float(plain))
+
+
+def test_the_threshold_is_the_largest_that_reaches_the_sensitivity():
+    rng = np.random.default_rng(0)
+    for target in (0.5, 0.8, 0.95, 1.0):
+        for _ in range(20):
+            scores, labels = torch.tensor(rng.random(30).round(2)), torch.tensor(rng.integers(0, 2, 30))
+            if not labels.any():
+                continue
+            candidates = [t for t in scores.tolist() if (scores[labels == 1] >= t).float().mean() >= target - 1e-9]
+            assert metrics.threshold_for_sensitivity(scores, labels, target) == max(candidates)
+
+
+@pytest.mark.parametrize("classes", [2, 3])
+def test_metrics_by_counting(classes):
+    rng = np.random.default_rng(classes)
+    p = torch.tensor(rng.dirichlet(np.ones(classes), 50))
+    y = torch.tensor(rng.integers(0, classes, 50))
+    found = {k: float(v) for k, v in metrics.evaluate(p, y, 0.3).items()}
+    said = (p[:, 1] >= 0.3).long() if classes == 2 else p.argmax(1)
+    ratios = {"sensitivity": [], "specificity": [], "f1": [], "auc": []}
+    for c in range(classes):
+        tp = sum(int(a == c and b == c) for a, b in zip(said, y, strict=True))
+        fp = sum(int(a == c and b != c) for a, b in zip(said, y, strict=True))
+        fn = sum(int(a != c and b == c) for a, b in zip(said, y, strict=True))
+        tn = 50 - tp - fp - fn
+        ratios["sensitivity"].append(tp / (tp + fn))
+        ratios["specificity"].append(tn / (tn + fp))
+        ratios["f1"].append(2 * tp / (2 * tp + fp + fn))
+        ratios["auc"].append(float(metrics.auc(p[:, c], y == c)))
+    for name, values in ratios.items():
+        assert found[name] == pytest.approx(values[1] if classes == 2 else np.mean(values)), name
+    assert found["accuracy"] == pytest.approx(float((said == y).double().mean()))
+    assert found["balanced_accuracy"] == pytest.approx(np.mean(ratios["sensitivity"]))
+    predicted, true = (p[:, 1], y == 1) if classes == 2 else (p.max(1).values, p.argmax(1) == y)
+    error = 0.0
+    for b in range(metrics.BINS):
+        inside = (predicted * metrics.BINS).long() == b
+        if inside.any():
+            error += float(inside.double().mean()) * abs(float(true[inside].double().mean() - predicted[inside].mean()))
+    assert found["ece"] == pytest.approx(error)
+    assert metrics.confusion(said, y, classes).sum() == 50
+
+
+def test_the_bootstrap_draws_whole_groups():
+    groups = torch.tensor([5, 5, 5, 2, 9, 9])
+    weights = metrics.bootstrap_weights(groups, 500)
+    assert torch.equal(weights[:, 0], weights[:, 1])
+    assert torch.equal(weights[:, 0], weights[:, 2])
+    assert torch.equal(weights[:, 4], weights[:, 5])
+    assert (weights[:, [0, 3, 4]].sum(1) == 3).all()  # three groups are drawn each time
+    assert float(weights.mean()) == pytest.approx(1, abs=0.1)
+
+
+def test_intervals_have_the_textbook_width_and_grow_with_groups():
+    generator = torch.Generator().manual_seed(0)
+    y = torch.arange(400) % 2
+    right = torch.rand(400, generator=generator) < 0.8
+    p = torch.where(right, y, 1 - y).double() * 0.8 + 0.1
+    p = torch.stack([1 - p, p], 1)
+    m = metrics.with_intervals(p, y, torch.arange(400))["accuracy"]
+    assert m["low"] < m["value"] < m["high"]
+    normal = 2 * 1.96 * math.sqrt(m["value"] * (1 - m["value"]) / 400)
+    assert m["high"] - m["low"] == pytest.approx(normal, rel=0.15)
+    double = metrics.with_intervals(p.repeat(2, 1), y.repeat(2), torch.arange(400).repeat(2))["accuracy"]
+    assert double["high"] - double["low"] == pytest.approx(normal, rel=0.15)  # copies of an image are no new evidence
+
+
+def test_iou_by_counting_pixels():
+    rng = np.random.default_rng(0)
+    low = rng.integers(0, 10, (50, 2, 2))
+    boxes = torch.tensor(np.concatenate([low, low + rng.integers(1, 10, (50, 2, 2))], 2)).float()
+    for a, b in boxes:
+        grids = []
+        for x0, y0, x1, y1 in (a.long().tolist(), b.long().tolist()):
+            grid = np.zeros((20, 20), bool)
+            grid[y0:y1, x0:x1] = True
+            grids.append(grid)
+        expected = (grids[0] & grids[1]).sum() / (grids[0] | grids[1]).sum()
+        assert float(metrics.paired_iou(a[None], b[None])) == pytest.approx(expected)
+    found = metrics.localisation(torch.tensor([0.4, 0.8, math.nan]))
+    assert (float(found["iou"]), float(found["iou_at_50"])) == pytest.approx((0.6, 0.5))
+
+
+def test_the_temperature_that_was_put_in_is_found():
+    generator = torch.Generator().manual_seed(0)
+    logits = 2 * torch.randn(20_000, 3, generator=generator)
+    labels = torch.multinomial(logits.softmax(1), 1, generator=generator)[:, 0]
+    assert metrics.fit_temperature((logits * 2.5).softmax(1), labels) == pytest.approx(2.5, rel=0.05)
+    assert metrics.fit_temperature(logits.softmax(1), labels) == pytest.approx(1.0, rel=0.05)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# plots.py
+
+
+def test_ticks_are_round_and_inside():
+    assert plots.nice_ticks(0, 1).tolist() == pytest.approx([0, 0.2, 0.4, 0.6, 0.8, 1.0])
+    for low, high in [(0.87, 0.99), (-3, 41), (1e-6, 5e-6)]:
+        ticks = plots.nice_ticks(low, high)
+        assert 3 <= len(ticks) <= 11
+        assert ticks.min() >= low - 1e-9
+        assert ticks.max() <= high + 1e-9
+
+
+def test_a_chart_draws_its_line_where_the_data_is():
+    chart = np.asarray(plots.line_chart({"a": ([0, 1], [0.5, 0.5])}, y_range=(0, 1), x_range=(0, 1))).astype(int)
+    blue = (abs(chart - [0, 114, 178]).sum(2) < 90).nonzero()
+    middle = np.median(blue[0])
+    assert middle == pytest.approx((40 + 400 - 50) / 2, abs=3)  # half way between the top and the bottom of the axes
+    assert plots.line_chart({}).size == plots.line_chart({"nan": ([1, 2], [math.nan, 1.0])}).size
+
+
+def test_boxes_and_sheets():
+    image = plots.draw_box(Image.new("RGB", (100, 80)), [10, 20, 50, 60])
+    assert image.getpixel((10, 40)) == (0xE6, 0x9F, 0x00)
+    assert image.getpixel((30, 40)) == (0, 0, 0)
+    assert np.asarray(plots.draw_box(Image.new("RGB", (9, 9)), [math.nan] * 4)).sum() == 0
+    sheet = plots.contact_sheet([np.full((1, 8, 8), 9, np.uint8)] * 7, ["x"] * 7, columns=5, side=50)
+    assert sheet.size == (58 * 5, 94 * 2)
+    assert plots.contact_sheet([], []).size[0] > 0
+    assert plots.confusion_chart(torch.tensor([[5, 1], [0, 9]]), ["benign", "malignant"]).size == (520, 400)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# train.py: losses and the loop
+
+
+def test_losses_by_hand():
+    z, y = torch.tensor([[0.3], [-1.2], [2.0]]), torch.tensor([1, 0, 1])
+    p = torch.sigmoid(z[:, 0])
+    plain = -torch.where(y == 1, p.log(), (1 - p).log())
+    torch.testing.assert_close(train.classification_loss(z, y), plain.mean())
+    w = torch.tensor([1.0, 3.0])
+    torch.testing.assert_close(train.classification_loss(z, y, w), (plain * w[y]).sum() / w[y].sum())
+    soft = y * 0.9 + 0.05
+    smooth = -(soft * p.log() + (1 - soft) * (1 - p).log()).mean()
+    torch.testing.assert_close(train.classification_loss(z, y, smoothing=0.1), smooth)
+    both = torch.cat([torch.zeros_like(z), z], 1)  # two logits of which one is 0 are one logit
+    torch.testing.assert_close(train.classification_loss(both, y, w), train.classification_loss(z, y, w))
+    labels = torch.tensor([0, 0, 0, 1])
+    torch.testing.assert_close(train.class_weights(labels, 2, "auto"), torch.tensor([4 / 6, 2.0]))
+    assert train.class_weights(labels, 2, "none") is None
+    assert train.class_weights(labels, 2, "2.5").tolist() == [1.0, 2.5]
+
+
+def test_the_detection_loss_falls_to_its_least_at_the_true_box():
+    true = torch.tensor([[0.2, 0.3, 0.6, 0.8]])
+    assert float(train.box_loss(true, true)) == pytest.approx(0, abs=1e-6)
+    losses = [float(train.box_loss(true + shift, true)) for shift in (0.05, 0.1, 0.3, 0.9)]
+    assert losses == sorted(losses)
+
+    class Voter(torch.nn.Module):
+        config = {"design": "votes"}
+
+        def __init__(self, y, x):
+            super().__init__()
+            self.where = (y, x)
+
+        def vote(self, images):
+            scores = torch.zeros(1, 10, 10)
+            scores[0, self.where[0], self.where[1]] = 5
+            return true[..., None, None].expand(1, 4, 10, 10), scores.flatten(1).log_softmax(1).view(1, 10, 10)
+
+    centre, corner = (float(train.detection_loss(Voter(*where), None, true)) for where in ((5, 3), (0, 9)))
+    assert centre < corner  # the box is right both times, but the centre cell should be the one that votes for it
+    nothing_left = torch.tensor([[1.0, 0.3, 1.0, 0.3]])  # a lesion that the augmentation moved out of the frame
+    assert math.isfinite(float(train.detection_loss(Voter(0, 0), None, nothing_left)))
+
+
+@pytest.mark.parametrize(("n", "batch"), [(33, 32), (65, 32), (5, 32), (64, 32), (97, 16)])
+def test_batches_hold_every_row_once_and_never_one_alone(n, batch):
+    rows = torch.arange(100, 100 + n)
+    batches = train.draw_batches(rows, batch, torch.Generator().manual_seed(0))
+    assert sorted(torch.cat(batches).tolist()) == rows.tolist()
+    assert 1 < min(map(len, batches)) <= max(map(len, batches)) <= batch
+    assert max(map(len, batches)) - min(map(len, batches)) <= 1
+
+
+def test_the_balanced_sampler_draws_classes_alike():
+    labels = (torch.arange(1000) % 10 == 0).long()
+    weights = (1 / torch.bincount(labels).double())[labels]
+    drawn = torch.cat(train.draw_batches(torch.arange(1000), 32, torch.Generator().manual_seed(0), weights))
+    assert float(labels[drawn].float().mean()) == pytest.approx(0.5, abs=0.05)
+
+
+def test_the_average_of_the_weights_by_hand():
+    net, averaged = models.CNet("small_cnn"), models.CNet("small_cnn")
+    before = {k: v.clone() for k, v in averaged.state_dict().items()}
+    train.update_average(averaged, net, 0.9)
+    for k, v in averaged.state_dict().items():
+        if v.is_floating_point():
+            torch.testing.assert_close(v, 0.9 * before[k] + 0.1 * net.state_dict()[k])
+
+
+def test_votes_favour_the_better_member():
+    labels = torch.tensor([0, 1] * 20)
+    good = torch.where(labels[:, None] == torch.arange(2), 0.9, 0.1)
+    poor = torch.full((40, 2), 0.5)
+    votes = train.member_weights(torch.stack([good, poor]), labels)
+    assert votes[0] > 0.9
+    assert sum(votes) == pytest.approx(1)
+    assert train.member_weights(torch.stack([good, good]), labels) == pytest.approx([0.5, 0.5])
+
+
+TINY = ["--size", "32", "--model", "small_cnn", "--weights", "none", "--epochs", "3", "--save-seconds", "0"]
+
+
+def quick(folder, *options, data_folder=None):
+    """One training in this process. Returns (run folder, what it printed)."""
+    out = io.StringIO()
+    source = ["--data", str(data_folder)] if data_folder else []
+    with contextlib.redirect_stdout(out):
+        train.main([*source, *TINY, "--runs", str(folder), "--cache", str(folder / "cache"), *options])
+    return folder / options[options.index("--name") + 1], out.getvalue()
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    return class_folders(tmp_path_factory.mktemp("set"), {"benign": 40, "malignant": 28, "normal": 12})
+
+
+def states(path):
+    content = torch.load(path, weights_only=True)
+    nets = [m["state"] for m in content["members"]] + ([content["dnet"]["state"]] if content["dnet"] else [])
+    return [v for net in nets for v in net.values()]
+
+
+def same_model(a, b):
+    return all(torch.equal(x, y) for x, y in zip(states(a), states(b), strict=True))
+
+
+def test_a_run_folder_holds_what_the_design_says(tmp_path, folders):
+    folder, said = quick(tmp_path, "--positive", "malignant", "--name", "a", data_folder=folders)
+    assert {p.name for p in folder.iterdir()} == {
+        "config.json", "log.jsonl", "last.pt", "model.pt", "report.json", "report.png", "mistakes.png", "test.pt",
+        "example.png"}  # fmt: skip
+    report = json.loads((folder / "report.json").read_text())
+    assert set(report["test"]) == {
+        "auc", "accuracy", "sensitivity", "specificity", "balanced_accuracy", "f1", "ece", "iou", "iou_at_50"}  # fmt: skip
+    assert all(set(m) == {"value", "low", "high"} for m in report["test"].values())
+    assert sum(report["splits"].values()) == 80
+    assert {"data", "splits", "model", "seconds"} <= set(report)
+    log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    assert [(h["net"], h["epoch"]) for h in log] == [(n, e) for n in ("dnet", "cnet1 small_cnn") for e in (1, 2, 3)]
+    config = json.loads((folder / "config.json").read_text())
+    assert config["args"]["epochs"] == 3
+    assert config["versions"]["torch"]
+    assert "positive class: malignant" in said
+    assert said.rstrip().endswith(models.DISCLAIMER)
+    assert f"python infer.py {folder}/example.png --model {folder}/model.pt" in said
+    with pytest.raises(InputError, match=r"exists; choose another name"):
+        quick(tmp_path, "--name", "a")
+    assert "is complete" in resumed(folder)
+
+
+def resumed(folder):
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        train.main(["--resume", str(folder)])
+    return out.getvalue()
+
+
+@pytest.mark.parametrize("options", [[], ["--ema", "0.9", "--balanced-sampler"]])
+def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, monkeypatch, options):
+    whole, _ = quick(tmp_path, "--name", "whole", *options)
+    real, calls = train.train_epoch, []
+
+    def dies_in_the_fifth_epoch(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 5:  # the second epoch of C-Net
+            raise KeyError("as good as a kill")
+        return real(*args, **kwargs)
+
+    with monkeypatch.context() as m:
+        m.setattr(train, "train_epoch", dies_in_the_fifth_epoch)
+        with pytest.raises(KeyError):
+            quick(tmp_path, "--name", "cut", *options)
+    assert "resuming cnet1 small_cnn after epoch 1" in resumed(tmp_path / "cut")
+    assert same_model(whole / "model.pt", tmp_path / "cut" / "model.pt")
+
+    def without_times(folder):
+        lines = map(json.loads, (folder / "log.jsonl").read_text().splitlines())
+        return [{k: v for k, v in h.items() if k != "seconds"} for h in lines]
+
+    assert without_times(whole) == without_times(tmp_path / "cut")
+    a, b = (json.loads((f / "report.json").read_text()) for f in (whole, tmp_path / "cut"))
+    assert a["test"] == b["test"]
+
+
+def start(folder, *options):
+    environment = {**os.environ, "PYTHONPATH": str(HERE), "PYTHONUNBUFFERED": "1"}
+    command = [sys.executable, str(HERE / "train.py"), *TINY, "--runs", str(folder), *options]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
+
+
+def test_killed_twice_and_stopped_by_ctrl_c_the_result_is_the_same(tmp_path):
+    whole, _ = quick(tmp_path, "--name", "whole", "--epochs", "6")
+    process = start(tmp_path, "--name", "cut", "--epochs", "6")
+    for line in process.stdout:
+        if "epoch   2/6" in line:
+            process.send_signal(signal.SIGKILL)  # in the midst of an epoch, or of a save
+            break
+    process.wait()
+    process = subprocess.Popen(
+        [sys.executable, str(HERE / "train.py"), "--resume", str(tmp_path / "cut")],
+        stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONUNBUFFERED": "1"})  # fmt: skip
+    said = ""
+    for line in process.stdout:
+        said += line
+        if "epoch   4/6" in line:
+            process.send_signal(signal.SIGINT)
+    assert process.wait() == 130
+    assert f"stopped; go on with: python train.py --resume {tmp_path / 'cut'}" in said
+    resumed(tmp_path / "cut")
+    assert same_model(whole / "model.pt", tmp_path / "cut" / "model.pt")
+
+
+def test_a_loss_that_is_not_finite_keeps_the_last_good_state(tmp_path, monkeypatch):
+    real = train.classification_loss
+    calls = []
+
+    def explodes(*args, **kwargs):
+        calls.append(1)
+        return real(*args, **kwargs) * (math.nan if len(calls) > 25 else 1)
+
+    monkeypatch.setattr(train, "classification_loss", explodes)
+    with pytest.raises(InputError, match=r"epoch 2: the loss is not finite; the last good state is kept in .*last.pt"):
+        quick(tmp_path, "--name", "x", "--nets", "cnet")
+    saved = torch.load(tmp_path / "x" / "last.pt", weights_only=True)
+    assert all(v.isfinite().all() for v in saved["net"].values())
+    assert len(saved["history"]) == 1
+
+
+def test_best_is_a_copy_and_not_the_last(tmp_path, monkeypatch):
+    scores = iter([0.5, 0.9, 0.1])
+    weights = []
+
+    def fit_with_scores(*args, **kwargs):
+        def validate(net):
+            weights.append({k: v.clone() for k, v in net.state_dict().items()})
+            return {"score": (next(scores),), "val_auc": 0.0}
+
+        return real(*args[:4], validate, *args[5:], **kwargs)
+
+    real = train.fit
+    monkeypatch.setattr(train, "fit", fit_with_scores)
+    folder, _ = quick(tmp_path, "--name", "x", "--nets", "cnet")
+    kept = torch.load(folder / "model.pt", weights_only=True)["members"][0]["state"]
+    assert all(torch.equal(kept[k], weights[1][k]) for k in kept)
+    assert not all(torch.equal(kept[k], weights[2][k]) for k in kept)
+
+
+def test_training_stops_early_without_patience_left(tmp_path):
+    folder, _ = quick(tmp_path, "--name", "x", "--nets", "cnet", "--epochs", "40", "--patience", "2", "--lr", "1e-9")
+    assert len((folder / "log.jsonl").read_text().splitlines()) < 12
+
+
+def test_folds_cover_every_image_once_and_repeats_have_a_spread(tmp_path, folders):
+    folder, said = quick(tmp_path, "--folds", "3", "--name", "f", "--epochs", "1", "--positive", "malignant", data_folder=folders)  # fmt: skip
+    results = [torch.load(folder / f"fold{k}" / "test.pt", weights_only=True) for k in (1, 2, 3)]
+    assert sorted(torch.cat([r["rows"] for r in results]).tolist()) == list(range(80))
+    report = json.loads((folder / "report.json").read_text())
+    assert report["splits"]["test"] == 80
+    aucs = [json.loads((folder / f"fold{k}" / "report.json").read_text())["test"]["auc"]["value"] for k in (1, 2, 3)]
+    assert report["mean"]["auc"]["mean"] == pytest.approx(np.mean(aucs))
+    assert report["mean"]["auc"]["sd"] == pytest.approx(np.std(aucs, ddof=1))
+    assert "+-" in said
+    images = quiet_load(folders, 32, positive="malignant")
+    args = train.parse(["--data", str(folders), *TINY, "--folds", "3"])
+    for _, *parts, _ in train.plan(images, args):
+        together = torch.cat(parts)
+        assert sorted(together.tolist()) == list(range(80))
+        for g in images.groups.unique():
+            assert sum(bool((images.groups[p] == g).any()) for p in parts) == 1
+    folder, _ = quick(tmp_path, "--repeats", "2", "--name", "r", "--epochs", "1", "--nets", "cnet")
+    report = json.loads((folder / "report.json").read_text())
+    assert [p.name for p in sorted(folder.glob("seed*"))] == ["seed0", "seed1"]
+    assert len(report["runs"]) == 2
+    assert not same_model(folder / "seed0" / "model.pt", folder / "seed1" / "model.pt")
+
+
+@pytest.mark.parametrize("roi", ["mask", "dnet"])
+def test_an_ensemble_on_crops_of_three_classes(tmp_path, folders, roi):
+    folder, _ = quick(tmp_path, "--ensemble", "small_cnn,small_cnn", "--roi", roi, "--name", "e", "--margin", "0.5", data_folder=folders)  # fmt: skip
+    model = models.load(folder / "model.pt")
+    assert len(model.members) == 2
+    assert float(model.weights.sum()) == pytest.approx(1)
+    assert (model.info["size"], model.info["load_size"], model.info["roi"]) == (32, 64, roi)
+    assert model.info["classes"] == ["benign", "normal", "malignant"]
+    report = json.loads((folder / "report.json").read_text())
+    assert report["test"]["auc"]["value"] is not None
+    result = infer.BreastCancerDetector(folder / "model.pt").predict(next((folders / "normal").glob("*(1).png")))
+    assert set(result["probabilities"]) == {"benign", "normal", "malignant"}
+
+
+def test_metadata_alone_can_carry_the_answer(tmp_path):
+    rows = []
+    for i in range(60):
+        picture(32, 32, i).save(tmp_path / f"{i}.png")
+        rows.append(f"{i},{'nv' if i % 2 else 'mel'},,,,{30 + i % 7},{'female' if i % 2 else 'male'},,,,")
+    table = write_csv(tmp_path, rows)
+    folder, _ = quick(
+        tmp_path, "--name", "m", "--meta-columns", "age", "sex", "--positive", "mel", "--epochs", "15", "--lr", "3e-3",
+        data_folder=table)  # fmt: skip
+    assert json.loads((folder / "report.json").read_text())["test"]["auc"]["value"] > 0.95
+    image = tmp_path / "0.png"
+    p = {
+        sex: infer.BreastCancerDetector(folder / "model.pt").predict(image, {"sex": sex})["probability"]
+        for sex in ("male", "female")
+    }
+    assert p["male"] > p["female"]
+    model = folder / "model.pt"
+    said = run(HERE / "infer.py", image, "--model", model, "--meta", "age=31,sex=male").stdout
+    assert "counted as missing" not in said
+    assert "counted as missing: age, sex" in run(HERE / "infer.py", image, "--model", model).stdout
+    assert "the model knows age, sex" in error_of(run(HERE / "infer.py", image, "--model", model, "--meta", "shoe=44"))
+    assert "not seen in training" in error_of(run(HERE / "infer.py", image, "--model", model, "--meta", "sex=x"))
+
+
+def test_data_without_boxes(tmp_path):
+    source = write_npz(tmp_path / "a.npz", n=40)
+    folder, said = quick(tmp_path, "--name", "c", "--epochs", "1", data_folder=source)
+    assert "D-Net can't be trained" in said
+    assert "iou" not in json.loads((folder / "report.json").read_text())["test"]
+    with pytest.raises(InputError, match="no boxes"):
+        quick(tmp_path, "--name", "d", "--nets", "dnet", data_folder=source)
+    with pytest.raises(InputError, match="no boxes"):
+        quick(tmp_path, "--name", "e", "--roi", "dnet", data_folder=source)
+    with pytest.raises(InputError, match="neither masks nor boxes"):
+        quick(tmp_path, "--name", "g", "--roi", "mask", data_folder=source)
+    folder, said = quick(tmp_path, "--name", "f", "--epochs", "1", "--dummy-boxes", data_folder=source)
+    assert "placeholder boxes" in said
+    assert json.loads((folder / "report.json").read_text())["data"]["placeholder_boxes"]
+    assert "PLACEHOLDER BOXES" in infer.BreastCancerDetector(folder / "model.pt").describe()
+
+
+def test_a_detector_alone(tmp_path):
+    folder, _ = quick(tmp_path, "--name", "d", "--nets", "dnet", "--dnet-design", "pooled", "--epochs", "1")
+    assert set(json.loads((folder / "report.json").read_text())["test"]) == {"iou", "iou_at_50"}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# train.py: the command line
+
+
+def test_mistakes_on_the_command_line_are_one_line(tmp_path, folders):
+    one = class_folders(tmp_path / "one", {"benign": 6})
+    lonely = write_npz(tmp_path / "no_positive.npz", val_labels=np.zeros(10, np.uint8))
+    text = tmp_path / "text.pt"
+    text.write_text("x")
+    before = sorted(tmp_path.rglob("*"))
+    for options, why in [
+        (["--data", tmp_path / "nowhere"], "no such file or folder"),
+        (["--data", one], "one class only"),
+        (["--data", lonely], "the val split has no '1' image"),
+        (["--data", folders, "--positive", "x"], "no such class"),
+        (["--resume", tmp_path / "nowhere"], "nothing to resume"),
+        (["--model", "resnet19"], "no such network"),
+        (["--weights", text], "not a PyTorch file"),
+        (["--weights", "imagenet"], "no weights for it"),
+        (["--epochs", "0"], "--epochs 0: must lie in"),
+        (["--epochs", "many"], "invalid int value"),
+        (["--pos-weight", "x"], "--pos-weight x"),
+        (["--fold", "5"], "unrecognized arguments"),
+        (["@nowhere.args"], "nowhere.args"),
+        (["--nets", "dnet", "--roi", "dnet"], "there is none"),
+        (["--nets", "cnet", "--roi", "dnet"], "needs D-Net"),
+        (["--model", "alexnet", "--size", "16"], "too small for alexnet"),
+        (["--device", "toaster"], "no such device"),
+    ] + ([] if torch.cuda.is_available() else [(["--device", "cuda"], "no CUDA device")]):
+        command = [HERE / "train.py", "--runs", tmp_path / "runs", "--cache", tmp_path / "cache", *options]
+        out = io.StringIO()  # in this process: seventeen starts of Python would take a minute
+        with contextlib.redirect_stderr(out), contextlib.redirect_stdout(io.StringIO()), pytest.raises(SystemExit) as e:
+            data.run_main(lambda command=command: train.main([str(c) for c in command[1:]]))
+        assert e.value.code == 1, options
+        assert len(out.getvalue().splitlines()) == 1, out.getvalue()
+        assert why in out.getvalue(), options
+    assert set(before) <= set(tmp_path.rglob("*"))
+
+
+def test_option_files_hold_comments_and_many_options_a_line(tmp_path):
+    (tmp_path / "x.args").write_text("# a recipe\n--epochs 7 --lr 0.5   # fast\n\n--model resnet18\n--weights none\n")
+    args = train.parse([f"@{tmp_path / 'x.args'}", "--lr", "0.1", "--data", "somewhere"])
+    assert (args.epochs, args.lr, args.model, args.weights) == (7, 0.1, "resnet18", "none")
+
+
+def test_every_recipe_is_understood():
+    recipes = sorted((HERE / "recipes").glob("*.args"))
+    assert recipes
+    for recipe in recipes:
+        train.parse([f"@{recipe}", "--data", "somewhere"])
+
+
+def test_no_option_goes_untested():
+    """Every option that -h shows stands in this file, outside this test."""
+    source = Path(__file__).read_text()
+    for script in ("train.py", "infer.py"):
+        shown = run(HERE / script, "-h").stdout
+        for option in sorted(set(re.findall(r"--[a-z][a-z-]+", shown)) - {"--help"}):
+            assert f'"{option}"' in source, f"{script} {option}"
+
+
+def test_the_remaining_options_do_what_they_say(tmp_path, folders):
+    args = train.parse(
+        ["--data", str(folders), *TINY, "--channels", "3", "--clahe", "--drop-class", "normal", "--seed", "3",
+         "--cache", str(tmp_path / "c")])  # fmt: skip
+    images = train.load_images(args, log=lambda _: None)
+    assert images.pixels.shape == (68, 3, 32, 32)
+    assert images.classes == ["benign", "malignant"]
+    plain = train.load_images(train.parse(["--data", str(folders), *TINY, "--channels", "3", "--cache", str(tmp_path / "c")]), log=lambda _: None)  # fmt: skip
+    assert images.pixels.float().std() > plain.pixels[:68].float().std()  # CLAHE
+    assert images.splits != plain.splits[:68]  # another seed
+    rows = [f"{n},{c},g{n // 2},train,m" for n, c in enumerate("abab")]
+    for n in range(4):
+        picture(seed=n).save(tmp_path / f"{n}.png")
+    Image.new("L", (60, 40), 255).save(tmp_path / "m.png")
+    table = write_csv(tmp_path, rows, header="file,what,who,where,lesion")
+    names = ["--image-column", "file", "--label-column", "what", "--group-column", "who", "--split-column", "where",
+             "--mask-column", "lesion"]  # fmt: skip
+    images = train.load_images(train.parse(["--data", str(table), *TINY, *names, "--cache", str(tmp_path / "c")]), log=lambda _: None)  # fmt: skip
+    assert images.boxes.isfinite().all()
+    assert len(images.groups.unique()) == 2
+    (tmp_path / "boxes.csv").write_text('image,label,where\n0,a,1 2 30 20\n1,b,"[2, 3, 9, 9]"\n')
+    images = train.load_images(train.parse(["--data", str(tmp_path / "boxes.csv"), *TINY, "--box-columns", "where", "--cache", str(tmp_path / "c")]), log=lambda _: None)  # fmt: skip
+    np.testing.assert_allclose(images.boxes[0], np.array([1, 2 + 10, 30, 20 + 10]) / 60, atol=1e-3)
+    (folders / "benign" / "broken.png").write_text("x")
+    try:
+        skipping = train.parse(["--data", str(folders), *TINY, "--skip-bad", "--cache", str(tmp_path / "c")])
+        assert len(train.load_images(skipping, log=lambda _: None)) == 80
+    finally:
+        (folders / "benign" / "broken.png").unlink()
+
+
+def test_options_reach_the_networks_and_the_optimizer(tmp_path):
+    options = ["--dropout", "0.5", "--normalise", "fixed", "--batch", "64", "--warmup", "0.5", "--weight-decay", "0.3",
+               "--clip", "0.01", "--augment", "0", "--label-smoothing", "0.2", "--pos-weight", "3", "--amp", "on",
+               "--target-sensitivity", "0.5", "--device", "cpu"]  # fmt: skip
+    folder, _ = quick(tmp_path, "--name", "o", "--nets", "cnet", "--epochs", "2", *options)
+    model = models.load(folder / "model.pt")
+    assert model.members[0].config["dropout"] == 0.5
+    assert model.members[0].config["normalise"] == "fixed"
+    saved = torch.load(folder / "last.pt", weights_only=True)
+    assert {g["weight_decay"] for g in saved["optimizer"]["param_groups"]} == {0.3, 0.0}
+    log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    assert log[1]["lr"] > log[0]["lr"]  # half of the steps are warm-up
+    low = json.loads((folder / "report.json").read_text())["test"]["sensitivity"]["value"]
+    assert low < 0.9  # a target of 0.5 gives away sensitivity
+
+
+@pytest.fixture(scope="module")
+def phantom_run(tmp_path_factory):
+    """`python train.py`, letter by letter: what a stranger runs first."""
+    folder = tmp_path_factory.mktemp("stranger")
+    began = time.time()
+    result = run(HERE / "train.py", cwd=folder)
+    assert result.returncode == 0, result.stderr
+    return folder, result.stdout, time.time() - began
+
+
+def test_the_first_command_keeps_its_promise(phantom_run):
+    folder, said, _ = phantom_run
+    report = json.loads((folder / "runs" / "phantoms" / "report.json").read_text())
+    assert report["test"]["auc"]["value"] >= 0.95
+    assert report["test"]["iou"]["value"] >= 0.60
+    assert re.search(r"auc +0\.\d+ +\[0\.\d+, [01]\.\d+\]", said)
+    command = re.search(r"try: python (infer\.py .*)", said)[1].split()
+    answer = run(HERE / command[0], *command[1:], cwd=folder)
+    assert answer.returncode == 0
+    assert re.search(r"example\.png: (benign|malignant), p\(malignant\) = 0\.\d+", answer.stdout)
+    assert answer.stdout.rstrip().endswith(models.DISCLAIMER)
+    assert "PHANTOMS" in answer.stdout
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# infer.py
+
+
+@pytest.fixture(scope="module")
+def detector(phantom_run):
+    return infer.BreastCancerDetector(phantom_run[0] / "runs" / "phantoms" / "model.pt")
+
+
+KEYS = ["image", "prediction", "probability", "confidence", "probabilities", "uncertainty", "box", "refer", "error"]
+
+
+def test_every_kind_of_input_gives_the_same_answer(tmp_path, detector):
+    pixels = data.phantoms(3, 64, seed=9).pixels[0, 0].numpy()
+    path = tmp_path / "p.png"
+    Image.fromarray(pixels).save(path)
+    first = detector.predict(str(path))
+    assert list(first) == KEYS
+    assert first["error"] is None
+    assert first["confidence"] == pytest.approx(first["probabilities"][first["prediction"]])
+    assert sum(first["probabilities"].values()) == pytest.approx(1, abs=1e-5)
+    many = detector.predict(
+        [path, Image.fromarray(pixels), pixels, pixels[:, :, None], pixels / 255, np.stack([pixels] * 3, 2)]
+    )
+    for other in many:
+        assert {**other, "image": None} == {**first, "image": None}
+
+
+def test_wrong_arrays_are_errors_of_their_own(detector):
+    for array, why in [(np.zeros((2, 3, 4, 5)), "no image"), (np.full((4, 4), np.nan), "NaN"), (np.zeros((0, 4)), "no image"),
+                       (np.array([["a"]]), "no image")]:  # fmt: skip
+        result = detector.predict(array)
+        assert why in result["error"]
+        assert result["probability"] is None
+
+
+def test_boxes_are_in_the_pixels_of_the_original(detector):
+    images = data.phantoms(12, 64, seed=7)
+    for pixels, box in zip(images.pixels, images.boxes, strict=True):
+        image = Image.fromarray(pixels[0].numpy()).resize((256, 256))
+        wide = Image.new("L", (400, 256), int(pixels.float().mean()))
+        wide.paste(image, (100, 0))
+        found = torch.tensor(detector.predict(wide)["box"])[None]
+        true = (box * 256 + torch.tensor([100, 0, 100, 0]))[None]
+        assert (found[0, :2] < found[0, 2:]).all()
+        assert found.max() <= 400
+        if metrics.paired_iou(found, true) > 0.5:
+            break
+    else:
+        pytest.fail("no box lies where its lesion is")
+
+
+def test_views_are_one_batch_and_the_first_is_the_picture():
+    x = torch.rand(3, 1, 32, 32)
+    views = infer.tta_views(x, 5)
+    assert views.shape == (15, 1, 32, 32)
+    torch.testing.assert_close(views[:3], x, atol=1e-5, rtol=0)
+    torch.testing.assert_close(views[3:6], x.flip(3), atol=1e-5, rtol=0)
+    zoomed = data.crop(x, torch.tensor([[0.05, 0.05, 0.95, 0.95]]).expand(3, 4), 32)
+    torch.testing.assert_close(views[6:9], zoomed, atol=1e-5, rtol=0)
+    regions = torch.tensor([[0.25, 0.25, 0.75, 0.75]]).expand(3, 4)
+    cropped = infer.tta_views(x, 2, regions, 16)
+    torch.testing.assert_close(cropped[3:], x[:, :, 8:24, 8:24].flip(3), atol=1e-5, rtol=0)
+
+
+def test_a_batch_equals_its_images_one_by_one(tmp_path):
+    models.save(tmp_path / "m.pt", small_model(roi="dnet", threshold=0.4))
+    some = infer.BreastCancerDetector(tmp_path / "m.pt", tta=5)
+    pixels = [np.asarray(picture(50 + 7 * s, 40, s)) for s in range(5)]
+    for together, alone in zip(some.predict(pixels), [some.predict(p) for p in pixels], strict=True):
+        assert together["probability"] == pytest.approx(alone["probability"], abs=1e-5)
+        assert together["box"] == pytest.approx(alone["box"], abs=0.2)
+    x = torch.from_numpy(np.stack([data.letterbox(Image.fromarray(p), 32)[0] for p in pixels]))
+    model = models.load(tmp_path / "m.pt")
+    with torch.no_grad():  # the mean of five views, one after another
+        boxes = model.locate(x)
+        views = infer.tta_views(x, 5, data.crop_regions(boxes, 0.25), 32).split(5)
+        opinions = torch.stack([model.member_probabilities(v) for v in views])
+        expected = model.combine(opinions.mean(0))[:, 1]
+    assert [r["probability"] for r in some.predict(pixels)] == pytest.approx(expected.tolist(), abs=1e-5)
+    spread = opinions.flatten(0, 1)[:, :, 1].std(0, correction=0)
+    assert [r["uncertainty"] for r in some.predict(pixels)] == pytest.approx(spread.tolist(), abs=1e-5)
+
+
+def test_what_is_not_clear_is_referred(detector):
+    detector = infer.BreastCancerDetector.__new__(infer.BreastCancerDetector)
+    detector.info = {"classes": ["benign", "malignant"], "threshold": 0.2}
+    assert detector._answer([0.8, 0.2], 0.0)["prediction"] == "malignant"
+    assert detector._answer([0.81, 0.19], 0.0)["prediction"] == "benign"
+    assert detector._answer([0.75, 0.25], 0.0)["refer"]  # near the threshold
+    assert not detector._answer([0.3, 0.7], 0.0)["refer"]
+    assert not detector._answer([0.95, 0.05], 0.0)["refer"]
+    assert detector._answer([0.3, 0.7], 0.3)["refer"]  # the opinions differ
+
+
+def test_the_command_line_answers_what_it_can(tmp_path, phantom_run):
+    model = phantom_run[0] / "runs" / "phantoms" / "model.pt"
+    scans = tmp_path / "scans"
+    (scans / "deep").mkdir(parents=True)
+    good = awkward_images(scans)
+    Image.new("L", (1, 1), 9).save(scans / "one.png")
+    Image.new("L", (20_000, 40), 9).save(scans / "deep" / "wide.png")
+    picture().save(scans / "deep" / "wide_mask.png")  # a mask is no picture to diagnose
+    bad = bad_files(scans)
+    result = run(HERE / "infer.py", scans, tmp_path / "nowhere.png", "--model", model, "--json", "--save-overlay", tmp_path / "out")  # fmt: skip
+    assert result.returncode == 1  # some could not be read
+    answers = [json.loads(line) for line in result.stdout.splitlines()]
+    assert all(list(a) == KEYS for a in answers)
+    by_name = {Path(a["image"]).name: a for a in answers}
+    assert {n for n, a in by_name.items() if a["error"]} == {*bad, "nowhere.png"}
+    assert {n for n, a in by_name.items() if a["error"] is None} == {*good, "one.png", "wide.png"}
+    assert by_name["nowhere.png"]["error"] == "no such file"
+    assert len(list((tmp_path / "out").glob("*_overlay.png"))) == len(good) + 2
+    one = run(HERE / "infer.py", scans / "grey.png", "--model", model, "--tta", "1", "--device", "cpu")
+    assert one.returncode == 0
+    assert "uncertainty 0.000" in one.stdout
+    for options, why in [(["--tta", "0"], "give 1 to 8"), (["--model", tmp_path / "x.pt"], "no such file"), (["--meta", "a=1"], "images alone")]:  # fmt: skip
+        assert why in error_of(run(HERE / "infer.py", scans / "grey.png", "--model", model, *options))
+    (tmp_path / "empty").mkdir()
+    assert "no image in this folder" in error_of(run(HERE / "infer.py", tmp_path / "empty", "--model", model))
+    assert "no model under runs/" in error_of(run(HERE / "infer.py", scans / "grey.png", cwd=tmp_path))
+
+
+def test_prediction_imports_no_more_than_it_needs(tmp_path, phantom_run):
+    model = phantom_run[0] / "runs" / "phantoms" / "model.pt"
+    code = f"import sys, infer; infer.main(['{model.parent}/example.png', '--model', '{model}']); print(sorted(sys.modules))"
+    loaded = run("-c", code).stdout
+    for name in ("'train'", "'plots'", "'metrics'", "'torchvision'", "'PIL.ImageDraw'"):
+        assert name not in loaded, name
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Real data
+
+
+@needs_data
+def test_breastmnist_counts_pin_the_positive_class():
+    images = quiet_load(DATA / "breastmnist.npz", 28)
+    counts = [[int((images.labels[images.rows(s)] == c).sum()) for c in (0, 1)] for s in ("train", "val", "test")]
+    assert images.classes == ["benign", "malignant"]
+    assert counts == [[399, 147], [57, 21], [114, 42]]
+
+
+@needs_data
+def test_busi_masks_boxes_and_near_duplicates():
+    said = []
+    images = quiet_load(DATA / "BUSI", 128, positive="malignant", log=said.append)
+    assert (len(images), int(images.labels.sum())) == (621, 168)
+    assert int(images.boxes[:, 0].isfinite().sum()) == 515
+    assert (images.masks.flatten(1).any(1) == images.boxes[:, 0].isfinite()).all()
+    assert images.pixels.shape[1] == 1
+    assert len(data.near_duplicates(images.pixels)[0]) > 100
+    assert sum("OPPOSITE LABELS" in line for line in said) >= 1
+    for g in images.groups.unique():
+        assert len({images.splits[i] for i in torch.nonzero(images.groups == g)[:, 0].tolist()}) == 1
+    three = quiet_load(DATA / "BUSI", 64)
+    assert three.classes == ["benign", "normal", "malignant"]
+    assert torch.bincount(three.labels).tolist() == [347, 106, 168]
+
+
+@needs_data
+def test_idc_patients():
+    images = quiet_load(DATA / "IDC", 50)
+    assert (len(images), len(images.groups.unique()), images.pixels.shape[1]) == (7402, 200, 3)
+    assert int(images.labels.sum()) == 2019
+
+
+@needs_data
+def test_ham10000_lesions_and_metadata():
+    columns = {"image": "image_id", "label": "dx", "group": "lesion_id", "meta": ["age", "sex", "localization"]}
+    images = quiet_load(DATA / "HAM10000" / "HAM10000_metadata.csv", 32, columns=columns)
+    assert len(images) == 8028
+    assert torch.bincount(images.labels).sum() == 8028
+    assert len(images.classes) == 7
+    missing = images.meta[:, images.meta_columns.index("age missing")]
+    assert 0 < missing.sum() < 100
+    assert (images.meta[missing == 1, 0] == 0).all()
+    assert float(images.meta[missing == 0, 0].std()) == pytest.approx(1, abs=0.01)
+
+
+@needs_data
+def test_real_weights_fit_the_network(capsys):
+    models.CNet("mobilenet_v2", weights=str(DATA / "weights" / "mobilenet_v2-features.pth"))
+    assert "2 missing in the file: classifier.1.bias, classifier.1.weight" in capsys.readouterr().out
