@@ -241,7 +241,7 @@ class DNet(nn.Module):
             merged = finer_map + F.interpolate(merged, size=finer_map.shape[-2:], mode="nearest")
         out = self.head(merged).float()
         n, _, h, w = out.shape
-        reach = F.softplus(out[:, 1:])  # left, top, right, bottom of the cell's centre: never negative
+        reach = 1e-3 + F.softplus(out[:, 1:])  # left, top, right, bottom of the cell's centre: always positive
         x, y = cell_centres(h, w, out.device)
         boxes = torch.stack([x - reach[:, 0], y - reach[:, 1], x + reach[:, 2], y + reach[:, 3]], 1)
         return boxes, out[:, 0].flatten(1).log_softmax(1).view(n, h, w)
@@ -252,7 +252,7 @@ class DNet(nn.Module):
             return (boxes * log_weights.exp()[:, None]).sum((2, 3))
         x = self.features(standardise(images, self.config["normalise"])).mean((2, 3))
         centre, size = self.head(x).float().sigmoid().split(2, 1)
-        return torch.cat([centre - size / 2, centre + size / 2], 1)
+        return torch.cat([centre - size / 2 - 1e-3, centre + size / 2 + 1e-3], 1)
 
 
 def cell_centres(h, w, device=None):

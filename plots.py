@@ -92,7 +92,7 @@ def line_chart(
 
 def nice_ticks(low, high):
     """About five round numbers in a range."""
-    raw = (high - low) / 5
+    raw = (high - low) / 6
     magnitude = 10 ** np.floor(np.log10(raw))
     step = next(m * magnitude for m in (1, 2, 5, 10) if m * magnitude >= raw * 0.999)
     return np.round(np.arange(np.ceil(low / step - 1e-9), np.floor(high / step + 1e-9) + 1) * step, 10) + 0.0  # no -0

@@ -246,7 +246,7 @@ def load_images(args, log=print):
 # ---------------------------------------------------------------------------------------------------------------------
 # Losses
 
-VOTING = 0.2  # weight of the cross-entropy beside the box loss
+VOTING = 0.5  # weight of a cell's cross-entropy beside its box loss
 
 
 def classification_loss(logits, labels, weights=None, smoothing=0.0):
@@ -274,30 +274,30 @@ def class_weights(labels, classes, pos_weight):
 
 
 def box_loss(predicted, true):
-    """Smooth L1 (near the right place a gentle pull) + GIoU loss (Rezatofighi et al. 2019: far from it still a direction)."""
+    """Loss (N,) of boxes (N, 4): smooth L1, a gentle pull near the right place, + GIoU (Rezatofighi et al. 2019),
+    which knows the direction from afar."""
     from torchvision.ops import generalized_box_iou_loss
 
-    return 4 * F.smooth_l1_loss(predicted, true, beta=0.05) + generalized_box_iou_loss(
-        predicted, true, reduction="mean"
+    return 4 * F.smooth_l1_loss(predicted, true, beta=0.05, reduction="none").mean(1) + generalized_box_iou_loss(
+        predicted, true
     )
 
 
 def detection_loss(dnet, images, true):
-    """Loss of D-Net on a batch with its boxes (N, 4): box_loss and, for "votes", a cross-entropy that tells the cells
-    who should vote: those near the lesion's centre (a Gaussian of a sixth of its sides; Zhou et al., CenterNet, 2019).
-    Without it the scores learn only through the mean box, many times slower."""
+    """Loss of D-Net on a batch with its boxes (N, 4). In the design "votes" every cell near the lesion's centre has to
+    know the box by itself, and to vote: its box loss and the cross-entropy of its weight, under a Gaussian of a sixth
+    of the lesion's sides (Zhou et al., CenterNet, 2019). A loss of the mean box alone learns many times slower."""
     if dnet.config["design"] != "votes":
-        return box_loss(dnet(images), true)
+        return box_loss(dnet(images), true).mean()
     boxes, log_weights = dnet.vote(images)
-    x, y = cell_centres(*log_weights.shape[1:], log_weights.device)
-    centre, sides = (
-        ((true[:, :2] + true[:, 2:]) / 2)[..., None, None],
-        (true[:, 2:] - true[:, :2]).clamp(min=0.02)[..., None, None],
-    )
-    distance = ((x - centre[:, 0]) / sides[:, 0]) ** 2 + ((y - centre[:, 1]) / sides[:, 1]) ** 2
-    target = (-18 * distance).flatten(1).softmax(1)
-    voting = -(target * log_weights.flatten(1)).sum(1).mean()
-    return box_loss((boxes * log_weights.exp()[:, None]).sum((2, 3)), true) + VOTING * voting
+    n, h, w = log_weights.shape
+    x, y = cell_centres(h, w, log_weights.device)
+    centre, sides = (true[:, :2] + true[:, 2:]) / 2, (true[:, 2:] - true[:, :2]).clamp(min=0.02)
+    away = ((x - centre[:, 0, None, None]) / sides[:, 0, None, None]) ** 2
+    away = away + ((y - centre[:, 1, None, None]) / sides[:, 1, None, None]) ** 2
+    near = (-18 * away).flatten(1).softmax(1)  # exp(-d^2 / (2 / 36))
+    each = box_loss(boxes.flatten(2).mT.reshape(-1, 4), true.repeat_interleave(h * w, 0)).view(n, h * w)
+    return (near * (each - VOTING * log_weights.flatten(1))).sum(1).mean()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -439,8 +439,8 @@ def fit(net, images, rows, loss_of, validate, args, *, name, folder, seed, regio
             "cuda_rng": torch.cuda.get_rng_state_all() if device.type == "cuda" else None,
             "best": best, "best_score": best_score, "history": history, "epoch": len(history)})  # fmt: skip
 
-    saved_at = start = time.time()
-    for epoch in range(len(history), args.epochs):
+    first, saved_at, start = len(history), time.time(), time.time()
+    for epoch in range(first, args.epochs):
         began = time.time()
         lr = scheduler.get_last_lr()[0]
         try:
@@ -476,11 +476,7 @@ def fit(net, images, rows, loss_of, validate, args, *, name, folder, seed, regio
             file.write(json.dumps(history[-1]) + "\n")
         waited = epoch - max(h["epoch"] - 1 for h in history if h["best"])
         over = epoch + 1 == args.epochs or (args.patience and waited >= args.patience)
-        left = (
-            (time.time() - start)
-            / (epoch + 1 - (len(saved["history"]) if saved and saved["name"] == name else 0))
-            * (args.epochs - epoch - 1)
-        )
+        left = (time.time() - start) / (epoch + 1 - first) * (args.epochs - epoch - 1)
         values = "  ".join(f"{k} {v:.3f}" for k, v in found.items())
         print(
             f"{name:22s} epoch {epoch + 1:3d}/{args.epochs}  loss {loss:.4f}  {values} {'*' if score == best_score else ' '} {left:4.0f} s left",
@@ -500,7 +496,7 @@ def fit(net, images, rows, loss_of, validate, args, *, name, folder, seed, regio
 # Predicting, and what is chosen on validation
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def predict(model, images, rows, boxes=None, batch=64):
     """Members' probabilities (M, N, K) of the images in `rows`, on the CPU. boxes (all images, 4): where C-Net looks."""
     device = model.weights.device if not len(model.members) else next(model.members.parameters()).device
@@ -514,7 +510,7 @@ def predict(model, images, rows, boxes=None, batch=64):
     return torch.cat(parts, 1)
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def locate(model, images, rows, batch=64):
     """D-Net's boxes (N, 4) of the images in `rows`, on the CPU."""
     device = next(model.dnet.parameters()).device
@@ -585,7 +581,7 @@ def one_run(images, train, val, test, args, folder, seed):
             save_checkpoint(path, done)
         net.load_state_dict(done["state"])
         histories.append(done["history"])
-        return net.eval().to(device)
+        return net.eval().to(device, memory_format=torch.channels_last)
 
     boxed = images.boxes[:, 0].isfinite()
     dnet, test_boxes, look = None, None, None
