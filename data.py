@@ -71,7 +71,7 @@ def choose_device(name):
 
 @dataclasses.dataclass
 class ImageSet:
-    """N images in memory (or memory-mapped), and all that is known of them. The one thing that travels between files."""
+    """N images in memory (or memory-mapped), and all that is known of them: the one thing that travels between files."""
 
     pixels: torch.Tensor  # uint8 (N, C, S, S); C = 1 for grey, 3 for colour; letterboxed
     labels: torch.Tensor  # int64 (N,), index into `classes`; -1 = not labelled
@@ -102,7 +102,7 @@ class ImageSet:
         lines = [
             f"{self.source}: {n} images, {s}x{s} px, {'grey' if c == 1 else 'colour'}, {len(self.groups.unique())} groups"
         ]
-        names = list(self.classes) + ["not labelled"]
+        names = [*list(self.classes), "not labelled"]
         for split in ("train", "val", "test", ""):
             labels = self.labels[[i for i, x in enumerate(self.splits) if x == split]]
             counts = [
@@ -594,7 +594,7 @@ def near_duplicates(pixels, threshold=0.95):
 
 
 def merge_groups(groups, pairs):
-    """Give both images of every pair one group (union-find). groups: int64 (N,); returns int64 (N,), numbered from 0."""
+    """Give both images of every pair one group (union-find). groups: int64 (N,); returns the same, numbered from 0."""
     parent = list(range(int(groups.max()) + 1)) if len(groups) else []
 
     def root(g):
@@ -612,7 +612,7 @@ def merge_groups(groups, pairs):
 def partition(labels, groups, shares, seed):
     """Divide images into parts of the given shares: int64 (N,), the part of each. Stratified, and no group is split.
 
-    Groups are dealt in random order, the largest first, each to the part that then lacks most of the group's classes."""
+    Groups are dealt in random order, the largest first, each to the part that then lacks most of its classes."""
     generator = torch.Generator().manual_seed(seed)
     shares = torch.tensor(shares, dtype=torch.double) / sum(shares)
     _, classes = torch.unique(labels, return_inverse=True)
@@ -686,7 +686,7 @@ def decode_entry(entry, size, channels, equalise):
 
 
 def looks_grey(entries):
-    """Whether most of a sample of images hold no colour (ultrasound is often saved as RGB, some with coloured marks)."""
+    """Whether most of a sample of images hold no colour (ultrasound is often saved as RGB, with a coloured mark)."""
     coloured, seen = 0, 0
     for entry in entries[:: max(1, len(entries) // 32)]:
         try:
@@ -803,8 +803,21 @@ def decode(entries, size, channels, equalise=False, cache=None, skip_bad=False):
     return torch.from_numpy(pixels[: len(kept)]), torch.from_numpy(masks[: len(kept)]), torch.from_numpy(boxes), kept
 
 
-def load(source=None, size=128, *, positive=None, drop=(), channels=None, equalise=False, columns=None, cache="runs/cache",
-         skip_bad=False, seed=0, dummy_boxes=False, log=print):  # fmt: skip
+def load(
+    source=None,
+    size=128,
+    *,
+    positive=None,
+    drop=(),
+    channels=None,
+    equalise=False,
+    columns=None,
+    cache="runs/cache",
+    skip_bad=False,
+    seed=0,
+    dummy_boxes=False,
+    log=print,
+):
     """Any data set as an ImageSet, split and grouped. See the top of the file for the layouts.
 
     source: a path, "breastmnist", or None for the phantoms. size: S in pixels. positive, drop: see resolve_classes.
@@ -853,9 +866,20 @@ def load(source=None, size=128, *, positive=None, drop=(), channels=None, equali
     if dummy_boxes:
         boxes[~boxes[:, 0].isfinite()] = torch.tensor([0.25, 0.25, 0.75, 0.75])
     images = ImageSet(
-        pixels, labels, boxes, masks if any(e.masks for e in entries) else None, groups,
-        complete_splits(splits, labels, groups, seed), meta, [e.name for e in entries], classes, meta_columns, spec,
-        dummy_boxes, str(source))  # fmt: skip
+        pixels,
+        labels,
+        boxes,
+        masks if any(e.masks for e in entries) else None,
+        groups,
+        complete_splits(splits, labels, groups, seed),
+        meta,
+        [e.name for e in entries],
+        classes,
+        meta_columns,
+        spec,
+        dummy_boxes,
+        str(source),
+    )
     log(images.summary())
     return images
 
@@ -931,7 +955,7 @@ def augment(images, strength=1.0, boxes=None, regions=None, size=None, generator
     shift, elastic deformation and the crop are folded into ONE resampling; then gain, gamma, depth gain, speckle,
     blur and cutout. Flips are left-right only: depth has a meaning in ultrasound. strength 0 only crops and resizes.
     A box follows as the ellipse inscribed in it, which is what a lesion is, so that rotations don't inflate it."""
-    n, c, _, side = images.shape
+    n, _c, _, side = images.shape
     size = size or side
     device = images.device
     if regions is None:
@@ -969,7 +993,7 @@ def augment(images, strength=1.0, boxes=None, regions=None, size=None, generator
 
 
 def move_boxes(boxes, matrices):
-    """Where boxes (N, 4) in [0, 1] lie after `warp` by these matrices: the bounding box of the moved inscribed ellipse."""
+    """Where boxes (N, 4) in [0, 1] lie after `warp` by these matrices: the bounds of the moved inscribed ellipse."""
     linear = torch.linalg.inv(matrices[:, :, :2])
     centre = (linear @ ((boxes[:, :2] + boxes[:, 2:] - 1)[:, :, None] - matrices[:, :, 2:]))[:, :, 0]
     extent = (linear * (boxes[:, None, 2:] - boxes[:, None, :2])).norm(dim=2)
@@ -977,7 +1001,7 @@ def move_boxes(boxes, matrices):
 
 
 def blur(images, sigma):
-    """Gaussian blur with each image's own sigma in pixels: (N, C, H, W), sigma (N,). Separable, one grouped convolution a side."""
+    """Gaussian blur of (N, C, H, W) with each image's own sigma (N,) in pixels: a grouped convolution a side."""
     n, c, h, w = images.shape
     radius = min(4, max(h, w) - 1)
     t = torch.arange(-radius, radius + 1, device=images.device)

@@ -82,7 +82,8 @@ class BreastCancerDetector:
 
         Keys: image, prediction, probability (of the positive class, the last of the model's classes), confidence (the
         probability of the prediction), probabilities, uncertainty (standard deviation over members and views), box
-        (x_min, y_min, x_max, y_max in the image's own pixels, or None), refer, error (None, or one line; then all else is None)."""
+        (x_min, y_min, x_max, y_max in the image's own pixels, or None), refer, error (None, or one line and all else
+        None)."""
         alone = not isinstance(images, (list, tuple))
         images = [images] if alone else list(images)
         results = []
@@ -95,8 +96,20 @@ class BreastCancerDetector:
         info = self.info
         with ThreadPoolExecutor(min(len(images), os.cpu_count() or 1)) as pool:
             opened = list(pool.map(self._open, images))
-        results = [{"image": name, "prediction": None, "probability": None, "confidence": None, "probabilities": None, "uncertainty": None,
-                    "box": None, "refer": None, "error": error} for name, _, _, _, error in opened]  # fmt: skip
+        results = [
+            {
+                "image": name,
+                "prediction": None,
+                "probability": None,
+                "confidence": None,
+                "probabilities": None,
+                "uncertainty": None,
+                "box": None,
+                "refer": None,
+                "error": error,
+            }
+            for name, _, _, _, error in opened
+        ]
         good = [i for i, o in enumerate(opened) if o[4] is None]
         if not good:
             return results
@@ -151,9 +164,14 @@ class BreastCancerDetector:
             predicted = int(np.argmax(probabilities))
             best, second = sorted(probabilities)[:-3:-1]
             near = best < REFER_ODDS * second
-        return {"prediction": classes[predicted], "probability": round(p, 6), "confidence": round(probabilities[predicted], 6),
-                "probabilities": {c: round(v, 6) for c, v in zip(classes, probabilities, strict=True)}, "uncertainty": round(uncertainty, 6),
-                "refer": near or uncertainty > REFER_UNCERTAINTY}  # fmt: skip
+        return {
+            "prediction": classes[predicted],
+            "probability": round(p, 6),
+            "confidence": round(probabilities[predicted], 6),
+            "probabilities": {c: round(v, 6) for c, v in zip(classes, probabilities, strict=True)},
+            "uncertainty": round(uncertainty, 6),
+            "refer": near or uncertainty > REFER_UNCERTAINTY,
+        }
 
     def _original_box(self, box, placement, size):
         """From [0, 1] of the letterboxed square to the image's own pixels, inside the image."""

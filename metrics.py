@@ -50,7 +50,7 @@ def confusion(predicted, labels, classes):
 
 
 def decide(probabilities, threshold):
-    """Predicted class (N,): for two classes p(positive) >= threshold (a number, or one an image); for K the likeliest."""
+    """Predicted class (N,). Two: p(positive) >= threshold (a number, or one an image); K: the likeliest."""
     if probabilities.shape[1] == 2:
         return (probabilities[:, 1] >= threshold).long()
     return probabilities.argmax(1)
@@ -87,13 +87,18 @@ def evaluate(probabilities, labels, threshold=0.5, weights=None):
     p, y, bins = calibration_bins(probabilities, labels)
     gap = (weights * (y - p)) @ one_hot(bins, BINS).double()
     return {
-        "auc": areas.mean(1), "accuracy": hit.sum(1) / total[:, 0], "sensitivity": recall[:, kept].mean(1),
-        "specificity": specificity[:, kept].mean(1), "balanced_accuracy": recall.mean(1), "f1": f1[:, kept].mean(1),
-        "ece": gap.abs().sum(1) / total[:, 0]}  # fmt: skip
+        "auc": areas.mean(1),
+        "accuracy": hit.sum(1) / total[:, 0],
+        "sensitivity": recall[:, kept].mean(1),
+        "specificity": specificity[:, kept].mean(1),
+        "balanced_accuracy": recall.mean(1),
+        "f1": f1[:, kept].mean(1),
+        "ece": gap.abs().sum(1) / total[:, 0],
+    }
 
 
 def paired_iou(a, b):
-    """Intersection over union of box i of a with box i of b: (N, 4), (N, 4) -> (N,). Boxes as x_min, y_min, x_max, y_max."""
+    """Intersection over union (N,) of box i of a with box i of b, both (N, 4) as x_min, y_min, x_max, y_max."""
     inter = (torch.minimum(a[:, 2:], b[:, 2:]) - torch.maximum(a[:, :2], b[:, :2])).clamp(min=0).prod(1)
     area = (a[:, 2:] - a[:, :2]).prod(1) + (b[:, 2:] - b[:, :2]).prod(1)
     return inter / (area - inter).clamp(min=1e-12)
@@ -141,7 +146,7 @@ def with_intervals(probabilities, labels, groups, threshold=0.5, iou=None):
 def fit_temperature(probabilities, labels):
     """The temperature T in [0.25, 8] at which p^(1/T) has the least negative log-likelihood (Guo et al. 2017).
 
-    probabilities (N, K), labels (N,). A grid, then a finer one around its best: no step size, no failure to converge."""
+    probabilities (N, K), labels (N,). A grid, then finer ones around its best: nothing that could diverge."""
     logs = (probabilities.double() + 1e-12).log()
     low, high = math.log(0.25), math.log(8)
     for _ in range(3):

@@ -22,8 +22,19 @@ from torch import nn
 
 from data import InputError, crop, crop_regions, to_float
 
-BACKBONES = ["small_cnn", "resnet18", "resnet34", "resnet50", "efficientnet_b0", "efficientnet_b1", "densenet121",
-             "convnext_tiny", "mobilenet_v2", "alexnet", "vgg16"]  # fmt: skip
+BACKBONES = [
+    "small_cnn",
+    "resnet18",
+    "resnet34",
+    "resnet50",
+    "efficientnet_b0",
+    "efficientnet_b1",
+    "densenet121",
+    "convnext_tiny",
+    "mobilenet_v2",
+    "alexnet",
+    "vgg16",
+]
 
 DISCLAIMER = "For research and education, not for diagnosis."
 
@@ -36,8 +47,13 @@ class SeparableBlock(nn.Sequential):
 
     def __init__(self, inputs, outputs, stride):
         super().__init__(
-            nn.Conv2d(inputs, inputs, 3, stride, 1, groups=inputs, bias=False), nn.BatchNorm2d(inputs), nn.ReLU(inplace=True),
-            nn.Conv2d(inputs, outputs, 1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU(inplace=True))  # fmt: skip
+            nn.Conv2d(inputs, inputs, 3, stride, 1, groups=inputs, bias=False),
+            nn.BatchNorm2d(inputs),
+            nn.ReLU(inplace=True),
+            nn.Conv2d(inputs, outputs, 1, bias=False),
+            nn.BatchNorm2d(outputs),
+            nn.ReLU(inplace=True),
+        )
 
 
 def small_cnn():
@@ -227,9 +243,14 @@ class DNet(nn.Module):
             self.features.train(was_training)
         self.lateral = nn.ModuleList(nn.Conv2d(w, width, 1) for w in widths)
         self.head = nn.Sequential(
-            nn.Conv2d(width, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU(inplace=True),
-            nn.Conv2d(width, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU(inplace=True),
-            nn.Conv2d(width, 5, 1))  # fmt: skip
+            nn.Conv2d(width, width, 3, padding=1, bias=False),
+            nn.BatchNorm2d(width),
+            nn.ReLU(inplace=True),
+            nn.Conv2d(width, width, 3, padding=1, bias=False),
+            nn.BatchNorm2d(width),
+            nn.ReLU(inplace=True),
+            nn.Conv2d(width, 5, 1),
+        )
         nn.init.normal_(self.head[-1].weight, std=0.01)
         nn.init.constant_(self.head[-1].bias, -1.3)  # softplus(-1.3) = 0.24: the first boxes are about half the image
 
@@ -265,7 +286,7 @@ def cell_centres(h, w, device=None):
 
 
 class Ensemble(nn.Module):
-    """Weighted mean of the members' probabilities, sharpened or softened by one temperature. One member is the common case.
+    """Weighted mean of the members' probabilities, softened by one temperature. One member is the common case.
 
     info: "classes", "size" (what C-Net and D-Net see), "load_size" (what the file is letterboxed to), "channels",
     "equalise" (CLAHE), "roi" ("none", "mask", "dnet"), "margin", "meta_spec", "temperature", "threshold", "made"."""
@@ -297,7 +318,7 @@ class Ensemble(nn.Module):
         return self.dnet(small).clamp(0, 1)
 
     def look(self, images, boxes=None):
-        """What C-Net sees: the crop around the boxes if the model was trained with an ROI, else the whole, at `size`."""
+        """What C-Net sees, at `size`: the crop around the boxes if it was trained with an ROI, else the whole."""
         size = self.info["size"]
         if self.info["roi"] != "none" and boxes is not None:
             return crop(images, crop_regions(boxes, self.info["margin"]), size)
@@ -335,7 +356,7 @@ FORMAT, VERSION = "miniCADx model", 1
 
 
 def write_atomically(path, data):
-    """Write bytes beside `path`, then move them over it: a kill at any moment leaves a whole file. Raises InputError."""
+    """Write bytes beside `path`, then move them over it: a kill at any moment leaves a whole file."""
     path = Path(path)
     part = path.with_name(path.name + ".part")
     try:
@@ -373,14 +394,21 @@ def read_checkpoint(path, what):
 
 def save(path, model):
     """One file that suffices to predict. model: Ensemble."""
-    save_checkpoint(path, {
-        "format": FORMAT, "version": VERSION, "weights": model.weights, **model.info,
-        "members": [{"config": m.config, "state": m.state_dict()} for m in model.members],
-        "dnet": model.dnet and {"config": model.dnet.config, "state": model.dnet.state_dict()}})  # fmt: skip
+    save_checkpoint(
+        path,
+        {
+            "format": FORMAT,
+            "version": VERSION,
+            "weights": model.weights,
+            **model.info,
+            "members": [{"config": m.config, "state": m.state_dict()} for m in model.members],
+            "dnet": model.dnet and {"config": model.dnet.config, "state": model.dnet.state_dict()},
+        },
+    )
 
 
 def load(path, device="cpu"):
-    """An Ensemble in eval mode from a file of `save`. Raises InputError if it is none, damaged, or of a newer version."""
+    """An Ensemble in eval mode from a file of `save`. InputError if it is none, damaged, or of a newer version."""
     content = read_checkpoint(path, str(path))
     if not isinstance(content, dict) or content.pop("format", None) != FORMAT:
         raise InputError(f"{path}: not a model file of this project (a bare state_dict goes to --weights)")

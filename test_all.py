@@ -11,7 +11,6 @@ import json
 import math
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -57,7 +56,7 @@ def error_of(result):
 def picture(width=60, height=40, seed=0, mode="L"):
     shape = (height, width) if mode == "L" else (height, width, 3)
     # smooth, so that a thumbnail of it keeps its content
-    coarse = np.random.default_rng(seed).integers(0, 256, (5, 7) + shape[2:], dtype=np.uint8)
+    coarse = np.random.default_rng(seed).integers(0, 256, (5, 7, *shape[2:]), dtype=np.uint8)
     return Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
 
 
@@ -324,9 +323,13 @@ def test_csv_with_every_column(tmp_path):
     mask.save(tmp_path / "m.png")
     table = write_csv(
         tmp_path,
-        ["ISIC_0,mel,a,train,m.png,50,male,,,,", "ISIC_1.jpg,nv,a,train,,70,female,4,8,12,20",
-         "deep/ISIC_2.jpg,nv,b,validation,,,male,,,,", "ISIC_3,,b,test,,60,unknown,,,,"],
-    )  # fmt: skip
+        [
+            "ISIC_0,mel,a,train,m.png,50,male,,,,",
+            "ISIC_1.jpg,nv,a,train,,70,female,4,8,12,20",
+            "deep/ISIC_2.jpg,nv,b,validation,,,male,,,,",
+            "ISIC_3,,b,test,,60,unknown,,,,",
+        ],
+    )
     images = quiet_load(
         table, 40, positive="mel", columns={"meta": ["age", "sex"], "box": ["x_min", "y_min", "x_max", "y_max"]}
     )
@@ -354,7 +357,11 @@ def test_csv_mistakes_name_the_column_or_the_line(tmp_path):
         with pytest.raises(InputError, match=why):
             quiet_load(table, 32, columns=columns)
     box = {"box": ["x_min", "y_min", "x_max", "y_max"]}
-    for row, why in [("1,b,,nowhere,,,,,,,", "line 3: split"), ("1,b,,,,,,9,9,3,3", "line 3: box"), (",b,,,,,,,,,", "line 3: no image")]:  # fmt: skip
+    for row, why in [
+        ("1,b,,nowhere,,,,,,,", "line 3: split"),
+        ("1,b,,,,,,9,9,3,3", "line 3: box"),
+        (",b,,,,,,,,,", "line 3: no image"),
+    ]:
         with pytest.raises(InputError, match=why):
             quiet_load(write_csv(tmp_path, ["0,a,,,,,,,,,", row]), 32, columns=box)
     with pytest.raises(InputError, match="--image-column"):
@@ -751,8 +758,15 @@ def test_what_is_no_model_file_is_said_to_be_none(tmp_path):
     content = torch.load(tmp_path / "m.pt", weights_only=True)
     torch.save({**content, "version": 99}, tmp_path / "newer.pt")
     torch.save({k: v for k, v in content.items() if k != "members"}, tmp_path / "less.pt")
-    for name, why in [("cut", "damaged"), ("text", "damaged"), ("state", "not a model file"), ("object", "more than tensors"),
-                      ("newer", "version 99"), ("less", "parts missing"), ("nowhere", "no such file")]:  # fmt: skip
+    for name, why in [
+        ("cut", "damaged"),
+        ("text", "damaged"),
+        ("state", "not a model file"),
+        ("object", "more than tensors"),
+        ("newer", "version 99"),
+        ("less", "parts missing"),
+        ("nowhere", "no such file"),
+    ]:
         with pytest.raises(InputError, match=why) as e:
             models.load(tmp_path / f"{name}.pt")
         assert "\n" not in str(e.value)
@@ -801,7 +815,13 @@ def test_auc_is_the_share_of_ordered_pairs(seed):
     scores = rng.integers(0, 6, n) / 5  # many ties
     labels = rng.integers(0, 2, n)
     labels[:2] = [0, 1]
-    pairs = [(s > t) + 0.5 * (s == t) for s, y in zip(scores, labels, strict=True) if y for t, z in zip(scores, labels, strict=True) if not z]  # fmt: skip
+    pairs = [
+        (s > t) + 0.5 * (s == t)
+        for s, y in zip(scores, labels, strict=True)
+        if y
+        for t, z in zip(scores, labels, strict=True)
+        if not z
+    ]
     value = metrics.auc(torch.tensor(scores), torch.tensor(labels))
     assert float(value) == pytest.approx(np.mean(pairs))
     fpr, tpr = metrics.roc_curve(torch.tensor(scores), torch.tensor(labels))
@@ -1047,11 +1067,28 @@ def same_model(a, b):
 def test_a_run_folder_holds_what_the_design_says(tmp_path, folders):
     folder, said = quick(tmp_path, "--positive", "malignant", "--name", "a", data_folder=folders)
     assert {p.name for p in folder.iterdir()} == {
-        "config.json", "log.jsonl", "last.pt", "model.pt", "report.json", "report.png", "mistakes.png", "test.pt",
-        "example.png"}  # fmt: skip
+        "config.json",
+        "log.jsonl",
+        "last.pt",
+        "model.pt",
+        "report.json",
+        "report.png",
+        "mistakes.png",
+        "test.pt",
+        "example.png",
+    }
     report = json.loads((folder / "report.json").read_text())
     assert set(report["test"]) == {
-        "auc", "accuracy", "sensitivity", "specificity", "balanced_accuracy", "f1", "ece", "iou", "iou_at_50"}  # fmt: skip
+        "auc",
+        "accuracy",
+        "sensitivity",
+        "specificity",
+        "balanced_accuracy",
+        "f1",
+        "ece",
+        "iou",
+        "iou_at_50",
+    }
     assert all(set(m) == {"value", "low", "high"} for m in report["test"].values())
     assert sum(report["splits"].values()) == 80
     assert {"data", "splits", "model", "seconds"} <= set(report)
@@ -1118,7 +1155,10 @@ def test_killed_twice_and_stopped_by_ctrl_c_the_result_is_the_same(tmp_path):
     process.wait()
     process = subprocess.Popen(
         [sys.executable, str(HERE / "train.py"), "--resume", str(tmp_path / "cut")],
-        stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONUNBUFFERED": "1"})  # fmt: skip
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONUNBUFFERED": "1"},
+    )
     said = ""
     for line in process.stdout:
         said += line
@@ -1171,7 +1211,9 @@ def test_training_stops_early_without_patience_left(tmp_path):
 
 
 def test_folds_cover_every_image_once_and_repeats_have_a_spread(tmp_path, folders):
-    folder, said = quick(tmp_path, "--folds", "3", "--name", "f", "--epochs", "1", "--positive", "malignant", data_folder=folders)  # fmt: skip
+    folder, said = quick(
+        tmp_path, "--folds", "3", "--name", "f", "--epochs", "1", "--positive", "malignant", data_folder=folders
+    )
     results = [torch.load(folder / f"fold{k}" / "test.pt", weights_only=True) for k in (1, 2, 3)]
     assert sorted(torch.cat([r["rows"] for r in results]).tolist()) == list(range(80))
     report = json.loads((folder / "report.json").read_text())
@@ -1196,7 +1238,18 @@ def test_folds_cover_every_image_once_and_repeats_have_a_spread(tmp_path, folder
 
 @pytest.mark.parametrize("roi", ["mask", "dnet"])
 def test_an_ensemble_on_crops_of_three_classes(tmp_path, folders, roi):
-    folder, _ = quick(tmp_path, "--ensemble", "small_cnn,small_cnn", "--roi", roi, "--name", "e", "--margin", "0.5", data_folder=folders)  # fmt: skip
+    folder, _ = quick(
+        tmp_path,
+        "--ensemble",
+        "small_cnn,small_cnn",
+        "--roi",
+        roi,
+        "--name",
+        "e",
+        "--margin",
+        "0.5",
+        data_folder=folders,
+    )
     model = models.load(folder / "model.pt")
     assert len(model.members) == 2
     assert float(model.weights.sum()) == pytest.approx(1)
@@ -1215,8 +1268,20 @@ def test_metadata_alone_can_carry_the_answer(tmp_path):
         rows.append(f"{i},{'nv' if i % 2 else 'mel'},,,,{30 + i % 7},{'female' if i % 2 else 'male'},,,,")
     table = write_csv(tmp_path, rows)
     folder, _ = quick(
-        tmp_path, "--name", "m", "--meta-columns", "age", "sex", "--positive", "mel", "--epochs", "15", "--lr", "3e-3",
-        data_folder=table)  # fmt: skip
+        tmp_path,
+        "--name",
+        "m",
+        "--meta-columns",
+        "age",
+        "sex",
+        "--positive",
+        "mel",
+        "--epochs",
+        "15",
+        "--lr",
+        "3e-3",
+        data_folder=table,
+    )
     assert json.loads((folder / "report.json").read_text())["test"]["auc"]["value"] > 0.95
     image = tmp_path / "0.png"
     p = {
@@ -1317,12 +1382,28 @@ def test_no_option_goes_untested():
 
 def test_the_remaining_options_do_what_they_say(tmp_path, folders):
     args = train.parse(
-        ["--data", str(folders), *TINY, "--channels", "3", "--clahe", "--drop-class", "normal", "--seed", "3",
-         "--cache", str(tmp_path / "c")])  # fmt: skip
+        [
+            "--data",
+            str(folders),
+            *TINY,
+            "--channels",
+            "3",
+            "--clahe",
+            "--drop-class",
+            "normal",
+            "--seed",
+            "3",
+            "--cache",
+            str(tmp_path / "c"),
+        ]
+    )
     images = train.load_images(args, log=lambda _: None)
     assert images.pixels.shape == (68, 3, 32, 32)
     assert images.classes == ["benign", "malignant"]
-    plain = train.load_images(train.parse(["--data", str(folders), *TINY, "--channels", "3", "--cache", str(tmp_path / "c")]), log=lambda _: None)  # fmt: skip
+    plain = train.load_images(
+        train.parse(["--data", str(folders), *TINY, "--channels", "3", "--cache", str(tmp_path / "c")]),
+        log=lambda _: None,
+    )
     assert not torch.equal(images.pixels, plain.pixels[:68])  # CLAHE
     assert images.splits != plain.splits[:68]  # another seed
     rows = [f"{n},{c},g{n // 2},train,m" for n, c in enumerate("abab")]
@@ -1330,13 +1411,30 @@ def test_the_remaining_options_do_what_they_say(tmp_path, folders):
         picture(seed=n).save(tmp_path / f"{n}.png")
     Image.new("L", (60, 40), 255).save(tmp_path / "m.png")
     table = write_csv(tmp_path, rows, header="file,what,who,where,lesion")
-    names = ["--image-column", "file", "--label-column", "what", "--group-column", "who", "--split-column", "where",
-             "--mask-column", "lesion"]  # fmt: skip
-    images = train.load_images(train.parse(["--data", str(table), *TINY, *names, "--cache", str(tmp_path / "c")]), log=lambda _: None)  # fmt: skip
+    names = [
+        "--image-column",
+        "file",
+        "--label-column",
+        "what",
+        "--group-column",
+        "who",
+        "--split-column",
+        "where",
+        "--mask-column",
+        "lesion",
+    ]
+    images = train.load_images(
+        train.parse(["--data", str(table), *TINY, *names, "--cache", str(tmp_path / "c")]), log=lambda _: None
+    )
     assert images.boxes.isfinite().all()
     assert len(images.groups.unique()) == 2
     (tmp_path / "boxes.csv").write_text('image,label,where\n0,a,1 2 30 20\n1,b,"[2, 3, 9, 9]"\n')
-    images = train.load_images(train.parse(["--data", str(tmp_path / "boxes.csv"), *TINY, "--box-columns", "where", "--cache", str(tmp_path / "c")]), log=lambda _: None)  # fmt: skip
+    images = train.load_images(
+        train.parse(
+            ["--data", str(tmp_path / "boxes.csv"), *TINY, "--box-columns", "where", "--cache", str(tmp_path / "c")]
+        ),
+        log=lambda _: None,
+    )
     np.testing.assert_allclose(images.boxes[0], np.array([1, 2 + 10, 30, 20 + 10]) / 60, atol=1e-3)
     (folders / "benign" / "broken.png").write_text("x")
     try:
@@ -1347,9 +1445,32 @@ def test_the_remaining_options_do_what_they_say(tmp_path, folders):
 
 
 def test_options_reach_the_networks_and_the_optimizer(tmp_path):
-    options = ["--dropout", "0.5", "--normalise", "fixed", "--batch", "64", "--warmup", "0.5", "--weight-decay", "0.3",
-               "--clip", "0.01", "--augment", "0", "--label-smoothing", "0.2", "--pos-weight", "3", "--amp", "on",
-               "--target-sensitivity", "0.5", "--device", "cpu"]  # fmt: skip
+    options = [
+        "--dropout",
+        "0.5",
+        "--normalise",
+        "fixed",
+        "--batch",
+        "64",
+        "--warmup",
+        "0.5",
+        "--weight-decay",
+        "0.3",
+        "--clip",
+        "0.01",
+        "--augment",
+        "0",
+        "--label-smoothing",
+        "0.2",
+        "--pos-weight",
+        "3",
+        "--amp",
+        "on",
+        "--target-sensitivity",
+        "0.5",
+        "--device",
+        "cpu",
+    ]
     folder, _ = quick(tmp_path, "--name", "o", "--nets", "cnet", "--epochs", "2", *options)
     model = models.load(folder / "model.pt")
     assert model.members[0].config["dropout"] == 0.5
@@ -1415,8 +1536,12 @@ def test_every_kind_of_input_gives_the_same_answer(tmp_path, detector):
 
 
 def test_wrong_arrays_are_errors_of_their_own(detector):
-    for array, why in [(np.zeros((2, 3, 4, 5)), "no image"), (np.full((4, 4), np.nan), "NaN"), (np.zeros((0, 4)), "no image"),
-                       (np.array([["a"]]), "no image")]:  # fmt: skip
+    for array, why in [
+        (np.zeros((2, 3, 4, 5)), "no image"),
+        (np.full((4, 4), np.nan), "NaN"),
+        (np.zeros((0, 4)), "no image"),
+        (np.array([["a"]]), "no image"),
+    ]:
         result = detector.predict(array)
         assert why in result["error"]
         assert result["probability"] is None
@@ -1490,7 +1615,16 @@ def test_the_command_line_answers_what_it_can(tmp_path, phantom_run):
     Image.new("L", (20_000, 40), 9).save(scans / "deep" / "wide.png")
     picture().save(scans / "deep" / "wide_mask.png")  # a mask is no picture to diagnose
     bad = bad_files(scans)
-    result = run(HERE / "infer.py", scans, tmp_path / "nowhere.png", "--model", model, "--json", "--save-overlay", tmp_path / "out")  # fmt: skip
+    result = run(
+        HERE / "infer.py",
+        scans,
+        tmp_path / "nowhere.png",
+        "--model",
+        model,
+        "--json",
+        "--save-overlay",
+        tmp_path / "out",
+    )
     assert result.returncode == 1  # some could not be read
     answers = [json.loads(line) for line in result.stdout.splitlines()]
     assert all(list(a) == KEYS for a in answers)
@@ -1502,7 +1636,11 @@ def test_the_command_line_answers_what_it_can(tmp_path, phantom_run):
     one = run(HERE / "infer.py", scans / "grey.png", "--model", model, "--tta", "1", "--device", "cpu")
     assert one.returncode == 0
     assert "uncertainty 0.000" in one.stdout
-    for options, why in [(["--tta", "0"], "give 1 to 8"), (["--model", tmp_path / "x.pt"], "no such file"), (["--meta", "a=1"], "images alone")]:  # fmt: skip
+    for options, why in [
+        (["--tta", "0"], "give 1 to 8"),
+        (["--model", tmp_path / "x.pt"], "no such file"),
+        (["--meta", "a=1"], "images alone"),
+    ]:
         assert why in error_of(run(HERE / "infer.py", scans / "grey.png", "--model", model, *options))
     (tmp_path / "empty").mkdir()
     assert "no image in this folder" in error_of(run(HERE / "infer.py", tmp_path / "empty", "--model", model))

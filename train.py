@@ -58,8 +58,12 @@ class OptionFile(argparse.ArgumentParser):
 
 
 def build_parser():
-    p = OptionFile(description=__doc__.split("\n\n")[0], fromfile_prefix_chars="@", allow_abbrev=False,
-                   formatter_class=argparse.ArgumentDefaultsHelpFormatter)  # fmt: skip
+    p = OptionFile(
+        description=__doc__.split("\n\n")[0],
+        fromfile_prefix_chars="@",
+        allow_abbrev=False,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
     add_data_arguments(p)
     g = p.add_argument_group("model")
     g.add_argument(
@@ -211,8 +215,19 @@ def parse(argv=None):
     if args.data in (None, "phantoms"):
         parser.set_defaults(**PHANTOM_DEFAULTS)
         args = parser.parse_args(argv)
-    for name, low, high in (("size", 16, 4096), ("epochs", 1, 1e9), ("batch", 2, 1e9), ("folds", 1, 1e9), ("repeats", 1, 1e9), ("lr", 1e-12, 1e3),
-                            ("target_sensitivity", 0, 1), ("label_smoothing", 0, 0.99), ("dropout", 0, 0.99), ("ema", 0, 0.99999), ("augment", 0, 3)):  # fmt: skip
+    for name, low, high in (
+        ("size", 16, 4096),
+        ("epochs", 1, 1e9),
+        ("batch", 2, 1e9),
+        ("folds", 1, 1e9),
+        ("repeats", 1, 1e9),
+        ("lr", 1e-12, 1e3),
+        ("target_sensitivity", 0, 1),
+        ("label_smoothing", 0, 0.99),
+        ("dropout", 0, 0.99),
+        ("ema", 0, 0.99999),
+        ("augment", 0, 3),
+    ):
         if not low <= getattr(args, name) <= high:
             raise InputError(f"--{name.replace('_', '-')} {getattr(args, name):g}: must lie in {low:g} ... {high:g}")
     if args.pos_weight not in ("auto", "none"):
@@ -236,11 +251,23 @@ def choose_amp(mode, device):
 
 
 def load_images(args, log=print):
-    """The data set that the arguments name. With an ROI the files are read at twice the size, so that a crop is sharp."""
+    """The data set that the arguments name. With an ROI it is read at twice the size, so that a crop is sharp."""
     columns = {name: getattr(args, f"{name}_column") for name in ("image", "label", "group", "split", "mask")}
     columns |= {"box": args.box_columns, "meta": args.meta_columns}
-    return load(args.data, args.size * (1 if args.roi == "none" else 2), positive=args.positive, drop=args.drop_class, channels=args.channels,
-                equalise=args.clahe, columns=columns, cache=args.cache, skip_bad=args.skip_bad, seed=args.seed, dummy_boxes=args.dummy_boxes, log=log)  # fmt: skip
+    return load(
+        args.data,
+        args.size * (1 if args.roi == "none" else 2),
+        positive=args.positive,
+        drop=args.drop_class,
+        channels=args.channels,
+        equalise=args.clahe,
+        columns=columns,
+        cache=args.cache,
+        skip_bad=args.skip_bad,
+        seed=args.seed,
+        dummy_boxes=args.dummy_boxes,
+        log=log,
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -403,7 +430,7 @@ def fit(net, images, rows, loss_of, validate, args, *, name, folder, seed, regio
     """Train `net` and return its best state by validation and the history (a list of dicts, one an epoch).
 
     validate(net) -> {"score": (first, second, ...), ...}: the higher tuple is better; the rest is logged. Every epoch
-    can be resumed bit for bit (CPU): last.pt holds every tensor and every random state that the next epoch depends on."""
+    can be resumed bit for bit (CPU): last.pt holds every tensor and random state that the next one depends on."""
     device = choose_device(args.device)
     net = net.to(device, memory_format=torch.channels_last)
     optimizer, scheduler = build_optimizer(net, args, args.epochs * math.ceil(len(rows) / args.batch))
@@ -433,11 +460,23 @@ def fit(net, images, rows, loss_of, validate, args, *, name, folder, seed, regio
     )  # drop what came after the save
 
     def save_state():
-        save_checkpoint(last, {
-            "name": name, "net": net.state_dict(), "optimizer": optimizer.state_dict(), "scheduler": scheduler.state_dict(),
-            "averaged": averaged and averaged.state_dict(), "generator": generator.get_state(), "torch_rng": torch.get_rng_state(),
-            "cuda_rng": torch.cuda.get_rng_state_all() if device.type == "cuda" else None,
-            "best": best, "best_score": best_score, "history": history, "epoch": len(history)})  # fmt: skip
+        save_checkpoint(
+            last,
+            {
+                "name": name,
+                "net": net.state_dict(),
+                "optimizer": optimizer.state_dict(),
+                "scheduler": scheduler.state_dict(),
+                "averaged": averaged and averaged.state_dict(),
+                "generator": generator.get_state(),
+                "torch_rng": torch.get_rng_state(),
+                "cuda_rng": torch.cuda.get_rng_state_all() if device.type == "cuda" else None,
+                "best": best,
+                "best_score": best_score,
+                "history": history,
+                "epoch": len(history),
+            },
+        )
 
     first, saved_at, start = len(history), time.time(), time.time()
     for epoch in range(first, args.epochs):
@@ -498,7 +537,7 @@ def fit(net, images, rows, loss_of, validate, args, *, name, folder, seed, regio
 
 @torch.no_grad()
 def predict(model, images, rows, boxes=None, batch=64):
-    """Members' probabilities (M, N, K) of the images in `rows`, on the CPU. boxes (all images, 4): where C-Net looks."""
+    """Members' probabilities (M, N, K) of the images in `rows`, on the CPU. boxes (all images, 4): the crops."""
     device = model.weights.device if not len(model.members) else next(model.members.parameters()).device
     parts = []
     for index in rows.cpu().split(batch):
@@ -520,8 +559,8 @@ def locate(model, images, rows, batch=64):
 
 
 def member_weights(probabilities, labels, steps=20):
-    """Votes (M,) of the members, from validation: a few steps of EM for the mixture's likelihood (Dempster et al. 1977),
-    from equal votes. Few, because a small validation split can't tell good members apart, and then equal is best."""
+    """Votes (M,) of the members, from validation: a few steps of EM for the mixture's likelihood (Dempster et al.
+    1977), from equal votes. Few, because a small validation split can't tell good members apart, and then equal is best."""
     own = probabilities[:, torch.arange(len(labels)), labels].double()
     votes = torch.full((len(own),), 1 / len(own), dtype=torch.double)
     for _ in range(steps):
@@ -531,7 +570,7 @@ def member_weights(probabilities, labels, steps=20):
 
 
 def calibrate(model, probabilities, labels, target_sensitivity):
-    """Votes, temperature and decision threshold of the model, in place, from validation alone. probabilities (M, N, K)."""
+    """Set votes, temperature and threshold of the model from validation alone. probabilities (M, N, K)."""
     model.weights = torch.tensor(member_weights(probabilities, labels), dtype=torch.float32)
     model.info["temperature"] = 1.0
     model.info["temperature"] = metrics.fit_temperature(model.combine(probabilities), labels)
@@ -557,13 +596,26 @@ def check_split(images, rows, what):
 def one_run(images, train, val, test, args, folder, seed):
     """Train on the rows `train`, choose on `val`, and return what happened on `test`: a dict of tensors.
 
-    A finished network is kept in its own file until the run is complete, so that a resumed run does not train it again."""
+    A finished network is kept in a file of its own until the run is complete, for a resumed run to find."""
     device = choose_device(args.device)
     channels, classes, two = images.pixels.shape[1], len(images.classes), len(images.classes) == 2
     normalise = ("image" if channels == 1 else "fixed") if args.normalise == "auto" else args.normalise
-    info = {"classes": images.classes, "size": args.size, "load_size": images.pixels.shape[-1], "channels": channels, "equalise": args.clahe,
-            "roi": args.roi, "margin": args.margin, "meta_spec": images.meta_spec,
-            "made": {"data": images.source, "placeholder_boxes": images.placeholder_boxes, "seed": seed, "torch": str(torch.__version__)}}  # fmt: skip
+    info = {
+        "classes": images.classes,
+        "size": args.size,
+        "load_size": images.pixels.shape[-1],
+        "channels": channels,
+        "equalise": args.clahe,
+        "roi": args.roi,
+        "margin": args.margin,
+        "meta_spec": images.meta_spec,
+        "made": {
+            "data": images.source,
+            "placeholder_boxes": images.placeholder_boxes,
+            "seed": seed,
+            "torch": str(torch.__version__),
+        },
+    }
     if device.type == "cuda" and images.pixels.nbytes < torch.cuda.mem_get_info(device)[0] / 2:
         images = dataclasses.replace(images, pixels=images.pixels.to(device))
     histories = []
@@ -648,9 +700,26 @@ def one_run(images, train, val, test, args, folder, seed):
 
         members = []
         for i, backbone in enumerate((args.ensemble or args.model).split(",")):
-            members.append(trained(
-                f"cnet{i + 1} {backbone}", lambda backbone=backbone: CNet(backbone, classes, channels, 0 if meta is None else meta.shape[1], args.dropout, normalise, args.weights),
-                images, train, cnet_loss, cnet_score, regions=None if look is None else crop_regions(look, args.margin), sample_weights=sample_weights))  # fmt: skip
+            members.append(
+                trained(
+                    f"cnet{i + 1} {backbone}",
+                    lambda backbone=backbone: CNet(
+                        backbone,
+                        classes,
+                        channels,
+                        0 if meta is None else meta.shape[1],
+                        args.dropout,
+                        normalise,
+                        args.weights,
+                    ),
+                    images,
+                    train,
+                    cnet_loss,
+                    cnet_score,
+                    regions=None if look is None else crop_regions(look, args.margin),
+                    sample_weights=sample_weights,
+                )
+            )
         model = Ensemble(members, dnet=dnet, **info)
         chosen = predict(model, images, val, look)
         calibrate(model, chosen, images.labels[val], args.target_sensitivity)
@@ -699,10 +768,22 @@ def write_report(images, results, args, folder, seconds, splits):
         iou = None
     test = metrics.with_intervals(probabilities, labels if classify else None, groups, threshold, iou)
     report = {
-        "data": {"source": images.source, "images": len(images), "size": args.size, "classes": images.classes, "placeholder_boxes": images.placeholder_boxes},
-        "splits": splits, "model": args.ensemble or args.model, "seconds": round(seconds, 1), "test": test,
-        "threshold": [r["threshold"] for r in results], "temperature": [r["temperature"] for r in results], "weights": [r["weights"] for r in results],
-        "validation": {k: [r[k] for r in results if k in r] for k in ("val_auc", "val_iou")}}  # fmt: skip
+        "data": {
+            "source": images.source,
+            "images": len(images),
+            "size": args.size,
+            "classes": images.classes,
+            "placeholder_boxes": images.placeholder_boxes,
+        },
+        "splits": splits,
+        "model": args.ensemble or args.model,
+        "seconds": round(seconds, 1),
+        "test": test,
+        "threshold": [r["threshold"] for r in results],
+        "temperature": [r["temperature"] for r in results],
+        "weights": [r["weights"] for r in results],
+        "validation": {k: [r[k] for r in results if k in r] for k in ("val_auc", "val_iou")},
+    }
     if len(results) > 1:
         runs = [point_metrics(images, r) for r in results]
         report["runs"] = runs
@@ -808,8 +889,12 @@ def mistakes_sheet(images, rows, probabilities, threshold, boxes, note, most=20)
             f"{Path(images.names[rows[i]]).name[-26:]}\n{shown[:16]}: p {float(probabilities[i, labels[i]]):.3f}"
         )
     return plots.contact_sheet(
-        [images.pixels[rows[i]].cpu() for i in wrong.tolist()], captions, None if boxes is None else boxes[wrong], images.boxes[rows[wrong]],
-        title=f"The worst {len(wrong)} errors: truth and its probability (boxes: blue true, orange D-Net){note}")  # fmt: skip
+        [images.pixels[rows[i]].cpu() for i in wrong.tolist()],
+        captions,
+        None if boxes is None else boxes[wrong],
+        images.boxes[rows[wrong]],
+        title=f"The worst {len(wrong)} errors: truth and its probability (boxes: blue true, orange D-Net){note}",
+    )
 
 
 def print_report(report):
@@ -870,8 +955,12 @@ def prepare_folder(args):
     commit = subprocess.run(
         ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"], capture_output=True, text=True
     ).stdout.strip()
-    config = {"args": {k: v for k, v in vars(args).items() if k != "resume"}, "commit": commit or None, "command": sys.argv,
-              "versions": {"python": platform.python_version(), "torch": str(torch.__version__)}}  # fmt: skip
+    config = {
+        "args": {k: v for k, v in vars(args).items() if k != "resume"},
+        "commit": commit or None,
+        "command": sys.argv,
+        "versions": {"python": platform.python_version(), "torch": str(torch.__version__)},
+    }
     write_atomically(folder / "config.json", json.dumps(config, indent=1).encode())
     return folder
 

@@ -1,0 +1,143 @@
+"""Speed against its floors: what is done, the least it could cost, and the ratio. Median of 5, in turn, in one run.
+
+    python bench.py                       training epochs and the start of infer.py, a few minutes on two cores
+    python bench.py --data BUSI           also the first and the second start on real files
+
+The floor of an epoch is the bare forward, backward and AdamW step on one fixed batch, as often as the epoch has steps:
+no shuffling, no augmentation, no logging. The floor of `infer.py image.png` is `import torchvision`."""
+
+import argparse
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+import data
+import models
+import train
+
+
+def compare(name, ours, floor, runs):
+    """Time two functions in turn and print their medians (seconds) and the median of the paired ratios."""
+    pairs = []
+    for i in range(runs + 1):  # the first pair warms up
+        times = []
+        for function in (ours, floor):
+            start = time.perf_counter()
+            function()
+            times.append(time.perf_counter() - start)
+        if i:
+            pairs.append(times)
+    ratios = sorted(a / b for a, b in pairs)
+    a, b = (statistics.median(p[i] for p in pairs) for i in (0, 1))
+    print(
+        f"{name:52s} ours {a:7.3f} s   floor {b:7.3f} s   ratio {statistics.median(ratios):.3f}"
+        f"   [{ratios[0]:.3f}, {ratios[-1]:.3f}]",
+        flush=True,
+    )
+
+
+def bench_epoch(size, batch, images, runs, amp, device):
+    """One epoch of C-Net (resnet18) on phantoms, augmentation at full strength, against the bare steps."""
+    options = ["--model", "resnet18", "--weights", "none", "--size", str(size), "--batch", str(batch)]
+    args = train.parse([*options, "--augment", "1", "--amp", amp, "--device", str(device)])
+    phantoms = data.phantoms(images, size)
+    phantoms.pixels, labels = phantoms.pixels.to(device), phantoms.labels.to(device)
+    rows = torch.arange(images, device=device)
+    generator = torch.Generator(device).manual_seed(0)
+
+    def network():
+        net = models.CNet("resnet18", 2, 1).to(device, memory_format=torch.channels_last)
+        return net, *train.build_optimizer(net, args, 10_000)
+
+    net, optimizer, scheduler = network()
+
+    def loss_of(net, x, boxes, index):
+        return train.classification_loss(net(x), labels[index])
+
+    def ours():
+        train.train_epoch(net, optimizer, scheduler, loss_of, phantoms, rows, args, generator)
+
+    bare, bare_optimizer, _ = network()
+    bare.train()
+    x = (phantoms.pixels[:batch].float() / 255).contiguous(memory_format=torch.channels_last)
+    y = labels[:batch].float()
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=train.choose_amp(amp, device))
+
+    def floor():
+        for _ in range(images // batch):
+            with autocast:
+                loss = F.binary_cross_entropy_with_logits(bare(x)[:, 0].float(), y)
+            bare_optimizer.zero_grad()
+            loss.backward()
+            bare_optimizer.step()
+        loss.item()
+
+    kind = "bfloat16" if train.choose_amp(amp, device) else "float32"
+    compare(f"epoch, resnet18, {size} px, batch {batch}, {kind}", ours, floor, runs)
+
+
+def bench_start(runs):
+    """`python infer.py image.png` as a whole process, with a fresh small_cnn model and with mobilenet_v2."""
+    with tempfile.TemporaryDirectory() as folder:
+        image = Path(folder) / "image.png"
+        data.Image.fromarray(data.phantoms(1, 128).pixels[0, 0].numpy()).save(image)
+        for name, size in (("small_cnn", 64), ("mobilenet_v2", 160)):
+            model = models.Ensemble(
+                [models.CNet(name)],
+                dnet=models.DNet(name),
+                classes=["benign", "malignant"],
+                size=size,
+                load_size=size,
+                channels=1,
+            )
+            path = Path(folder) / f"{name}.pt"
+            models.save(path, model)
+
+            def process(*command):
+                return lambda: subprocess.run([sys.executable, *command], check=True, stdout=subprocess.DEVNULL)
+
+            script = str(Path(__file__).with_name("infer.py"))
+            ours = process(script, str(image), "--model", str(path), "--device", "cpu")
+            compare(f"infer.py image.png, {name}, 5 views", ours, process("-c", "import torchvision"), runs)
+
+
+def bench_data(source):
+    """The first and the second start on real files, and the memory that it takes."""
+    with tempfile.TemporaryDirectory() as cache:
+        for what in ("first", "second"):
+            start = time.perf_counter()
+            images = data.load(source, 128, cache=cache, log=lambda _: None)
+            seconds = time.perf_counter() - start
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+            print(f"{what} start: {len(images)} images, {seconds:.2f} s, peak memory of the process {peak:.0f} MB")
+
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--data", help="also time the loading of this data set")
+    p.add_argument("--runs", type=int, default=5, help="counted runs of each (default: 5)")
+    p.add_argument("--device", default="auto", help="auto, cpu, cuda (default: auto)")
+    p.add_argument("--quick", action="store_true", help="small sizes: only to see that it works")
+    args = p.parse_args()
+    device = data.choose_device(args.device)
+    print(
+        f"torch {torch.__version__}, {device}, {torch.get_num_threads()} threads, median of {args.runs} [least, most]"
+    )
+    if args.data:
+        bench_data(args.data)
+    for amp in ("off", "on") if train.choose_amp("auto", device) else ("off",):
+        for size, batch, images in ((32, 8, 16),) if args.quick else ((128, 32, 128), (28, 128, 1024)):
+            bench_epoch(size, batch, images, args.runs, amp, device)
+    if not args.quick:
+        bench_start(args.runs)
+
+
+if __name__ == "__main__":
+    data.run_main(main)
