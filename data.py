@@ -102,12 +102,8 @@ class ImageSet:
         lines = [
             f"{self.source}: {n} images, {s}x{s} px, {'grey' if c == 1 else 'colour'}, {len(self.groups.unique())} groups"
         ]
-        names = [*list(self.classes), "not labelled"]
         for split in ("train", "val", "test", ""):
             labels = self.labels[[i for i, x in enumerate(self.splits) if x == split]]
-            counts = [
-                f"{name} {count}" for k, name in enumerate(names) if (count := int((labels == k % len(names)).sum()))
-            ]
             if not len(labels):
                 continue
             unlabelled = int((labels < 0).sum())
@@ -842,13 +838,11 @@ def load(
         log(f"{source}: {native}-pixel images, enlarged to {size}: no detail is gained")
 
     words = [e.group or f"image {i}" for i, e in enumerate(entries)]
-    groups = (
-        torch.tensor([{w: k for k, w in enumerate(dict.fromkeys(words))}[w] for w in words])
-        if not any(e.group for e in entries)
-        else torch.from_numpy(np.unique(words, return_inverse=True)[1].reshape(-1))
-    )
+    groups = torch.from_numpy(np.unique(words, return_inverse=True)[1].reshape(-1))
     splits = [e.split for e in entries]
-    if not any(e.group for e in entries):  # a source that names patients or lesions knows better than a thumbnail
+    if len(entries) > 20_000:
+        log("more than 20,000 images: near-duplicates are not looked for")
+    elif not any(e.group for e in entries):  # a source that names patients or lesions knows better than a thumbnail
         pairs, similarity = near_duplicates(pixels)
         groups = merge_groups(groups, pairs)
         if len(pairs):
@@ -860,11 +854,12 @@ def load(
                 )
         if crossing := sum(splits[i] != splits[j] for i, j in pairs.tolist()):
             log(f"  {crossing} of these pairs cross the source's own splits, which are kept")
-    meta, meta_columns, spec = (None, [], [])
+    meta, meta_columns, spec = None, [], []
     if entries[0].row is not None:
         meta, meta_columns, spec = encode_meta([e.row for e in entries], list(entries[0].row))
+    unknown = ~boxes[:, 0].isfinite()
     if dummy_boxes:
-        boxes[~boxes[:, 0].isfinite()] = torch.tensor([0.25, 0.25, 0.75, 0.75])
+        boxes[unknown] = torch.tensor([0.25, 0.25, 0.75, 0.75])
     images = ImageSet(
         pixels,
         labels,
@@ -877,7 +872,7 @@ def load(
         classes,
         meta_columns,
         spec,
-        dummy_boxes,
+        dummy_boxes and bool(unknown.any()),
         str(source),
     )
     log(images.summary())

@@ -1435,7 +1435,7 @@ def test_the_remaining_options_do_what_they_say(tmp_path, folders):
         ),
         log=lambda _: None,
     )
-    np.testing.assert_allclose(images.boxes[0], np.array([1, 2 + 10, 30, 20 + 10]) / 60, atol=1e-3)
+    np.testing.assert_allclose(images.boxes[0], np.array([1, 2 + 10, 30, 20 + 10]) / 60, atol=0.5 / 32)
     (folders / "benign" / "broken.png").write_text("x")
     try:
         skipping = train.parse(["--data", str(folders), *TINY, "--skip-bad", "--cache", str(tmp_path / "c")])

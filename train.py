@@ -596,140 +596,27 @@ def check_split(images, rows, what):
 def one_run(images, train, val, test, args, folder, seed):
     """Train on the rows `train`, choose on `val`, and return what happened on `test`: a dict of tensors.
 
-    A finished network is kept in a file of its own until the run is complete, for a resumed run to find."""
+    Writes model.pt and test.pt into `folder`. The steps are the story of the whole project: find the lesion, look at
+    it, name it, calibrate the answer, and only then open the test split."""
     device = choose_device(args.device)
-    channels, classes, two = images.pixels.shape[1], len(images.classes), len(images.classes) == 2
-    normalise = ("image" if channels == 1 else "fixed") if args.normalise == "auto" else args.normalise
-    info = {
-        "classes": images.classes,
-        "size": args.size,
-        "load_size": images.pixels.shape[-1],
-        "channels": channels,
-        "equalise": args.clahe,
-        "roi": args.roi,
-        "margin": args.margin,
-        "meta_spec": images.meta_spec,
-        "made": {
-            "data": images.source,
-            "placeholder_boxes": images.placeholder_boxes,
-            "seed": seed,
-            "torch": str(torch.__version__),
-        },
-    }
     if device.type == "cuda" and images.pixels.nbytes < torch.cuda.mem_get_info(device)[0] / 2:
         images = dataclasses.replace(images, pixels=images.pixels.to(device))
-    histories = []
-
-    def trained(name, build, *fit_arguments, **more):
-        path = Path(folder) / f"{name.replace(' ', '_')}.pt"
-        torch.manual_seed(seed)
-        net = build()
-        if path.exists():
-            done = read_checkpoint(path, str(path))
-        else:
-            check_size(net, channels, args.size, images.meta)
-            best, history = fit(net, *fit_arguments, args, name=name, folder=folder, seed=seed, **more)
-            done = {"state": best, "history": history}
-            save_checkpoint(path, done)
-        net.load_state_dict(done["state"])
-        histories.append(done["history"])
-        return net.eval().to(device, memory_format=torch.channels_last)
-
-    boxed = images.boxes[:, 0].isfinite()
-    dnet, test_boxes, look = None, None, None
-    if args.nets != "cnet" and not boxed[train].any():
-        message = "no boxes in this data: D-Net can't be trained (give masks or boxes, or --dummy-boxes for central placeholders)"
-        if args.nets == "dnet" or args.roi == "dnet":
-            raise InputError(message)
-        print(message)
-    elif args.nets != "cnet":
-        with_box, val_boxed = train[boxed[train]], val[boxed[val]]
-        if not len(val_boxed):
-            raise InputError(
-                "no validation image has a box: D-Net can't choose its best epoch; add boxes, or use --nets cnet"
-            )
-
-        def dnet_loss(net, x, boxes, rows):
-            return detection_loss(net, x, boxes)
-
-        def dnet_score(net):
-            iou = metrics.paired_iou(locate(Ensemble([], dnet=net, **info), images, val_boxed), images.boxes[val_boxed])
-            return {"score": (float(iou.mean()),), "val_iou": float(iou.mean())}
-
-        dnet = trained(
-            "dnet",
-            lambda: DNet(args.model, channels, normalise, args.dnet_design, args.weights),
-            images,
-            with_box,
-            dnet_loss,
-            dnet_score,
-        )
-        test_boxes = locate(Ensemble([], dnet=dnet, **info), images, test)
-    if args.roi == "mask":
-        if images.masks is None and not boxed.any():
-            raise InputError("--roi mask: this data has neither masks nor boxes")
-        look = images.boxes
-    elif args.roi == "dnet":
-        if dnet is None:
-            raise InputError("--roi dnet needs D-Net: leave out --nets cnet, or use --roi none")
-        everything = torch.arange(len(images))
-        look = locate(Ensemble([], dnet=dnet, **info), images, everything)
-        known = train[boxed[train]]
-        look[known] = images.boxes[known]  # D-Net has seen these images: its boxes there are better than they will be
-
-    model = Ensemble([], dnet=dnet, **info)
-    result = {"rows": test, "seed": seed, "boxes": test_boxes, "probabilities": None, "threshold": None}
-    if args.nets != "dnet":
-        weights = None if args.balanced_sampler else class_weights(images.labels[train], classes, args.pos_weight)
-        weights = None if weights is None else weights.to(device)
-        frequency = torch.bincount(images.labels[train], minlength=classes).double()
-        sample_weights = (1 / frequency)[images.labels[train]].to(device) if args.balanced_sampler else None
-        labels = images.labels.to(device)
-        meta = None if images.meta is None else images.meta.to(device)
-
-        def cnet_loss(net, x, boxes, rows):
-            return classification_loss(
-                net(x, None if meta is None else meta[rows]), labels[rows], weights, args.label_smoothing
-            )
-
-        def cnet_score(net):
-            p = predict(Ensemble([net], **info), images, val, look)[0]
-            area = float(metrics.evaluate(p, images.labels[val])["auc"])
-            nll = float(F.nll_loss((p + 1e-12).log(), images.labels[val]))
-            return {"score": (area, -nll), "val_auc": area, "val_loss": nll}  # equal AUC: the better likelihood
-
-        members = []
-        for i, backbone in enumerate((args.ensemble or args.model).split(",")):
-            members.append(
-                trained(
-                    f"cnet{i + 1} {backbone}",
-                    lambda backbone=backbone: CNet(
-                        backbone,
-                        classes,
-                        channels,
-                        0 if meta is None else meta.shape[1],
-                        args.dropout,
-                        normalise,
-                        args.weights,
-                    ),
-                    images,
-                    train,
-                    cnet_loss,
-                    cnet_score,
-                    regions=None if look is None else crop_regions(look, args.margin),
-                    sample_weights=sample_weights,
-                )
-            )
-        model = Ensemble(members, dnet=dnet, **info)
+    info = model_info(images, args, seed)
+    dnet, histories = train_dnet(images, train, val, info, args, folder, seed)
+    boxes = None if dnet is None else locate(Ensemble([], dnet=dnet, **info), images, torch.arange(len(images)))
+    look = choose_look(images, train, boxes, args)
+    members, more = train_members(images, train, val, look, info, args, folder, seed)
+    model, histories = Ensemble(members, dnet=dnet, **info), histories + more
+    result = {"rows": test, "probabilities": None, "threshold": None, "boxes": None if boxes is None else boxes[test]}
+    if members:
         chosen = predict(model, images, val, look)
         calibrate(model, chosen, images.labels[val], args.target_sensitivity)
-        result["members"] = predict(model, images, test, look)
-        result["probabilities"] = model.combine(result["members"])
-        result["threshold"] = model.info["threshold"] if two else None
+        result["probabilities"] = model.combine(predict(model, images, test, look))
+        result["threshold"] = model.info["threshold"] if len(images.classes) == 2 else None
         result["val_auc"] = float(metrics.evaluate(model.combine(chosen), images.labels[val])["auc"])
-    result.update(temperature=model.info["temperature"], weights=model.weights.tolist(), histories=histories)
-    if dnet is not None and len(val_boxed):
+    if dnet is not None:
         result["val_iou"] = max(h["val_iou"] for h in histories[0])
+    result.update(temperature=model.info["temperature"], weights=model.weights.tolist(), histories=histories)
     save(Path(folder) / "model.pt", model)
     save_checkpoint(Path(folder) / "test.pt", result)
     for path in [*Path(folder).glob("cnet*.pt"), Path(folder) / "dnet.pt"]:
@@ -737,11 +624,137 @@ def one_run(images, train, val, test, args, folder, seed):
     return result
 
 
-def check_size(net, channels, size, meta):
+def model_info(images, args, seed):
+    """What a model file says of itself, see models.Ensemble."""
+    made = {
+        "data": images.source,
+        "placeholder_boxes": images.placeholder_boxes,
+        "seed": seed,
+        "torch": str(torch.__version__),
+    }
+    return {
+        "classes": images.classes,
+        "size": args.size,
+        "load_size": images.pixels.shape[-1],
+        "channels": images.pixels.shape[1],
+        "equalise": args.clahe,
+        "roi": args.roi,
+        "margin": args.margin,
+        "meta_spec": images.meta_spec,
+        "made": made,
+    }
+
+
+def network_options(images, args):
+    """What C-Net and D-Net are built alike with."""
+    channels = images.pixels.shape[1]
+    normalise = ("image" if channels == 1 else "fixed") if args.normalise == "auto" else args.normalise
+    return {"channels": channels, "normalise": normalise, "weights": args.weights}
+
+
+def train_or_reload(build, images, rows, loss_of, validate, args, name, folder, seed, **more):
+    """The best state of one network, and its history. A network that an earlier start of this run finished lies in a
+    file of its own and is taken from there."""
+    path = Path(folder) / f"{name.replace(' ', '_')}.pt"
+    torch.manual_seed(seed)
+    net = build()
+    if path.exists():
+        done = read_checkpoint(path, str(path))
+    else:
+        check_size(net, args.size, images.meta)
+        best, history = fit(net, images, rows, loss_of, validate, args, name=name, folder=folder, seed=seed, **more)
+        done = {"state": best, "history": history}
+        save_checkpoint(path, done)
+    net.load_state_dict(done["state"])
+    return net.eval().to(choose_device(args.device), memory_format=torch.channels_last), done["history"]
+
+
+def train_dnet(images, train, val, info, args, folder, seed):
+    """(D-Net, [its history]) from the images that have a box, or (None, []) where it is not wanted or can't be."""
+    boxed = images.boxes[:, 0].isfinite()
+    train, val = train[boxed[train]], val[boxed[val]]
+    if args.nets == "cnet":
+        return None, []
+    if not len(train) or not len(val):
+        message = f"no boxes in the {'training' if not len(train) else 'validation'} images: D-Net can't be trained"
+        if args.nets == "dnet" or args.roi == "dnet":
+            raise InputError(f"{message}; give masks or boxes, or --dummy-boxes for central placeholders")
+        print(message)
+        return None, []
+
+    def loss_of(net, x, boxes, rows):
+        return detection_loss(net, x, boxes)
+
+    def validate(net):
+        found = locate(Ensemble([], dnet=net, **info), images, val)
+        iou = float(metrics.paired_iou(found, images.boxes[val]).mean())
+        return {"score": (iou,), "val_iou": iou}
+
+    def build():
+        return DNet(args.model, design=args.dnet_design, **network_options(images, args))
+
+    net, history = train_or_reload(build, images, train, loss_of, validate, args, "dnet", folder, seed)
+    return net, [history]
+
+
+def choose_look(images, train, boxes, args):
+    """The boxes (N, 4) that C-Net's crops are made from, or None where it sees the whole. boxes: D-Net's."""
+    if args.roi == "none":
+        return None
+    known = images.boxes[:, 0].isfinite()
+    if args.roi == "mask":
+        if not known.any():
+            raise InputError("--roi mask: this data has neither masks nor boxes")
+        return images.boxes
+    if boxes is None:
+        raise InputError("--roi dnet needs D-Net: leave out --nets cnet, or use --roi none")
+    look, rows = boxes.clone(), train[known[train]]
+    look[rows] = images.boxes[rows]  # D-Net has learnt these by heart; the augmentation's shifts stand for its errors
+    return look
+
+
+def train_members(images, train, val, look, info, args, folder, seed):
+    """(C-Net members, their histories), one after another."""
+    if args.nets == "dnet":
+        return [], []
+    classes, device = len(images.classes), choose_device(args.device)
+    labels, meta = images.labels.to(device), None if images.meta is None else images.meta.to(device)
+    weights, drawn = class_weights(images.labels[train], classes, args.pos_weight), None
+    if args.balanced_sampler:
+        weights, drawn = None, class_weights(images.labels[train], classes, "auto")[images.labels[train]].to(device)
+    weights = None if weights is None else weights.to(device)
+
+    def loss_of(net, x, boxes, rows):
+        logits = net(x, None if meta is None else meta[rows])
+        return classification_loss(logits, labels[rows], weights, args.label_smoothing)
+
+    def validate(net):
+        p = predict(Ensemble([net], **info), images, val, look)[0]
+        area = float(metrics.evaluate(p, images.labels[val])["auc"])
+        nll = float(F.nll_loss((p + 1e-12).log(), images.labels[val]))
+        return {"score": (area, -nll), "val_auc": area, "val_loss": nll}  # equal AUC: the better likelihood
+
+    members, histories = [], []
+    for i, backbone in enumerate((args.ensemble or args.model).split(",")):
+
+        def build(backbone=backbone):
+            columns = 0 if meta is None else meta.shape[1]
+            return CNet(backbone, classes, meta=columns, dropout=args.dropout, **network_options(images, args))
+
+        net, history = train_or_reload(
+            build, images, train, loss_of, validate, args, f"cnet{i + 1} {backbone}", folder, seed + 1000 * i,
+            regions=None if look is None else crop_regions(look, args.margin), sample_weights=drawn,
+        )  # fmt: skip
+        members.append(net)
+        histories.append(history)
+    return members, histories
+
+
+def check_size(net, size, meta):
     """A network that shrinks small images to nothing says so before training."""
     try:
         with torch.no_grad():
-            image = torch.zeros(1, channels, size, size)
+            image = torch.zeros(1, net.config["channels"], size, size)
             copy.deepcopy(net).eval()(*([image] if isinstance(net, DNet) or meta is None else [image, meta[:1]]))
     except RuntimeError as e:
         raise InputError(
