@@ -48,7 +48,7 @@ def bench_epoch(size, batch, images, runs, amp, device):
     options = ["--model", "resnet18", "--weights", "none", "--size", str(size), "--batch", str(batch)]
     args = train.parse([*options, "--augment", "1", "--amp", amp, "--device", str(device)])
     phantoms = data.phantoms(images, size)
-    phantoms.pixels, labels = phantoms.pixels.to(device), phantoms.labels.to(device)
+    inputs, labels = (phantoms.pixels.to(device), phantoms.boxes.to(device), None), phantoms.labels.to(device)
     rows = torch.arange(images, device=device)
     generator = torch.Generator(device).manual_seed(0)
 
@@ -62,11 +62,11 @@ def bench_epoch(size, batch, images, runs, amp, device):
         return train.classification_loss(net(x), labels[index])
 
     def ours():
-        train.train_epoch(net, optimizer, scheduler, loss_of, phantoms, rows, args, generator)
+        train.train_epoch(net, optimizer, scheduler, loss_of, inputs, rows, args, generator)
 
     bare, bare_optimizer, _ = network()
     bare.train()
-    x = (phantoms.pixels[:batch].float() / 255).contiguous(memory_format=torch.channels_last)
+    x = (inputs[0][:batch].float() / 255).contiguous(memory_format=torch.channels_last)
     y = labels[:batch].float()
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=train.choose_amp(amp, device))
 

@@ -23,6 +23,7 @@ Images of one patient, one lesion, or near-duplicates of each other share a grou
 import concurrent.futures
 import csv
 import dataclasses
+import errno
 import hashlib
 import json
 import math
@@ -54,6 +55,11 @@ def run_main(main):
         sys.exit(1)
     except BrokenPipeError:  # the reader of our output (head, less) has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except OSError as e:
+        if e.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
+            raise
+        print(f"error: {e.filename or 'a file'} can't be written ({e.strerror})", file=sys.stderr)
         sys.exit(1)
 
 

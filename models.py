@@ -369,7 +369,7 @@ def write_atomically(path, data):
     except OSError as e:
         part.unlink(missing_ok=True)
         raise InputError(
-            f"{path} can't be written ({e.strerror or e}); what was there before is whole. Make room and go on with --resume"
+            f"{path} can't be written ({e.strerror or e}); what was there before is whole; make room and try again"
         ) from e
 
 

@@ -8,7 +8,7 @@ import io
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from models import write_atomically
+from models import DISCLAIMER, write_atomically
 
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
 GREY, LIGHT = "#555555", "#DDDDDD"
@@ -27,10 +27,11 @@ def save_png(image, path):
 
 
 def page(images, columns=2, title=""):
-    """Lay pictures of one size in a grid, a title above."""
+    """Lay pictures of one size in a grid, a title above, the disclaimer below."""
     w, h = images[0].size
     top = 40 if title else 0
-    sheet = Image.new("RGB", (w * columns, top + h * -(-len(images) // columns)), "white")
+    sheet = Image.new("RGB", (w * columns, top + h * -(-len(images) // columns) + 24), "white")
+    ImageDraw.Draw(sheet).text((16, sheet.height - 20), DISCLAIMER, GREY, font(11))
     for i, image in enumerate(images):
         sheet.paste(image, (w * (i % columns), top + h * (i // columns)))
     ImageDraw.Draw(sheet).text((16, 12), title, "black", font(18))

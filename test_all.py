@@ -951,7 +951,7 @@ def test_boxes_and_sheets():
     assert image.getpixel((30, 40)) == (0, 0, 0)
     assert np.asarray(plots.draw_box(Image.new("RGB", (9, 9)), [math.nan] * 4)).sum() == 0
     sheet = plots.contact_sheet([np.full((1, 8, 8), 9, np.uint8)] * 7, ["x"] * 7, columns=5, side=50)
-    assert sheet.size == (58 * 5, 94 * 2)
+    assert sheet.size == (58 * 5, 94 * 2 + 24)
     assert plots.contact_sheet([], []).size[0] > 0
     assert plots.confusion_chart(torch.tensor([[5, 1], [0, 9]]), ["benign", "malignant"]).size == (520, 400)
 

@@ -363,25 +363,28 @@ def draw_batches(rows, batch, generator, weights=None):
     return rows[order].tensor_split(math.ceil(len(rows) / batch))
 
 
-def train_epoch(
-    net, optimizer, scheduler, loss_of, images, rows, args, generator, regions=None, sample_weights=None, averaged=None
-):
+def train_epoch(net, optimizer, scheduler, loss_of, inputs, rows, args, generator, sample_weights=None, averaged=None):
     """One pass over `rows`: draw, augment, forward, backward, step, all on the device. Returns the mean loss.
 
-    loss_of(net, x, boxes, rows) -> scalar. images, regions and boxes lie where the network is, or on the CPU.
+    inputs: (pixels, boxes, regions) of ALL images; pixels may stay on the CPU (a set larger than the device), boxes
+    and regions (or None) lie where the network is, and so do rows. loss_of(net, x, boxes, rows) -> scalar.
     Raises FloatingPointError before a loss or gradient that is not finite can touch the weights."""
+    pixels, boxes, regions = inputs
     device = next(net.parameters()).device
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=choose_amp(args.amp, device))
     net.train()
     total = 0.0
     for index in draw_batches(rows, args.batch, generator, sample_weights):
-        there = index.to(images.pixels.device)
-        x, boxes = images.pixels[there].to(device), images.boxes[there].to(device)
-        x, boxes = augment(
-            x, args.augment, boxes, None if regions is None else regions[there].to(device), args.size, generator
+        x, box = augment(
+            pixels[index.to(pixels.device)].to(device, non_blocking=True),
+            args.augment,
+            None if boxes is None else boxes[index],
+            None if regions is None else regions[index],
+            args.size,
+            generator,
         )
         with autocast:
-            loss = loss_of(net, x.contiguous(memory_format=torch.channels_last), boxes, index)
+            loss = loss_of(net, x.contiguous(memory_format=torch.channels_last), box, index)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         gradients = [p.grad for p in net.parameters() if p.grad is not None]
@@ -438,6 +441,7 @@ def fit(net, images, rows, loss_of, validate, args, *, name, folder, seed, regio
     generator = torch.Generator(device).manual_seed(seed)
     torch.manual_seed(seed)
     best, best_score, history, rows = None, None, [], rows.to(device)
+    inputs = images.pixels, images.boxes.to(device), None if regions is None else regions.to(device)
     last, log = Path(folder) / "last.pt", Path(folder) / "log.jsonl"
     saved = read_checkpoint(last, str(last)) if last.exists() else None
     if saved and saved["name"] == name:
@@ -484,7 +488,7 @@ def fit(net, images, rows, loss_of, validate, args, *, name, folder, seed, regio
         lr = scheduler.get_last_lr()[0]
         try:
             loss = train_epoch(
-                net, optimizer, scheduler, loss_of, images, rows, args, generator, regions, sample_weights, averaged
+                net, optimizer, scheduler, loss_of, inputs, rows, args, generator, sample_weights, averaged
             )
         except FloatingPointError:
             save_state()
@@ -993,6 +997,7 @@ def main(argv=None):
     if args.resume and (Path(args.resume) / "report.json").exists():
         print(f"{args.resume} is complete:")
         print_report(json.loads((Path(args.resume) / "report.json").read_text()))
+        print(DISCLAIMER)
         return
     images = load_images(args)
     if len(images.classes) < 2:
