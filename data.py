@@ -924,8 +924,15 @@ def warp(images, matrices, size, displacement=None):
 
 
 def crop(images, regions, size):
-    """Cut square regions (N, 4) out of a batch and resample them to (N, C, size, size), float32 in [0, 1]."""
-    return warp(images, region_matrices(regions), size)
+    """Cut square regions (N, 4), or the whole (None), out of a batch: float32 (N, C, size, size) in [0, 1]."""
+    if regions is None and images.shape[-1] == size:
+        return to_float(images)
+    return warp(images, region_matrices(whole_regions(images) if regions is None else regions), size)
+
+
+def whole_regions(images):
+    """The region (N, 4) of each image that is all of it."""
+    return torch.tensor([[0.0, 0.0, 1.0, 1.0]], device=images.device).expand(len(images), 4)
 
 
 def spline_basis(size, knots, device):
@@ -959,9 +966,7 @@ def augment(images, strength=1.0, boxes=None, regions=None, size=None, generator
     n, _c, _, side = images.shape
     size = size or side
     device = images.device
-    if regions is None:
-        regions = torch.tensor([[0.0, 0.0, 1.0, 1.0]], device=device).expand(n, 4)
-    base = region_matrices(regions)
+    base = region_matrices(whole_regions(images) if regions is None else regions)
     if strength == 0:
         return warp(images, base, size), None if boxes is None else move_boxes(boxes, base)
     u = torch.rand(n, 20, generator=generator, device=device)  # one draw; a column a parameter

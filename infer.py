@@ -12,6 +12,7 @@ views at once (test-time augmentation); the mean is calibrated and held against 
 the threshold, or where members and views disagree, is to be referred to a radiologist."""
 
 import argparse
+import functools
 import json
 import math
 import os
@@ -27,7 +28,6 @@ from data import (
     InputError,
     choose_device,
     clahe,
-    crop_regions,
     encode_meta,
     image_files,
     letterbox,
@@ -37,6 +37,7 @@ from data import (
     run_main,
     to_mode,
     warp,
+    whole_regions,
 )
 from models import DISCLAIMER, disagreement, load
 
@@ -47,20 +48,17 @@ REFER_UNCERTAINTY = 0.15  # or when the opinions' standard deviation is above th
 VIEWS = [(1, 1.0), (-1, 1.0), (1, 0.9), (-1, 0.9), (1, 1.1), (-1, 1.1), (1, 0.8), (-1, 0.8)]
 
 
-def tta_views(images, views=5, regions=None, size=None):
+def tta_views(images, regions=None, size=None, views=5):
     """Test-time augmentation: `views` looks at each image, each resampled once, in ONE batch of views * N.
 
     images (N, C, S, S); regions (N, 4): the crops that C-Net looks at, None = the whole. Returns float32
     (views * N, C, size, size), view by view; a zoom of 0.9 shows nine tenths of the side."""
-    n, _, _, side = images.shape
-    if regions is None:
-        regions = torch.tensor([[0.0, 0.0, 1.0, 1.0]], device=images.device).expand(n, 4)
-    base = region_matrices(regions)
+    base = region_matrices(whole_regions(images) if regions is None else regions)
     scale = torch.tensor(
         [[flip * zoom, zoom, 1.0] for flip, zoom in VIEWS[:views]], device=images.device
     )  # of the columns x, y, centre
     matrices = (base * scale[:, None, None]).flatten(0, 1)
-    return warp(images.repeat(len(scale), 1, 1, 1), matrices, size or side)
+    return warp(images.repeat(len(scale), 1, 1, 1), matrices, size or images.shape[-1])
 
 
 class BreastCancerDetector:
@@ -127,10 +125,8 @@ class BreastCancerDetector:
             raise InputError("--meta: this model was trained on images alone")
 
         boxes = self.model.locate(pixels)
-        regions = crop_regions(boxes, info["margin"]) if info["roi"] != "none" and boxes is not None else None
-        opinions = self.model.member_probabilities(
-            tta_views(pixels, self.tta, regions, info["size"]), patient
-        ).unflatten(1, (self.tta, len(good)))
+        look = functools.partial(tta_views, views=self.tta)
+        opinions = self.model.member_probabilities(pixels, boxes, patient, look).unflatten(1, (self.tta, len(good)))
         probabilities = self.model.combine(opinions.mean(1)).cpu()
         uncertainty = disagreement(opinions.flatten(0, 1)).cpu()
         for k, i in enumerate(good):

@@ -6,7 +6,7 @@ Ensemble  members' probabilities, weighted and calibrated; their disagreement is
 
 model = load("runs/busi/model.pt")            # an Ensemble with its D-Net; the file alone says how to build it
 boxes = model.locate(images)                  # (N, 4) in [0, 1], None without a D-Net
-probabilities = model(model.look(images, boxes))  # (N, K)
+    probabilities = model(images, boxes)  # (N, K)
 """
 
 import io
@@ -173,10 +173,19 @@ def standardise(images, normalise):
 class CNet(nn.Module):
     """Classifier. Two classes: one logit (N, 1), of the positive class; K classes: K logits (N, K).
 
-    meta: number of metadata columns, 0 for images alone. `config` holds the arguments that build it again."""
+    meta: number of metadata columns, 0 for images alone. roi: "none" if it was trained on whole images, "mask" or
+    "dnet" if on crops. `config` holds the arguments that build it again."""
 
     def __init__(
-        self, model="mobilenet_v2", classes=2, channels=1, meta=0, dropout=0.2, normalise="image", weights="none"
+        self,
+        model="mobilenet_v2",
+        classes=2,
+        channels=1,
+        meta=0,
+        dropout=0.2,
+        normalise="image",
+        roi="none",
+        weights="none",
     ):
         super().__init__()
         self.config = {
@@ -186,6 +195,7 @@ class CNet(nn.Module):
             "meta": meta,
             "dropout": dropout,
             "normalise": normalise,
+            "roi": roi,
         }
         self.features, self.width = build_backbone(model, channels, weights)
         if meta:
@@ -289,7 +299,7 @@ class Ensemble(nn.Module):
     """Weighted mean of the members' probabilities, softened by one temperature. One member is the common case.
 
     info: "classes", "size" (what C-Net and D-Net see), "load_size" (what the file is letterboxed to), "channels",
-    "equalise" (CLAHE), "roi" ("none", "mask", "dnet"), "margin", "meta_spec", "temperature", "threshold", "made"."""
+    "equalise" (CLAHE), "margin" of the crops, "meta_spec", "temperature", "threshold", "made"."""
 
     def __init__(self, members, weights=None, dnet=None, **info):
         super().__init__()
@@ -299,7 +309,6 @@ class Ensemble(nn.Module):
         self.info = {
             "temperature": 1.0,
             "threshold": 0.5,
-            "roi": "none",
             "margin": 0.25,
             "equalise": False,
             "meta_spec": [],
@@ -309,29 +318,21 @@ class Ensemble(nn.Module):
 
     def locate(self, images):
         """The lesions' boxes (N, 4) in [0, 1] by D-Net, or None."""
-        if self.dnet is None:
+        return None if self.dnet is None else self.dnet(crop(images, None, self.info["size"])).clamp(0, 1)
+
+    def regions(self, member, boxes):
+        """Where a member looks: the crops (N, 4) around the boxes if it was trained on crops, None = the whole."""
+        if member.config["roi"] == "none" or boxes is None:
             return None
-        size = self.info["size"]
-        small = to_float(images)
-        if small.shape[-1] != size:
-            small = F.interpolate(small, size=(size, size), mode="bilinear", antialias=True)
-        return self.dnet(small).clamp(0, 1)
+        return crop_regions(boxes, self.info["margin"])
 
-    def look(self, images, boxes=None):
-        """What C-Net sees, at `size`: the crop around the boxes if it was trained with an ROI, else the whole."""
-        size = self.info["size"]
-        if self.info["roi"] != "none" and boxes is not None:
-            return crop(images, crop_regions(boxes, self.info["margin"]), size)
-        whole = to_float(images)
-        return (
-            whole
-            if whole.shape[-1] == size
-            else F.interpolate(whole, size=(size, size), mode="bilinear", antialias=True)
-        )
+    def member_probabilities(self, images, boxes=None, meta=None, look=crop):
+        """(M, N, K) probabilities, each member by itself, before the temperature.
 
-    def member_probabilities(self, images, meta=None):
-        """(M, N, K) probabilities, each member by itself, before the temperature."""
-        return torch.stack([to_probabilities(m(images, meta)) for m in self.members])
+        boxes (N, 4): what the crops are made around. look(images, regions, size): what a member gets to see; more
+        views than one are a larger N."""
+        looks = (look(images, self.regions(m, boxes), self.info["size"]) for m in self.members)
+        return torch.stack([to_probabilities(m(x, meta)) for m, x in zip(self.members, looks, strict=True)])
 
     def combine(self, probabilities):
         """(M, N, K) -> (N, K): weighted mean, then the temperature: p^(1/T), which for one member is logits / T."""
@@ -339,8 +340,8 @@ class Ensemble(nn.Module):
         mean = (probabilities * weights[:, None, None]).sum(0)
         return ((mean + 1e-12).log() / self.info["temperature"]).softmax(1)
 
-    def forward(self, images, meta=None):
-        return self.combine(self.member_probabilities(images, meta))
+    def forward(self, images, boxes=None, meta=None):
+        return self.combine(self.member_probabilities(images, boxes, meta))
 
 
 def disagreement(probabilities):

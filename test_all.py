@@ -727,8 +727,8 @@ def test_ensemble_by_hand():
 def small_model(**info):
     torch.manual_seed(0)
     classes = info.pop("classes", ["benign", "malignant"])
-    meta = 5 if info.get("meta_spec") else 0
-    members = [models.CNet("small_cnn", len(classes), 1, meta) for _ in range(2)]
+    roi = info.pop("roi", "none")
+    members = [models.CNet("small_cnn", len(classes), 1, roi=roi) for _ in range(2)]
     for m in members:  # untrained logits would all be alike
         torch.nn.init.normal_(m.head.weight, std=1.0)
     return models.Ensemble(
@@ -744,7 +744,7 @@ def test_a_model_file_suffices_to_predict(tmp_path):
     assert again.info == model.info
     x = torch.rand(2, 1, 32, 32)
     with torch.no_grad():
-        assert torch.equal(again(again.look(x, again.locate(x))), model(model.look(x, model.locate(x))))
+        assert torch.equal(again(x, again.locate(x)), model(x, model.locate(x)))
     assert not again.training
 
 
@@ -1236,7 +1236,7 @@ def test_folds_cover_every_image_once_and_repeats_have_a_spread(tmp_path, folder
     assert not same_model(folder / "seed0" / "model.pt", folder / "seed1" / "model.pt")
 
 
-@pytest.mark.parametrize("roi", ["mask", "dnet"])
+@pytest.mark.parametrize("roi", ["mask", "none,dnet"])
 def test_an_ensemble_on_crops_of_three_classes(tmp_path, folders, roi):
     folder, _ = quick(
         tmp_path,
@@ -1251,9 +1251,10 @@ def test_an_ensemble_on_crops_of_three_classes(tmp_path, folders, roi):
         data_folder=folders,
     )
     model = models.load(folder / "model.pt")
-    assert len(model.members) == 2
+    assert len(model.members) == 2 * len(roi.split(","))
     assert float(model.weights.sum()) == pytest.approx(1)
-    assert (model.info["size"], model.info["load_size"], model.info["roi"]) == (32, 64, roi)
+    assert (model.info["size"], model.info["load_size"]) == (32, 64)
+    assert {m.config["roi"] for m in model.members} == set(roi.split(","))
     assert model.info["classes"] == ["benign", "normal", "malignant"]
     report = json.loads((folder / "report.json").read_text())
     assert report["test"]["auc"]["value"] is not None
@@ -1345,6 +1346,7 @@ def test_mistakes_on_the_command_line_are_one_line(tmp_path, folders):
         (["@nowhere.args"], "nowhere.args"),
         (["--nets", "dnet", "--roi", "dnet"], "there is none"),
         (["--nets", "cnet", "--roi", "dnet"], "needs D-Net"),
+        (["--roi", "lesion"], "--roi lesion"),
         (["--model", "alexnet", "--size", "16"], "too small for alexnet"),
         (["--device", "toaster"], "no such device"),
     ] + ([] if torch.cuda.is_available() else [(["--device", "cuda"], "no CUDA device")]):
@@ -1565,14 +1567,14 @@ def test_boxes_are_in_the_pixels_of_the_original(detector):
 
 def test_views_are_one_batch_and_the_first_is_the_picture():
     x = torch.rand(3, 1, 32, 32)
-    views = infer.tta_views(x, 5)
+    views = infer.tta_views(x, views=5)
     assert views.shape == (15, 1, 32, 32)
     torch.testing.assert_close(views[:3], x, atol=1e-5, rtol=0)
     torch.testing.assert_close(views[3:6], x.flip(3), atol=1e-5, rtol=0)
     zoomed = data.crop(x, torch.tensor([[0.05, 0.05, 0.95, 0.95]]).expand(3, 4), 32)
     torch.testing.assert_close(views[6:9], zoomed, atol=1e-5, rtol=0)
     regions = torch.tensor([[0.25, 0.25, 0.75, 0.75]]).expand(3, 4)
-    cropped = infer.tta_views(x, 2, regions, 16)
+    cropped = infer.tta_views(x, regions, 16, 2)
     torch.testing.assert_close(cropped[3:], x[:, :, 8:24, 8:24].flip(3), atol=1e-5, rtol=0)
 
 
@@ -1587,8 +1589,8 @@ def test_a_batch_equals_its_images_one_by_one(tmp_path):
     model = models.load(tmp_path / "m.pt")
     with torch.no_grad():  # the mean of five views, one after another
         boxes = model.locate(x)
-        views = infer.tta_views(x, 5, data.crop_regions(boxes, 0.25), 32).split(5)
-        opinions = torch.stack([model.member_probabilities(v) for v in views])
+        views = infer.tta_views(x, data.crop_regions(boxes, 0.25), 32).split(5)
+        opinions = torch.stack([torch.stack([models.to_probabilities(m(v)) for m in model.members]) for v in views])
         expected = model.combine(opinions.mean(0))[:, 1]
     assert [r["probability"] for r in some.predict(pixels)] == pytest.approx(expected.tolist(), abs=1e-5)
     spread = opinions.flatten(0, 1)[:, :, 1].std(0, correction=0)

@@ -13,6 +13,7 @@ validation, one run, the report, the folds."""
 import argparse
 import copy
 import dataclasses
+import itertools
 import json
 import math
 import platform
@@ -94,9 +95,9 @@ def build_parser():
     )
     g.add_argument(
         "--roi",
-        choices=["none", "mask", "dnet"],
         default="none",
-        help="what C-Net sees: the whole, the crop around the true lesion, or around D-Net's box",
+        metavar="A,B",
+        help="what C-Net sees: none (the whole), mask (a crop around the true lesion), dnet (around D-Net's box); none,dnet: a member for each",
     )
     g.add_argument("--margin", type=float, default=0.25, help="around the crop, as a share of the lesion's longer side")
     g = p.add_argument_group("learning")
@@ -235,6 +236,8 @@ def parse(argv=None):
             float(args.pos_weight)
         except ValueError:
             raise InputError(f"--pos-weight {args.pos_weight}: give auto, none, or a number") from None
+    if args.roi not in ("none", "mask", "dnet", "none,mask", "none,dnet"):
+        raise InputError(f"--roi {args.roi}: give none, mask, dnet, or none,dnet for a member on each")
     if args.nets == "dnet" and args.roi != "none":
         raise InputError("--roi is what C-Net sees; with --nets dnet there is none")
     return args
@@ -547,9 +550,7 @@ def predict(model, images, rows, boxes=None, batch=64):
     for index in rows.cpu().split(batch):
         x = images.pixels[index.to(images.pixels.device)].to(device)
         meta = None if images.meta is None else images.meta[index].to(device)
-        parts.append(
-            model.member_probabilities(model.look(x, None if boxes is None else boxes[index].to(device)), meta).cpu()
-        )
+        parts.append(model.member_probabilities(x, None if boxes is None else boxes[index].to(device), meta).cpu())
     return torch.cat(parts, 1)
 
 
@@ -642,7 +643,6 @@ def model_info(images, args, seed):
         "load_size": images.pixels.shape[-1],
         "channels": images.pixels.shape[1],
         "equalise": args.clahe,
-        "roi": args.roi,
         "margin": args.margin,
         "meta_spec": images.meta_spec,
         "made": made,
@@ -681,7 +681,7 @@ def train_dnet(images, train, val, info, args, folder, seed):
         return None, []
     if not len(train) or not len(val):
         message = f"no boxes in the {'training' if not len(train) else 'validation'} images: D-Net can't be trained"
-        if args.nets == "dnet" or args.roi == "dnet":
+        if args.nets == "dnet" or "dnet" in args.roi:
             raise InputError(f"{message}; give masks or boxes, or --dummy-boxes for central placeholders")
         print(message)
         return None, []
@@ -706,7 +706,7 @@ def choose_look(images, train, boxes, args):
     if args.roi == "none":
         return None
     known = images.boxes[:, 0].isfinite()
-    if args.roi == "mask":
+    if "mask" in args.roi:
         if not known.any():
             raise InputError("--roi mask: this data has neither masks nor boxes")
         return images.boxes
@@ -739,15 +739,17 @@ def train_members(images, train, val, look, info, args, folder, seed):
         return {"score": (area, -nll), "val_auc": area, "val_loss": nll}  # equal AUC: the better likelihood
 
     members, histories = [], []
-    for i, backbone in enumerate((args.ensemble or args.model).split(",")):
+    wanted = itertools.product((args.ensemble or args.model).split(","), args.roi.split(","))
+    for i, (backbone, roi) in enumerate(wanted):
 
-        def build(backbone=backbone):
+        def build(backbone=backbone, roi=roi):
             columns = 0 if meta is None else meta.shape[1]
-            return CNet(backbone, classes, meta=columns, dropout=args.dropout, **network_options(images, args))
+            options = network_options(images, args)
+            return CNet(backbone, classes, meta=columns, dropout=args.dropout, roi=roi, **options)
 
         net, history = train_or_reload(
             build, images, train, loss_of, validate, args, f"cnet{i + 1} {backbone}", folder, seed + 1000 * i,
-            regions=None if look is None else crop_regions(look, args.margin), sample_weights=drawn,
+            regions=None if roi == "none" else crop_regions(look, args.margin), sample_weights=drawn,
         )  # fmt: skip
         members.append(net)
         histories.append(history)
@@ -793,7 +795,7 @@ def write_report(images, results, args, folder, seconds, splits):
             "placeholder_boxes": images.placeholder_boxes,
         },
         "splits": splits,
-        "model": args.ensemble or args.model,
+        "model": describe_model(args),
         "seconds": round(seconds, 1),
         "test": test,
         "threshold": [r["threshold"] for r in results],
@@ -826,6 +828,10 @@ def write_report(images, results, args, folder, seconds, splits):
             mistakes_sheet(images, rows, probabilities, threshold, boxes, note), Path(folder) / "mistakes.png"
         )
     return report
+
+
+def describe_model(args):
+    return (args.ensemble or args.model) + ("" if args.roi == "none" else f", roi {args.roi}")
 
 
 def clean(value):
