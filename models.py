@@ -6,7 +6,7 @@ Ensemble  members' probabilities, weighted and calibrated; their disagreement is
 
 model = load("runs/busi/model.pt")            # an Ensemble with its D-Net; the file alone says how to build it
 boxes = model.locate(images)                  # (N, 4) in [0, 1], None without a D-Net
-    probabilities = model(images, boxes)  # (N, K)
+probabilities = model(images, boxes)           # (N, K)
 """
 
 import io

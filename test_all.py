@@ -1113,8 +1113,8 @@ def resumed(folder):
 
 
 @pytest.mark.parametrize("options", [[], ["--ema", "0.9", "--balanced-sampler"]])
-def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, monkeypatch, options):
-    whole, _ = quick(tmp_path, "--name", "whole", *options)
+def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, monkeypatch, folders, options):
+    whole, _ = quick(tmp_path, "--name", "whole", *options, data_folder=folders)
     real, calls = train.train_epoch, []
 
     def dies_in_the_fifth_epoch(*args, **kwargs):
@@ -1126,7 +1126,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, monkeypatch, option
     with monkeypatch.context() as m:
         m.setattr(train, "train_epoch", dies_in_the_fifth_epoch)
         with pytest.raises(KeyError):
-            quick(tmp_path, "--name", "cut", *options)
+            quick(tmp_path, "--name", "cut", *options, data_folder=folders)
     assert "resuming cnet1 small_cnn after epoch 1" in resumed(tmp_path / "cut")
     assert same_model(whole / "model.pt", tmp_path / "cut" / "model.pt")
 
@@ -1597,7 +1597,7 @@ def test_a_batch_equals_its_images_one_by_one(tmp_path):
     assert [r["uncertainty"] for r in some.predict(pixels)] == pytest.approx(spread.tolist(), abs=1e-5)
 
 
-def test_what_is_not_clear_is_referred(detector):
+def test_what_is_not_clear_is_referred():
     detector = infer.BreastCancerDetector.__new__(infer.BreastCancerDetector)
     detector.info = {"classes": ["benign", "malignant"], "threshold": 0.2}
     assert detector._answer([0.8, 0.2], 0.0)["prediction"] == "malignant"
