@@ -42,6 +42,9 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps
 
 
+warnings.simplefilter("error", Image.DecompressionBombWarning)  # refused in read_image, instead of eating the memory
+
+
 class InputError(ValueError):
     """Something the user gave is wrong. The message is one line: what, where, what to do. A bug is never this."""
 
@@ -135,11 +138,9 @@ def read_image(path, channels):
     if isinstance(path, (str, Path)) and not os.path.exists(path):
         raise InputError("no such file")
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path) as image:
-                image.load()
-                return to_mode(ImageOps.exif_transpose(image), channels)
+        with Image.open(path) as image:
+            image.load()
+            return to_mode(ImageOps.exif_transpose(image), channels)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as e:
         raise InputError(f"more than {Image.MAX_IMAGE_PIXELS / 1e6:.0f} million pixels, refused") from e
     except Image.UnidentifiedImageError as e:

@@ -316,7 +316,7 @@ def box_loss(predicted, true):
 def detection_loss(dnet, images, true):
     """Loss of D-Net on a batch with its boxes (N, 4). In the design "votes" every cell near the lesion's centre has to
     know the box by itself, and to vote: its box loss and the cross-entropy of its weight, under a Gaussian of a sixth
-    of the lesion's sides (Zhou et al., CenterNet, 2019). A loss of the mean box alone learns many times slower."""
+    of the lesion's sides (Zhou et al., CenterNet, 2019). It fits faster than a loss of the mean box alone."""
     if dnet.config["design"] != "votes":
         return box_loss(dnet(images), true).mean()
     boxes, log_weights = dnet.vote(images)
@@ -459,12 +459,11 @@ def fit(net, images, rows, loss_of, validate, args, *, name, folder, seed, regio
         torch.set_rng_state(saved["torch_rng"])
         if saved["cuda_rng"]:
             torch.cuda.set_rng_state_all(saved["cuda_rng"])
-        best, best_score, history = saved["best"], tuple(saved["best_score"]), saved["history"]
+        best, best_score, history = saved["best"], saved["best_score"], saved["history"]
         print(f"resuming {name} after epoch {len(history)}")
-    lines = [line for line in (log.read_text().splitlines() if log.exists() else []) if json.loads(line)["net"] != name]
-    write_atomically(
-        log, "".join(f"{line}\n" for line in lines + [json.dumps(h) for h in history]).encode()
-    )  # drop what came after the save
+    lines = [line for line in (log.read_text().splitlines() if log.exists() else []) if line.endswith("}")]
+    lines = [line for line in lines if json.loads(line)["net"] != name] + [json.dumps(h) for h in history]
+    write_atomically(log, "".join(f"{line}\n" for line in lines).encode())  # without what came after the save
 
     def save_state():
         save_checkpoint(
@@ -485,9 +484,13 @@ def fit(net, images, rows, loss_of, validate, args, *, name, folder, seed, regio
             },
         )
 
+    def over():
+        best_epoch = max((h["epoch"] for h in history if h["best"]), default=0)
+        return len(history) == args.epochs or 0 < args.patience <= len(history) - best_epoch
+
     first, saved_at, start = len(history), time.time(), time.time()
-    for epoch in range(first, args.epochs):
-        began = time.time()
+    while not over():
+        epoch, began = len(history) + 1, time.time()
         lr = scheduler.get_last_lr()[0]
         try:
             loss = train_epoch(
@@ -496,21 +499,19 @@ def fit(net, images, rows, loss_of, validate, args, *, name, folder, seed, regio
         except FloatingPointError:
             save_state()
             raise InputError(
-                f"{name}, epoch {epoch + 1}: the loss is not finite; the last good state is kept in {last}. Try a lower --lr, or --amp off"
+                f"{name}, epoch {epoch}: the loss is not finite; the last good state is kept in {last}. Try a lower --lr, or --amp off"
             ) from None
         kept = averaged if averaged is not None else net
         kept.eval()
         found = validate(kept)
         score = found.pop("score")
         if best_score is None or score > best_score:
-            best, best_score = (
-                {k: v.detach().cpu().clone() for k, v in kept.state_dict().items()},
-                score,
-            )  # a copy, not an alias
+            best_score = score
+            best = {k: v.detach().cpu().clone() for k, v in kept.state_dict().items()}  # a copy, not an alias
         history.append(
             {
                 "net": name,
-                "epoch": epoch + 1,
+                "epoch": epoch,
                 "loss": round(loss, 5),
                 **{k: round(v, 5) for k, v in found.items()},
                 "best": score == best_score,
@@ -520,20 +521,13 @@ def fit(net, images, rows, loss_of, validate, args, *, name, folder, seed, regio
         )
         with open(log, "a") as file:
             file.write(json.dumps(history[-1]) + "\n")
-        waited = epoch - max(h["epoch"] - 1 for h in history if h["best"])
-        over = epoch + 1 == args.epochs or (args.patience and waited >= args.patience)
-        left = (time.time() - start) / (epoch + 1 - first) * (args.epochs - epoch - 1)
-        values = "  ".join(f"{k} {v:.3f}" for k, v in found.items())
-        print(
-            f"{name:22s} epoch {epoch + 1:3d}/{args.epochs}  loss {loss:.4f}  {values} {'*' if score == best_score else ' '} {left:4.0f} s left",
-            flush=True,
-        )
-        if time.time() - saved_at >= args.save_seconds or over or Interrupt.asked:
+        left = (time.time() - start) / (epoch - first) * (args.epochs - epoch)
+        values = "  ".join(f"{k} {v:.3f}" for k, v in found.items()) + (" *" if score == best_score else "  ")
+        print(f"{name:22s} epoch {epoch:3d}/{args.epochs}  loss {loss:.4f}  {values} {left:4.0f} s left", flush=True)
+        if time.time() - saved_at >= args.save_seconds or over() or Interrupt.asked:
             save_state()
             saved_at = time.time()
-        if over:
-            break
-        if Interrupt.asked:
+        if Interrupt.asked and not over():
             raise Stopped
     return best, history
 
