@@ -41,7 +41,6 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps
 
-
 warnings.simplefilter("error", Image.DecompressionBombWarning)  # refused in read_image, instead of eating the memory
 
 
