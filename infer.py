@@ -39,7 +39,7 @@ from data import (
     warp,
     whole_regions,
 )
-from models import DISCLAIMER, disagreement, load
+from models import DISCLAIMER, disagreement, load, newest_model
 
 REFER_ODDS = 2.0  # refer when the odds lie within this factor of the threshold's
 REFER_UNCERTAINTY = 0.15  # or when the opinions' standard deviation is above this
@@ -214,13 +214,6 @@ def array_image(array):
     return Image.fromarray(array[:, :, 0] if array.ndim == 3 and array.shape[2] == 1 else np.ascontiguousarray(array))
 
 
-def newest_model():
-    found = sorted(Path("runs").glob("**/model.pt"), key=lambda p: p.stat().st_mtime)
-    if not found:
-        raise InputError("no model under runs/: train one (python train.py), or name a file with --model")
-    return found[-1]
-
-
 def collect(paths):
     """Files as they are; of a folder all images in it and below, but not the masks beside them."""
     files = []
@@ -265,7 +258,7 @@ def main(argv=None):
             failed += result["error"] is not None
             print(json.dumps(result) if args.json else sentence(result, detector.info), flush=True)
             if args.save_overlay and result["error"] is None:
-                save_overlay(result, detector.info, args.save_overlay)
+                save_overlay(result, detector, args.save_overlay, meta)
     if not args.json:
         print(DISCLAIMER)
     if failed:
@@ -282,15 +275,18 @@ def sentence(result, info):
     return f"{result['image']}: {result['prediction']}, p({info['classes'][-1]}) = {result['probability']:.3f}{held}, uncertainty {result['uncertainty']:.3f}{box}{refer}"
 
 
-def save_overlay(result, info, folder):
-    import plots  # here and not above: a plain prediction starts without it
+def save_overlay(result, detector, folder, meta=None):
+    """The picture with its box, its answer, and the Grad-CAM map of what spoke for it."""
+    import plots  # here and not above: a plain prediction starts without them
+    from explain import explain_file, unletterbox
 
-    path = Path(result["image"])
-    caption = f"{result['prediction']}, p({info['classes'][-1]}) = {result['probability']:.3f}{', refer' if result['refer'] else ''}\n{DISCLAIMER}"
-    plots.save_png(
-        plots.overlay(read_image(path, 3), result["box"], caption),
-        Path(folder) / f"{path.parent.name}_{path.stem}_overlay.png",
-    )
+    path, info = Path(result["image"]), detector.info
+    picture, maps, _, placement, _ = explain_file(detector.model, path, ["gradcam"], meta)
+    heat = unletterbox(maps["gradcam"], placement, picture.size)
+    answer = f"{result['prediction']}, p({info['classes'][-1]}) = {result['probability']:.3f}"
+    caption = f"{answer}{', refer' if result['refer'] else ''}\n{DISCLAIMER}"
+    sheet = plots.overlay(picture, result["box"], caption, heat)
+    plots.save_png(sheet, Path(folder) / f"{path.parent.name}_{path.stem}_overlay.png")
 
 
 if __name__ == "__main__":

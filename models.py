@@ -207,15 +207,22 @@ class CNet(nn.Module):
 
     def embed(self, images, meta=None):
         """Penultimate embedding (N, width): pooled features, and the metadata branch where there is one."""
-        x = self.features(standardise(images, self.config["normalise"])).mean((2, 3))
+        return self.pool(self.features(standardise(images, self.config["normalise"])), meta)
+
+    def pool(self, maps, meta=None):
+        """The embedding (N, width) of feature maps (N, C, h, w)."""
+        x = maps.mean((2, 3))
         if not self.config["meta"]:
             return x
         if meta is None:
             raise InputError("this model was trained with patient metadata: give it")
         return torch.cat([x, self.meta(meta)], 1)
 
+    def classify(self, embeddings):
+        return self.head(self.dropout(embeddings))
+
     def forward(self, images, meta=None):
-        return self.head(self.dropout(self.embed(images, meta)))
+        return self.classify(self.embed(images, meta))
 
 
 def to_probabilities(logits):
@@ -431,3 +438,11 @@ def rebuild(network, saved):
     net = network(**saved["config"])
     net.load_state_dict(saved["state"])
     return net
+
+
+def newest_model():
+    """The model file under runs/ that was written last."""
+    found = sorted(Path("runs").glob("**/model.pt"), key=lambda p: p.stat().st_mtime)
+    if not found:
+        raise InputError("no model under runs/: train one (python train.py), or name a file with --model")
+    return found[-1]

@@ -1,4 +1,4 @@
-"""Pictures, with Pillow alone: line charts, ROC, confusion matrix, contact sheet, a box over an image.
+"""Pictures, with Pillow alone: line and bar charts, confusion matrix, contact sheet, a heat map and a box over an image.
 
 Each function returns a PIL image; `page` lays several side by side. Charts are drawn at twice their size and scaled
 down, which is all the antialiasing that a line needs. The colours are Okabe and Ito's, told apart by everyone."""
@@ -168,13 +168,91 @@ def contact_sheet(pixels, captions, boxes=None, truths=None, columns=5, side=200
     return page(tiles, min(columns, len(tiles)), title)
 
 
-def overlay(image, box=None, caption=""):
-    """A PIL image with a box (its own pixels) and a caption below, at least 320 px wide so that it can be read."""
+# Inferno by five of its colours: from dark to light in a straight line, so it reads the same for every eye and in grey.
+INFERNO = np.array([(0, 0, 4), (87, 16, 110), (188, 55, 84), (249, 142, 9), (252, 255, 164)], float)
+
+
+def colour_map(values):
+    """(...) in [0, 1] as uint8 (..., 3)."""
+    values = np.clip(np.asarray(values, float), 0, 1)
+    stops = np.linspace(0, 1, len(INFERNO))
+    return np.stack([np.interp(values, stops, INFERNO[:, c]) for c in range(3)], -1).round().astype(np.uint8)
+
+
+def colour_bar(height, top):
+    """A bar from 0 to `top` with numbers, 64 px wide."""
+    bar = Image.new("RGB", (64, height), "white")
+    ramp = colour_map(np.linspace(1, 0, max(1, height - 24)))[:, None].repeat(12, 1)
+    bar.paste(Image.fromarray(ramp), (6, 12))
+    draw = ImageDraw.Draw(bar)
+    for share in (0, 0.5, 1):
+        draw.text((22, 12 + (height - 24) * (1 - share)), f"{top * share:.2g}", "black", font(11), anchor="lm")
+    return bar
+
+
+def overlay(image, box=None, caption="", heat=None):
+    """A PIL image with a box (its own pixels) and a caption below, at least 320 px wide so that it can be read.
+
+    heat: (h, w) of any size, raw; laid over the picture, opaque where it is strong, with a colour bar that tells its
+    numbers. Negative values are not drawn, and a map without positive ones is said to hold no evidence."""
     scale = max(1.0, 320 / image.width)
-    picture = image.convert("RGB").resize((round(image.width * scale), round(image.height * scale)))
-    draw_box(picture, None if box is None else np.asarray(box, float) * scale, width=max(2, picture.width // 200))
+    size = round(image.width * scale), max(1, round(image.height * scale))
+    picture, bar = image.convert("RGB").resize(size), None
+    if heat is not None:
+        heat = np.asarray(heat, np.float32)
+        top = float(heat.max())
+        if top > 0:
+            strength = np.asarray(Image.fromarray(heat / top).resize(size, Image.Resampling.BILINEAR)).clip(0, 1)
+            opacity = Image.fromarray((strength**0.7 * 190).astype(np.uint8))
+            picture.paste(Image.fromarray(colour_map(strength)), (0, 0), opacity)
+            bar = colour_bar(size[1], top)
+        else:
+            caption += "\nthe map holds no positive evidence"
+    draw_box(picture, None if box is None else np.asarray(box, float) * scale, "#56B4E9", max(2, size[0] // 200))
     lines = caption.count("\n") + 1
-    sheet = Image.new("RGB", (picture.width, picture.height + 8 + 18 * lines), "white")
+    sheet = Image.new("RGB", (size[0] + (0 if heat is None else 64), size[1] + 8 + 18 * lines), "white")
     sheet.paste(picture, (0, 0))
-    ImageDraw.Draw(sheet).multiline_text((6, picture.height + 4), caption, "black", font(13))
+    if bar:
+        sheet.paste(bar, (size[0], 0))
+    ImageDraw.Draw(sheet).multiline_text((6, size[1] + 4), caption, "black", font(13))
     return sheet
+
+
+def heat_panel(heat, title, top, box=None, side=320):
+    """A map (h, w) by itself, on the common scale 0 ... top, with a box in [0, 1] and a colour bar."""
+    picture = Image.fromarray(colour_map(np.asarray(heat) / max(top, 1e-30))).resize((side, side))
+    draw_box(picture, None if box is None else np.asarray(box) * side, "#56B4E9")
+    panel = Image.new("RGB", (side + 80, side + 40), "white")
+    panel.paste(picture, (8, 32))
+    panel.paste(colour_bar(side, top), (side + 12, 32))
+    ImageDraw.Draw(panel).text((8, 8), title, "black", font(14))
+    return panel
+
+
+def bar_chart(groups, labels, title="", size=(900, 420)):
+    """groups: {name: [(value, low, high), ...]}, one a label. Bars with their intervals; a line at 1."""
+    image = Image.new("RGB", size, "white")
+    draw = ImageDraw.Draw(image)
+    left, bottom, top = 60, size[1] - 60, 40
+    highest = max([v for cells in groups.values() for c in cells for v in c if np.isfinite(v)] + [1.0]) * 1.05
+
+    def y(value):
+        return bottom - value / highest * (bottom - top)
+
+    for tick in nice_ticks(0, highest):
+        draw.line([(left, y(tick)), (size[0] - 20, y(tick))], GREY if tick == 1 else LIGHT)
+        draw.text((left - 6, y(tick)), f"{tick:g}", GREY, font(12), anchor="rm")
+    slot = (size[0] - left - 20) / len(labels)
+    width = slot * 0.8 / len(groups)
+    for i, (name, cells) in enumerate(groups.items()):
+        colour = COLOURS[i % len(COLOURS)]
+        draw.text((left + 10 + i * (size[0] - left) / len(groups), size[1] - 22), name, colour, font(13))
+        for j, (value, low, high) in enumerate(cells):
+            if np.isfinite(value):
+                x = left + j * slot + slot * 0.1 + i * width
+                draw.rectangle([x, y(value), x + width - 3, bottom], fill=colour)
+                draw.line([(x + width / 2, y(low)), (x + width / 2, y(high))], "black", 2)
+    for j, label in enumerate(labels):
+        draw.text((left + (j + 0.5) * slot, bottom + 8), label, "black", font(13), anchor="ma")
+    draw.text((16, 10), title, "black", font(15))
+    return image

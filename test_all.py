@@ -2,7 +2,7 @@
 
 Against independent oracles (counting pairs, brute force, loops over pixels, uninterrupted runs), on awkward inputs,
 and through the command lines. With DATA=/path/to/data the real files are read too (breastmnist.npz, BUSI/, IDC/,
-HAM10000/). The order is that of the house: data, models, metrics, plots, train, infer."""
+HAM10000/). The order is that of the house: data, models, metrics, plots, train, explain, infer."""
 
 import argparse
 import contextlib
@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw
 
 import data
+import explain
 import infer
 import metrics
 import models
@@ -1376,7 +1377,7 @@ def test_every_recipe_is_understood():
 def test_no_option_goes_untested():
     """Every option that -h shows stands in this file, outside this test."""
     source = Path(__file__).read_text()
-    for script in ("train.py", "infer.py"):
+    for script in ("train.py", "explain.py", "infer.py"):
         shown = run(HERE / script, "-h").stdout
         for option in sorted(set(re.findall(r"--[a-z][a-z-]+", shown)) - {"--help"}):
             assert f'"{option}"' in source, f"{script} {option}"
@@ -1483,6 +1484,338 @@ def test_options_reach_the_networks_and_the_optimizer(tmp_path):
     assert log[1]["lr"] > log[0]["lr"]  # half of the steps are warm-up
     low = json.loads((folder / "report.json").read_text())["test"]["sensitivity"]["value"]
     assert low < 0.9  # a target of 0.5 gives away sensitivity
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# explain.py
+
+
+def explained_net(classes=2, **options):
+    torch.manual_seed(0)
+    net = models.CNet("small_cnn", classes, 1, **options)
+    torch.nn.init.normal_(net.head.weight, std=0.3)
+    return net.eval()
+
+
+def by_hooks(net, x, target):
+    """Activations of the last layer and the score's gradients there, the way most people get them."""
+    kept = {}
+    handle = net.features.register_forward_hook(lambda _, __, out: kept.update(maps=out) or out.retain_grad())
+    logits = net(x)
+    handle.remove()
+    score = logits[:, target] if logits.shape[1] > 1 else logits[:, 0] * (1 if target else -1)
+    score.sum().backward()
+    return kept["maps"].detach().double(), kept["maps"].grad.double()
+
+
+@pytest.mark.parametrize(("classes", "target"), [(2, 0), (2, 1), (3, 0), (3, 2)])
+def test_cams_by_hand(classes, target):
+    net, x = explained_net(classes), torch.rand(3, 1, 48, 48)
+    maps, gradients = by_hooks(net, x, target)
+    cam, plus, layer = torch.zeros(3, *maps.shape[2:]), torch.zeros(3, *maps.shape[2:]), torch.zeros(3, *maps.shape[2:])
+    for n in range(3):
+        for c in range(maps.shape[1]):
+            a, g = maps[n, c], gradients[n, c]
+            cam[n] += g.mean() * a
+            layer[n] += g.clamp(min=0) * a
+            bottom = 2 * g**2 + a.sum() * g**3
+            alpha = torch.where(bottom.abs() > 1e-12, g**2 / bottom, 0.0)
+            plus[n] += (alpha * g.clamp(min=0)).sum() * a
+    for method, expected in ((explain.grad_cam, cam), (explain.grad_cam_pp, plus), (explain.layer_cam, layer)):
+        large = F.interpolate(expected.clamp(min=0)[:, None], size=(48, 48), mode="bilinear")[:, 0]
+        torch.testing.assert_close(method(net, x, target), large.float(), atol=1e-5, rtol=1e-3)
+
+
+def test_a_named_layer_is_the_one_that_is_used():
+    net, x = explained_net(), torch.rand(2, 1, 64, 64)
+    for layer, side in ((0, 32), ("0", 32), (-1, 4), (None, 4), ("3", 16)):
+        maps, gradients = explain.activations_and_gradients(net, x, 1, layer)
+        assert maps.shape == gradients.shape
+        assert maps.shape[-1] == side
+    with pytest.raises(InputError, match="no such layer"):
+        explain.grad_cam(net, x, layer="nowhere")
+    with pytest.raises(InputError, match=r"classes are 0 \.\.\. 1"):
+        explain.grad_cam(net, x, target=2)
+
+
+@pytest.mark.parametrize("classes", [2, 3])
+def test_integrated_gradients_sum_to_the_difference_of_the_scores(classes):
+    net, x = explained_net(classes), torch.rand(3, 1, 32, 32)
+    blank = x.mean((2, 3), keepdim=True).expand_as(x)
+    maps = explain.integrated_gradients(net, x, target=1, steps=200)
+    target = torch.ones(3, dtype=torch.long)
+    with torch.no_grad():
+        expected = explain.class_score(net(x), target) - explain.class_score(net(blank), target)
+    torch.testing.assert_close(maps.sum((1, 2)), expected, atol=0.02, rtol=0.02)
+
+
+def test_the_negative_class_of_a_single_logit_has_its_own_evidence():
+    net, x = explained_net(), torch.rand(2, 1, 32, 32)
+    for name in ("ig", "occlusion", "rise"):  # signed: the other direction is the other sign
+        a, b = (explain.METHODS[name](net, x, t) for t in (0, 1))
+        torch.testing.assert_close(a, -b, atol=1e-5, rtol=1e-3)
+        assert a.abs().max() > 0
+    maps, gradients = explain.activations_and_gradients(net, x, 1)
+    raw = (gradients.mean((2, 3), keepdim=True) * maps).sum(1)
+    torch.testing.assert_close(explain.grad_cam(net, x, 0), explain.enlarge((-raw).relu(), 32))
+    torch.testing.assert_close(explain.grad_cam(net, x, 1), explain.enlarge(raw.relu(), 32))
+    likeliest = (torch.sigmoid(net(x)[:, 0]) > 0.5).long()
+    torch.testing.assert_close(explain.grad_cam(net, x), explain.grad_cam(net, x, likeliest))
+
+
+def test_no_evidence_is_a_blank_map():
+    net = explained_net()
+    torch.nn.init.zeros_(net.head.weight)
+    maps = explain.grad_cam(net, torch.rand(2, 1, 32, 32), 1)
+    assert (maps == 0).all()
+    assert (explain.energy_inside(maps, torch.ones(2, 32, 32, dtype=torch.bool)) == 0).all()
+    assert (explain.pointing_game(maps, torch.ones(2, 32, 32, dtype=torch.bool)) == 0).all()
+
+
+@pytest.mark.parametrize("name", explain.METHODS)
+def test_an_explanation_leaves_no_trace(name):
+    net = explained_net(dropout=0.5)
+    net.train()
+    net.features[2].eval()  # mixed modes, as a frozen BatchNorm has
+    net.features[0][0].weight.requires_grad_(False)
+    net.head.weight.grad = torch.full_like(net.head.weight, 7.0)
+    x = torch.rand(2, 1, 32, 32, requires_grad=True)
+    before = {k: v.clone() for k, v in net.state_dict().items()}
+
+    def look():
+        return (
+            [m.training for m in net.modules()],
+            [p.requires_grad for p in net.parameters()],
+            [None if p.grad is None else p.grad.sum().item() for p in net.parameters()],
+            [len(m._forward_hooks) + len(m._backward_hooks) for m in net.modules()],
+            torch.is_grad_enabled(),
+        )
+
+    then = look()
+    options = {"rise": {"masks": 8}, "ig": {"steps": 2}, "smoothgrad": {"samples": 2}}.get(name, {})
+    first = explain.METHODS[name](net, x, 1, **options)
+    assert not first.requires_grad
+    with pytest.raises(RuntimeError):  # in the midst of a forward pass
+        explain.METHODS[name](net, torch.rand(2, 5, 32, 32), 1, **options)
+    assert look() == then
+    assert x.grad is None
+    assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())  # BatchNorm's statistics too
+
+
+def test_a_thousand_calls_hold_no_memory():
+    import gc
+
+    net, x = explained_net(), torch.rand(1, 1, 32, 32)
+
+    def tensors():
+        gc.collect()
+        return sum(isinstance(o, torch.Tensor) for o in gc.get_objects())
+
+    explain.grad_cam(net, x, 1)
+    before = tensors()
+    for _ in range(1000):
+        explain.grad_cam(net, x, 1)
+    assert tensors() <= before
+
+
+@pytest.mark.parametrize("name", explain.METHODS)
+def test_maps_of_a_batch_equal_those_of_its_images(name):
+    net, x = explained_net(), torch.rand(3, 1, 32, 32)
+    options = {"rise": {"masks": 16}, "ig": {"steps": 4}, "smoothgrad": {"samples": 3}}.get(name, {})
+    together = explain.METHODS[name](net, x, **options)
+    alone = torch.cat([explain.METHODS[name](net, one[None], **options) for one in x])
+    torch.testing.assert_close(together, alone, atol=1e-5, rtol=1e-3)
+    assert together.shape == (3, 32, 32)
+
+
+@pytest.mark.parametrize("backbone", models.BACKBONES)
+def test_grad_cam_finds_the_layer_of_every_backbone(backbone):
+    torch.manual_seed(0)
+    net = models.CNet(backbone, 2, 1)
+    maps = explain.grad_cam(net, torch.rand(1, 1, 64, 64), 1) + explain.grad_cam(net, torch.rand(1, 1, 64, 64), 0)
+    assert maps.shape == (1, 64, 64)
+    assert net.training
+    assert maps.max() > 0
+
+
+@pytest.fixture(scope="module")
+def planted():
+    """Images whose class is a bright square or none, a network that has learnt it, and where the squares are."""
+    generator = torch.Generator().manual_seed(0)
+    n, size = 192, 48
+    x, masks = (
+        0.4 + 0.08 * torch.randn(n, 1, size, size, generator=generator),
+        torch.zeros(n, size, size, dtype=torch.bool),
+    )
+    labels = torch.arange(n) % 2
+    for i in torch.nonzero(labels)[:, 0].tolist():
+        top, left = torch.randint(4, 32, (2,), generator=generator).tolist()
+        masks[i, top : top + 12, left : left + 12] = True
+    x = (x + 0.5 * masks[:, None]).clamp(0, 1)
+    torch.manual_seed(0)
+    net = models.CNet("small_cnn", 2, 1, normalise="fixed")
+    optimizer = torch.optim.AdamW(net.parameters(), 3e-3)
+    for _ in range(12):
+        for rows in torch.randperm(n, generator=generator).split(32):
+            loss = train.classification_loss(net(x[rows]), labels[rows])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    net.eval()
+    with torch.no_grad():
+        assert float(metrics.auc(net(x)[:, 0], labels)) == 1.0
+    rows = torch.nonzero(labels)[:16, 0]
+    return net, x[rows], masks[rows]
+
+
+@pytest.mark.parametrize("name", explain.METHODS)
+def test_every_method_finds_the_planted_square(planted, name):
+    net, x, masks = planted
+    maps = explain.METHODS[name](net, x, 1, **({"layer": 3} if "cam" in name else {}))  # 12 x 12 cells
+    share = masks.float().mean((1, 2))
+    ratio = (explain.energy_inside(maps, masks) / share).mean()
+    for baseline in (explain.random_map, explain.centre_map):
+        assert ratio > 1.5 * (explain.energy_inside(baseline(net, x), masks) / share).mean()
+    assert ratio > 2
+
+
+def test_deletion_falls_sooner_along_the_right_map(planted):
+    net, x, masks = planted
+    target = torch.ones(len(x), dtype=torch.long)
+    right = explain.deletion_insertion(net, x, masks.float(), target)
+    wrong = explain.deletion_insertion(net, x, 1 - masks.float(), target)
+    assert right[0].mean() < wrong[0].mean() - 0.1
+    assert right[1].mean() > wrong[1].mean() + 0.1
+
+
+def test_measures_of_a_map_by_hand():
+    maps, masks = torch.zeros(2, 8, 8), torch.zeros(2, 8, 8, dtype=torch.bool)
+    masks[:, 2:4, 2:6] = True
+    maps[0, 2, 2], maps[0, 7, 7], maps[0, 0, 0] = 3.0, 1.0, -5.0  # negative evidence is none
+    maps[1] = masks[1].float()
+    assert explain.energy_inside(maps, masks).tolist() == [0.75, 1.0]
+    assert explain.pointing_game(maps, masks).tolist() == [1.0, 1.0]
+    assert explain.best_iou(maps, masks).tolist() == pytest.approx([1 / 8, 1.0])
+    a, b = torch.rand(4, 8, 8), torch.rand(4, 8, 8)
+    expected = [np.corrcoef(p.flatten(), q.flatten())[0, 1] for p, q in zip(a, b, strict=True)]
+    np.testing.assert_allclose(explain.correlation(a, b), expected, atol=1e-6)
+
+
+def test_regions_cover_the_image_once_and_behind_is_deeper():
+    boxes = torch.tensor([[0.4, 0.3, 0.6, 0.5], [0.0, 0.0, 0.2, 0.9]])
+    for masks in (None, torch.rand(2, 64, 64) < 0.1):
+        regions = explain.lesion_regions(boxes, 64, masks)
+        assert (regions.sum(1) == 1).all()
+    regions = explain.lesion_regions(boxes, 64)
+    inside, ring, behind, before, _ = regions[0]
+    np.testing.assert_allclose(data.box_of(inside.numpy()) / 64, boxes[0], atol=1.01 / 64)
+    diameter = (data.box_of((inside | ring).numpy())[2] - data.box_of((inside | ring).numpy())[0]) / 64
+    assert diameter == pytest.approx(0.2 * 1.5, abs=2.01 / 64)  # a quarter of a diameter on each side
+    assert torch.nonzero(behind)[:, 0].min() > torch.nonzero(inside)[:, 0].max()
+    assert torch.nonzero(before)[:, 0].max() < torch.nonzero(inside)[:, 0].min()
+    shares, per_area = explain.evidence_shares(torch.ones(2, 64, 64), regions)
+    torch.testing.assert_close(shares.sum(1), torch.ones(2))
+    torch.testing.assert_close(per_area[0], torch.ones(5))
+    assert explain.evidence_shares(torch.zeros(2, 64, 64), regions)[0].isnan().all()
+
+
+def test_the_atlas_lays_lesions_on_each_other():
+    maps, boxes = (
+        torch.zeros(3, 60, 60),
+        torch.tensor([[0.1, 0.2, 0.3, 0.5], [0.6, 0.5, 0.8, 0.7], [0.4, 0.4, 0.6, 0.6]]),
+    )
+    for k in range(2):  # evidence in the boxes alone; the third map is blank and must not dilute the mean
+        x0, y0, x1, y1 = (boxes[k] * 60).round().int().tolist()
+        maps[k, y0:y1, x0:x1] = 5.0 + k
+    mean = explain.atlas(maps, boxes, side=90)
+    assert float(mean.mean()) == pytest.approx(1, abs=1e-4)
+    assert float(mean[32:58, 32:58].mean()) == pytest.approx(9, rel=0.1)
+    assert float(mean[:24].sum()) == 0
+
+
+def test_crops_are_put_back_where_they_were_cut():
+    maps = torch.rand(2, 40, 40)
+    regions = torch.tensor([[0.25, 0.25, 0.75, 0.75], [0.5, 0.0, 1.0, 0.5]])
+    cut = explain.crop_map(maps, regions, 20)
+    back = explain.place(cut, regions, 40)
+    torch.testing.assert_close(back[0, 11:29, 11:29], maps[0, 11:29, 11:29], atol=1e-4, rtol=0)
+    assert (back[0, :9] == 0).all()
+    assert (back[1, 22:] == 0).all()
+    model = small_model()
+    x = torch.randint(0, 256, (2, 1, 32, 32), dtype=torch.uint8)
+    a, b = (explain.grad_cam(m, x, 1) for m in model.members)
+    torch.testing.assert_close(explain.explain(model, x, "gradcam", 1), 0.7 * a + 0.3 * b)
+
+
+def test_the_recommendation_needs_to_see_the_model_and_to_beat_every_baseline():
+    groups = torch.arange(50)
+
+    def row(level, randomised=0.0):
+        return {"energy/area": level + 0.1 * torch.rand(50), "randomised": torch.full((50,), randomised)}
+
+    found = {"ig": row(3), "gradcam": row(5), "rise": row(9, randomised=0.9), "centre": row(2), "random": row(1)}
+    best, why = explain.recommend(found, groups)
+    assert best == "gradcam"
+    assert "rise is blind to the model" in why
+    found["centre"] = row(6)
+    best, why = explain.recommend(found, groups)
+    assert best is None
+    assert "gradcam does not beat centre" in why
+
+
+def test_randomised_weights_are_new_and_the_old_ones_stay():
+    net = explained_net()
+    before = [p.clone() for p in net.parameters()]
+    other = explain.randomised(net)
+    assert all(torch.equal(a, b) for a, b in zip(before, net.parameters(), strict=True))
+    assert not torch.equal(other.head.weight, net.head.weight)
+
+
+def test_explanations_from_the_command_line(tmp_path, folders, capsys):
+    folder, _ = quick(
+        tmp_path,
+        "--folds",
+        "2",
+        "--name",
+        "f",
+        "--epochs",
+        "1",
+        "--roi",
+        "none,dnet",
+        "--positive",
+        "malignant",
+        data_folder=folders,
+    )
+    common = ["--model", str(folder), "--cache", str(tmp_path / "cache"), "--out", str(tmp_path / "out")]
+    explain.main([*common, "--evaluate", "--most", "6"])
+    report = json.loads((tmp_path / "out" / "explain.json").read_text())
+    assert set(report["measures"]) == {*explain.METHODS, *explain.BASELINES}
+    assert set(report["measures"]["ig"]) == set(explain.MEASURES)
+    assert report["images"] == 6
+    assert report["why"]
+    explain.main([*common, "--hotspots", "--ring", "0.5", "--method", "layercam"])
+    rows = (tmp_path / "out" / "hotspots.csv").read_text().splitlines()
+    assert len(rows) == 1 + 68  # every lesion once; normal images have none
+    near = [sum(map(float, r.split(",")[3:5])) for r in rows[1:] if "nan" not in r]
+    assert near == sorted(near)  # the shortcut suspects first
+    assert Image.open(tmp_path / "out" / "atlas.png").size[0] > 600
+    image, model = next((folders / "benign").glob("*(2).png")), folder / "fold1" / "model.pt"
+    explain.main(
+        [str(image), "--model", str(model), "--method", "all", "--out", str(tmp_path / "all.png"), "--device", "cpu"]
+    )
+    explain.main([str(image), "--model", str(model), "--out", str(tmp_path / "one.png")])
+    assert Image.open(tmp_path / "all.png").size > Image.open(tmp_path / "one.png").size
+    said = capsys.readouterr().out
+    assert said.count(models.DISCLAIMER) == 4
+    for options, why in [
+        (["--method", "x"], "--method x"),
+        ([], "give an image"),
+        (["--evaluate", "--model", str(tmp_path)], "no run of train.py"),
+        (["nowhere.png", "--model", str(model)], "no such file"),
+        (["--hotspots", "--model", str(folder), "--data", str(tmp_path / "no")], "no such file or folder"),
+    ]:
+        with pytest.raises(InputError, match=re.escape(why)):
+            explain.main(options)
 
 
 @pytest.fixture(scope="module")
