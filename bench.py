@@ -1,10 +1,11 @@
 """Speed against its floors: what is done, the least it could cost, and the ratio. Median of 5, in turn, in one run.
 
-    python bench.py                       training epochs and the start of infer.py, a few minutes on two cores
+    python bench.py                       epochs, Grad-CAM and the start of infer.py, a few minutes on two cores
     python bench.py --data BUSI           also the first and the second start on real files
 
 The floor of an epoch is the bare forward, backward and AdamW step on one fixed batch, as often as the epoch has steps:
-no shuffling, no augmentation, no logging. The floor of `infer.py image.png` is `import torchvision`."""
+no shuffling, no augmentation, no logging. The floor of Grad-CAM is one forward pass and a backward pass that stops at
+the last layer; that of `infer.py image.png` is `import torchvision`."""
 
 import argparse
 import resource
@@ -19,6 +20,7 @@ import torch
 import torch.nn.functional as F
 
 import data
+import explain
 import models
 import train
 
@@ -83,6 +85,28 @@ def bench_epoch(size, batch, images, runs, amp, device):
     compare(f"epoch, resnet18, {size} px, batch {batch}, {kind}", ours, floor, runs)
 
 
+def bench_grad_cam(runs, device, quick):
+    """Grad-CAM against its floor: one forward pass, and a backward pass that stops at the last layer's activations."""
+    for name in ("resnet18", "mobilenet_v2"):
+        net = models.CNet(name, 2, 1, normalise="fixed").to(device).eval()
+        for batch in (1, 16):
+            x = torch.rand(batch, 1, 32 if quick else 224, 32 if quick else 224, device=device)
+
+            def ours(net=net, x=x):
+                explain.grad_cam(net, x, 1).sum().item()
+
+            def floor(net=net, x=x):
+                with torch.no_grad():
+                    maps = net.features(models.standardise(x, "fixed"))
+                maps.requires_grad_()
+                torch.autograd.grad(net.head(maps.mean((2, 3))).sum(), maps)[0].sum().item()
+
+            def several(function, times=1 if quick else (20 if batch == 1 else 2)):
+                return lambda: [function() for _ in range(times)]
+
+            compare(f"Grad-CAM, {name}, 224 px, batch {batch}", several(ours), several(floor), runs)
+
+
 def bench_start(runs):
     """`python infer.py image.png` as a whole process, with a fresh small_cnn model and with mobilenet_v2."""
     with tempfile.TemporaryDirectory() as folder:
@@ -135,6 +159,7 @@ def main():
     for amp in ("off", "on") if train.choose_amp("auto", device) else ("off",):
         for size, batch, images in ((32, 8, 16),) if args.quick else ((128, 32, 128), (28, 128, 1024)):
             bench_epoch(size, batch, images, args.runs, amp, device)
+    bench_grad_cam(args.runs, device, args.quick)
     if not args.quick:
         bench_start(args.runs)
 

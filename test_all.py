@@ -1377,7 +1377,7 @@ def test_every_recipe_is_understood():
 def test_no_option_goes_untested():
     """Every option that -h shows stands in this file, outside this test."""
     source = Path(__file__).read_text()
-    for script in ("train.py", "explain.py", "infer.py"):
+    for script in ("train.py", "explain.py", "infer.py", "bench.py"):
         shown = run(HERE / script, "-h").stdout
         for option in sorted(set(re.findall(r"--[a-z][a-z-]+", shown)) - {"--help"}):
             assert f'"{option}"' in source, f"{script} {option}"
@@ -1988,6 +1988,19 @@ def test_prediction_imports_no_more_than_it_needs(tmp_path, phantom_run):
     loaded = run("-c", code).stdout
     for name in ("'train'", "'plots'", "'metrics'", "'torchvision'", "'PIL.ImageDraw'"):
         assert name not in loaded, name
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# bench.py
+
+
+def test_the_benchmark_prints_ours_the_floor_and_the_ratio(tmp_path):
+    source = class_folders(tmp_path)
+    result = run(HERE / "bench.py", "--quick", "--runs", "1", "--device", "cpu", "--data", source)
+    assert result.returncode == 0, result.stderr
+    assert "second start: 20 images" in result.stdout
+    for line in ("epoch, resnet18", "Grad-CAM, mobilenet_v2"):
+        assert re.search(rf"{line}.*ours +\d+\.\d+ s   floor +\d+\.\d+ s   ratio \d+\.\d+", result.stdout)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
