@@ -241,6 +241,8 @@ class Entry:
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".gif", ".ppm", ".pgm"}
 MASK = re.compile(r"(.*)_mask(_\d+)?$")
 POSITIVE_WORDS = ("malignant", "cancer", "carcinoma", "idc", "tumor", "tumour", "melanoma", "positive", "abnormal", "1")
+SPLIT_WORDS = {"": "", "train": "train", "training": "train", "test": "test", "testing": "test"}
+SPLIT_WORDS |= {"val": "val", "valid": "val", "validation": "val"}
 BREASTMNIST = "https://zenodo.org/records/10519652/files/breastmnist.npz?download=1"
 BREASTMNIST_MD5 = "750601b1f35ba3300ea97c75c52ff8f6"
 
@@ -314,7 +316,7 @@ def read_npz(path):
     malignant_is_zero = (
         Path(path).name.startswith("breastmnist") or hashlib.md5(Path(path).read_bytes()).hexdigest() == BREASTMNIST_MD5
     )
-    word = {0: "malignant", 1: "benign"} if malignant_is_zero else {}
+    word = {-1: "", **({0: "malignant", 1: "benign"} if malignant_is_zero else {})}
     entries = []
     splits = [s for s in ("train", "val", "test") if f"{s}_images" in arrays]
     if not splits:
@@ -365,14 +367,12 @@ def read_csv(path, columns):
             rows, header = list(reader), reader.fieldnames or []
     except (UnicodeDecodeError, csv.Error) as e:
         raise InputError(f"{path}: not a CSV in UTF-8 ({e})") from e
-    columns = {
-        k: v if v is not None else (k if k in header else None) for k, v in columns.items()
-    }  # image's default name is "image"
-    wanted = (
-        [columns[k] for k in ("image", "label", "group", "split", "mask") if columns[k]]
-        + list(columns["box"] or [])
-        + list(columns["meta"] or [])
-    )
+    # A column that is not named is looked for under its own name; patient data have to be asked for.
+    columns = {**columns, "box": columns["box"] or (["box"] if "box" in header else []), "meta": columns["meta"] or []}
+    for k in ("image", "label", "group", "split", "mask"):
+        columns[k] = columns[k] or (k if k in header else None)
+    wanted = [columns[k] for k in ("image", "label", "group", "split", "mask") if columns[k]]
+    wanted += [*columns["box"], *columns["meta"]]
     for name in wanted:
         if name not in header:
             raise InputError(f"{path}: no column {name!r} (its columns: {', '.join(header)})")
@@ -383,7 +383,7 @@ def read_csv(path, columns):
     root = Path(path).parent
     index = {}
 
-    def find(value, line):
+    def find(value):
         if (root / value).is_file():
             return str(root / value)
         if not index:
@@ -392,45 +392,34 @@ def read_csv(path, columns):
                     if Path(file).suffix.lower() in IMAGE_SUFFIXES:
                         index.setdefault(file, f"{folder}/{file}")
                         index.setdefault(Path(file).stem, f"{folder}/{file}")
-        return (
-            index.get(value) or index.get(Path(value).name) or str(root / value)
-        )  # the last is reported as missing at decoding
+        return index.get(value) or index.get(Path(value).name) or str(root / value)  # the last: missing, said later
 
     entries = []
     for line, row in enumerate(rows, 2):
         get = {k: (row.get(v) or "").strip() if isinstance(v, str) else "" for k, v in columns.items()}
         if not get["image"]:
             raise InputError(f"{path}, line {line}: no image named")
-        split = {
-            "": "",
-            "train": "train",
-            "training": "train",
-            "val": "val",
-            "valid": "val",
-            "validation": "val",
-            "test": "test",
-            "testing": "test",
-        }.get(get["split"].lower())
+        split = SPLIT_WORDS.get(get["split"].lower())
         if split is None:
             raise InputError(f"{path}, line {line}: split {get['split']!r} is none of train, val, test")
-        numbers = re.findall(r"[^\s,;\[\]()]+", " ".join((row.get(c) or "") for c in columns["box"] or []))
+        numbers = re.findall(r"[^\s,;\[\]()]+", " ".join((row.get(c) or "") for c in columns["box"]))
         try:
             box = tuple(float(v) for v in numbers) or None
         except ValueError:
             box = ()
         if box is not None and (len(box) != 4 or not (box[0] < box[2] and box[1] < box[3])):
             raise InputError(f"{path}, line {line}: box {' '.join(numbers)!r} is not x_min y_min x_max y_max in pixels")
-        masks = [find(m.strip(), line) for m in get["mask"].split(";") if m.strip()]
+        masks = [find(m.strip()) for m in get["mask"].split(";") if m.strip()]
         entries.append(
             Entry(
-                find(get["image"], line),
+                find(get["image"]),
                 get["image"],
                 get["label"],
                 masks,
                 box,
                 get["group"],
                 split,
-                {c: (row.get(c) or "").strip() for c in columns["meta"] or []} or None,
+                {c: (row.get(c) or "").strip() for c in columns["meta"]} or None,
             )
         )
     return entries

@@ -435,7 +435,8 @@ def held_out(model_path, data_path, cache):
     config = next((f / "config.json" for f in (folder, folder.parent) if (f / "config.json").is_file()), None)
     if config is None or not files or not all(f.with_name("test.pt").is_file() for f in files):
         raise InputError(f"--model {model_path}: no run of train.py, so it is not known which images are held out")
-    args = argparse.Namespace(**json.loads(config.read_text())["args"])
+    defaults = vars(train.build_parser().parse_args([]))  # for a run of an older version, which knew fewer options
+    args = argparse.Namespace(**{**defaults, **json.loads(config.read_text())["args"]})
     args.data, args.cache = data_path or args.data, cache
     images = train.load_images(args)
     pairs = []

@@ -289,6 +289,9 @@ def test_npz_with_train_keys_alone_is_split(tmp_path):
     for split, count in (("train", 70), ("val", 10), ("test", 20)):
         assert images.splits.count(split) == pytest.approx(count, abs=1)
     assert images.names[5].endswith("t.npz#5")
+    labels = np.array([[-1]] + [[i % 2] for i in range(99)])
+    images = quiet_load(write_npz(tmp_path / "t.npz", n=100, **{**none, "train_labels": labels}), 28)
+    assert (images.labels[0], images.splits[0], images.classes) == (-1, "", ["0", "1"])
 
 
 def test_npz_that_can_not_be_trusted_is_refused(tmp_path):
