@@ -156,7 +156,7 @@ def main():
     )
     if args.data:
         bench_data(args.data)
-    for amp in ("off", "on") if train.choose_amp("auto", device) else ("off",):
+    for amp in ("off", "on"):
         for size, batch, images in ((32, 8, 16),) if args.quick else ((128, 32, 128), (28, 128, 1024)):
             bench_epoch(size, batch, images, args.runs, amp, device)
     bench_grad_cam(args.runs, device, args.quick)

@@ -435,8 +435,11 @@ def load(path, device="cpu"):
 
 
 def rebuild(network, saved):
-    net = network(**saved["config"])
-    net.load_state_dict(saved["state"])
+    """A network from its configuration and state. Built without memory first: drawing weights that the state then
+    replaces would take longer than the prediction."""
+    with torch.device("meta"):
+        net = network(**saved["config"])
+    net.load_state_dict(saved["state"], assign=True)
     return net
 
 

@@ -136,10 +136,7 @@ def build_parser():
         "--patience", type=int, default=15, help="stop after so many epochs without a better validation; 0 = never"
     )
     g.add_argument(
-        "--amp",
-        choices=["auto", "on", "off"],
-        default="auto",
-        help="bfloat16 autocast; auto: where the hardware has it",
+        "--amp", choices=["auto", "on", "off"], default="auto", help="bfloat16 autocast; auto: on GPUs that have it"
     )
     g = p.add_argument_group("protocol")
     g.add_argument("--seed", type=int, default=0, help="of splits, weights, shuffling and augmentation")
@@ -244,13 +241,11 @@ def parse(argv=None):
 
 
 def choose_amp(mode, device):
-    """Whether to compute in bfloat16: by default where the hardware multiplies it at full speed."""
+    """Whether to compute in bfloat16. auto: on GPUs that have it. Not on CPUs, not even on those that multiply it twice
+    as fast: on three folds of BreastMNIST it lost 0.01 to 0.04 of the AUC in each."""
     if mode != "auto":
         return mode == "on"
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
-    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
+    return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 def load_images(args, log=print):
