@@ -177,6 +177,13 @@ def letterbox(image, size):
     return square, (w / width, h / height, left, top)
 
 
+def original_box(box, placement, side, size):
+    """A box in [0, 1] of a letterboxed square of `side` pixels, in the pixels of the original image of `size` (w, h)."""
+    sx, sy, left, top = placement
+    corners = ((v * side - o) / s for v, o, s in zip(box, (left, top) * 2, (sx, sy) * 2, strict=True))
+    return [min(max(v, 0.0), float(most)) for v, most in zip(corners, tuple(size) * 2, strict=True)]
+
+
 def clahe(images, tiles=8, clip=2.0):
     """Contrast-limited adaptive histogram equalisation of a batch (Zuiderveld, Graphics Gems IV, 1994).
 
@@ -555,6 +562,11 @@ def encode_meta(rows, columns, spec=None):
         parts.append(missing)
         names.append(f"{column} missing")
     return torch.tensor(np.stack(parts, 1).astype(np.float32)), names, spec
+
+
+def parse_meta(text):
+    """{"age": "55", "sex": "female"} from "age=55,sex=female"; None from None."""
+    return dict(pair.partition("=")[::2] for pair in text.split(",")) if text else None
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -31,12 +31,14 @@ from data import (
     crop,
     encode_meta,
     letterbox,
+    original_box,
+    parse_meta,
     read_image,
     region_matrices,
     run_main,
     to_float,
 )
-from models import DISCLAIMER, load, newest_model, standardise, to_probabilities, write_atomically
+from models import DISCLAIMER, load_classifier, newest_model, standardise, to_probabilities, write_atomically
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The score, and a look at the features
@@ -444,7 +446,7 @@ def held_out(model_path, data_path, cache):
         rows = torch.load(file.with_name("test.pt"), weights_only=True)["rows"]
         if int(rows.max()) >= len(images):
             raise InputError(f"--data {args.data}: not the images that {folder} was trained on")
-        pairs.append((load(file), rows))
+        pairs.append((load_classifier(file), rows))
     return images, pairs
 
 
@@ -660,11 +662,12 @@ def hotspots(images, pairs, method, out, ring, batch=32):
 def explain_file(model, path, methods, meta=None):
     """(PIL image, maps {method: (L, L)}, box in pixels or None, placement, caption) of an image file."""
     info = model.info
-    picture = read_image(path, info["channels"])
+    try:
+        picture = read_image(path, info["channels"])
+    except InputError as e:
+        raise InputError(f"{path}: {e}") from e
     pixels, placement = letterbox(picture, info["load_size"])
-    x = torch.from_numpy(pixels)[None].to(
-        model.weights.device if not len(model.members) else model.members[0].head.weight.device
-    )
+    x = torch.from_numpy(pixels)[None].to(model.device)
     x = clahe(x) if info["equalise"] else x
     patient = encode_meta([meta or {}], None, info["meta_spec"])[0].to(x.device) if info["meta_spec"] else None
     with torch.no_grad():
@@ -673,11 +676,7 @@ def explain_file(model, path, methods, meta=None):
     two = len(info["classes"]) == 2
     target = int(p[1] >= info["threshold"]) if two else int(p.argmax())
     maps = {name: explain(model, x, name, target, patient, boxes)[0].cpu() for name in methods}
-    box = None
-    if boxes is not None:
-        sx, sy, left, top = placement
-        scaled = (boxes[0].cpu() * info["load_size"]).tolist()
-        box = [(v - o) / s for v, o, s in zip(scaled, (left, top) * 2, (sx, sy) * 2, strict=True)]
+    box = None if boxes is None else original_box(boxes[0].tolist(), placement, info["load_size"], picture.size)
     caption = f"evidence for {info['classes'][target]}\np({info['classes'][-1]}) = {float(p[-1]):.3f}"
     return picture, maps, box, placement, caption
 
@@ -727,10 +726,11 @@ def main(argv=None):
     if args.image:
         import plots
 
-        meta = dict(pair.partition("=")[::2] for pair in args.meta.split(",")) if args.meta else None
+        meta = parse_meta(args.meta)
         out = Path(args.out or f"{Path(args.image).stem}_{'all' if len(methods) > 1 else methods[0]}.png")
         plots.save_png(
-            draw(load(args.model or newest_model(), choose_device(args.device)), args.image, methods, meta), out
+            draw(load_classifier(args.model or newest_model(), choose_device(args.device)), args.image, methods, meta),
+            out,
         )
         print(f"{out}\n{DISCLAIMER}")
         return

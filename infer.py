@@ -32,6 +32,8 @@ from data import (
     image_files,
     letterbox,
     natural,
+    original_box,
+    parse_meta,
     read_image,
     region_matrices,
     run_main,
@@ -39,7 +41,7 @@ from data import (
     warp,
     whole_regions,
 )
-from models import DISCLAIMER, disagreement, load, newest_model
+from models import DISCLAIMER, disagreement, load_classifier, newest_model
 
 REFER_ODDS = 2.0  # refer when the odds lie within this factor of the threshold's
 REFER_UNCERTAINTY = 0.15  # or when the opinions' standard deviation is above this
@@ -70,7 +72,7 @@ class BreastCancerDetector:
             raise InputError(f"--tta {tta}: give 1 to {len(VIEWS)} views")
         self.path = Path(model) if model else newest_model()
         self.device = choose_device(device)
-        self.model = load(self.path, self.device)
+        self.model = load_classifier(self.path, self.device)
         self.tta = tta
         self.info = self.model.info
 
@@ -132,7 +134,8 @@ class BreastCancerDetector:
         for k, i in enumerate(good):
             results[i].update(self._answer(probabilities[k].tolist(), float(uncertainty[k])))
             if boxes is not None:
-                results[i]["box"] = self._original_box(boxes[k].tolist(), *opened[i][2:4])
+                box = original_box(boxes[k].tolist(), opened[i][2], info["load_size"], opened[i][3])
+                results[i]["box"] = [round(v, 1) for v in box]
         return results
 
     def _open(self, image):
@@ -168,14 +171,6 @@ class BreastCancerDetector:
             "uncertainty": round(uncertainty, 6),
             "refer": near or uncertainty > REFER_UNCERTAINTY,
         }
-
-    def _original_box(self, box, placement, size):
-        """From [0, 1] of the letterboxed square to the image's own pixels, inside the image."""
-        sx, sy, left, top = placement
-        corners = [
-            (v * self.info["load_size"] - o) / s for v, o, s in zip(box, (left, top) * 2, (sx, sy) * 2, strict=True)
-        ]
-        return [round(min(max(v, 0.0), float(m)), 1) for v, m in zip(corners, size * 2, strict=True)]
 
     def describe(self):
         """Where the model comes from, in one line."""
@@ -244,7 +239,7 @@ def main(argv=None):
     p.add_argument("--save-overlay", metavar="DIR", help="write each picture with its box and answer into DIR")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda")
     args = p.parse_args(argv)
-    meta = dict(pair.partition("=")[::2] for pair in args.meta.split(",")) if args.meta else None
+    meta = parse_meta(args.meta)
 
     detector = BreastCancerDetector(args.model, args.device, args.tta)
     files = collect(args.images)

@@ -323,6 +323,10 @@ class Ensemble(nn.Module):
             **info,
         }
 
+    @property
+    def device(self):
+        return next(self.parameters()).device
+
     def locate(self, images):
         """The lesions' boxes (N, 4) in [0, 1] by D-Net, or None."""
         return None if self.dnet is None else self.dnet(crop(images, None, self.info["size"])).clamp(0, 1)
@@ -413,6 +417,14 @@ def save(path, model):
             "dnet": model.dnet and {"config": model.dnet.config, "state": model.dnet.state_dict()},
         },
     )
+
+
+def load_classifier(path, device="cpu"):
+    """`load`, for those who need an answer: InputError if the file holds a D-Net alone."""
+    model = load(path, device)
+    if not len(model.members):
+        raise InputError(f"{path}: a D-Net alone, it finds lesions and names none; train without --nets dnet")
+    return model
 
 
 def load(path, device="cpu"):

@@ -1322,6 +1322,8 @@ def test_data_without_boxes(tmp_path):
 def test_a_detector_alone(tmp_path):
     folder, _ = quick(tmp_path, "--name", "d", "--nets", "dnet", "--dnet-design", "pooled", "--epochs", "1")
     assert set(json.loads((folder / "report.json").read_text())["test"]) == {"iou", "iou_at_50"}
+    with pytest.raises(InputError, match="a D-Net alone"):
+        infer.BreastCancerDetector(folder / "model.pt")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

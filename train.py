@@ -45,7 +45,15 @@ from models import (
 # ---------------------------------------------------------------------------------------------------------------------
 # Arguments
 
-PHANTOM_DEFAULTS = {"model": "small_cnn", "weights": "none", "size": 64, "epochs": 24, "lr": 3e-3, "augment": 0.5}
+PHANTOM_DEFAULTS = {
+    "model": "small_cnn",
+    "weights": "none",
+    "size": 64,
+    "epochs": 24,
+    "batch": 32,
+    "lr": 3e-3,
+    "augment": 0.5,
+}
 
 
 class OptionFile(argparse.ArgumentParser):
@@ -101,8 +109,8 @@ def build_parser():
     )
     g.add_argument("--margin", type=float, default=0.25, help="around the crop, as a share of the lesion's longer side")
     g = p.add_argument_group("learning")
-    g.add_argument("--epochs", type=int, default=40, help="passes over the training images, of each network")
-    g.add_argument("--batch", type=int, default=32, help="images a step")
+    g.add_argument("--epochs", type=int, default=30, help="passes over the training images, of each network")
+    g.add_argument("--batch", type=int, default=16, help="images a step")
     g.add_argument(
         "--lr", type=float, default=1e-3, help="peak learning rate of AdamW: linear warm-up, then cosine to 0"
     )
@@ -534,21 +542,24 @@ def fit(net, images, rows, loss_of, validate, args, *, name, folder, seed, regio
 @torch.no_grad()
 def predict(model, images, rows, boxes=None, batch=64):
     """Members' probabilities (M, N, K) of the images in `rows`, on the CPU. boxes (all images, 4): the crops."""
-    device = model.weights.device if not len(model.members) else next(model.members.parameters()).device
     parts = []
     for index in rows.cpu().split(batch):
-        x = images.pixels[index.to(images.pixels.device)].to(device)
-        meta = None if images.meta is None else images.meta[index].to(device)
-        parts.append(model.member_probabilities(x, None if boxes is None else boxes[index].to(device), meta).cpu())
+        x = images.pixels[index.to(images.pixels.device)].to(model.device)
+        meta = None if images.meta is None else images.meta[index].to(model.device)
+        parts.append(
+            model.member_probabilities(x, None if boxes is None else boxes[index].to(model.device), meta).cpu()
+        )
     return torch.cat(parts, 1)
 
 
 @torch.no_grad()
 def locate(model, images, rows, batch=64):
     """D-Net's boxes (N, 4) of the images in `rows`, on the CPU."""
-    device = next(model.dnet.parameters()).device
     return torch.cat(
-        [model.locate(images.pixels[i.to(images.pixels.device)].to(device)).cpu() for i in rows.cpu().split(batch)]
+        [
+            model.locate(images.pixels[i.to(images.pixels.device)].to(model.device)).cpu()
+            for i in rows.cpu().split(batch)
+        ]
     )
 
 
@@ -1032,7 +1043,9 @@ def main(argv=None):
     print_report(report)
     model = folder / (runs[0][0] or ".") / "model.pt"
     print(f"\n{folder}: model.pt, report.json, report.png, mistakes.png   ({time.time() - start:.0f} s)")
-    print(f"try: python infer.py {write_example(images, results, folder)} --model {model}")
+    example = write_example(images, results, folder)
+    if args.nets != "dnet":
+        print(f"try: python infer.py {example} --model {model}")
     print(DISCLAIMER)
 
 
