@@ -55,6 +55,9 @@ def run_main(main):
     except InputError as e:
         print(f"error: {e}", file=sys.stderr)
         sys.exit(1)
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        sys.exit(130)
     except BrokenPipeError:  # the reader of our output (head, less) has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
@@ -348,6 +351,7 @@ def read_npz(path):
             raise InputError(
                 f"{path}: {split}_images is {images.dtype} {images.shape}, not uint8 (N, H, W) or (N, H, W, 3)"
             )
+        images = images[..., 0] if images.ndim == 4 and images.shape[3] == 1 else images
         for i, (image, label) in enumerate(zip(images, labels[:, 0], strict=True)):
             box = None if boxes is None or not np.isfinite(boxes[i]).all() else tuple(float(v) for v in boxes[i])
             name = f"{path}#{i}" if splits == ["train"] else f"{path}#{split}/{i}"
@@ -667,7 +671,7 @@ def complete_splits(splits, labels, groups, seed):
 def decode_entry(entry, size, channels, equalise):
     """One entry as uint8 (C, S, S), its mask bool (S, S), and its box float32 (4,) in [0, 1] of the square."""
     if isinstance(entry.image, np.ndarray):
-        image = to_mode(Image.fromarray(entry.image.squeeze()), channels)
+        image = to_mode(Image.fromarray(entry.image), channels)
     else:
         image = read_image(entry.image, channels)
     pixels, (sx, sy, left, top) = letterbox(image, size)
@@ -693,11 +697,7 @@ def looks_grey(entries):
     coloured, seen = 0, 0
     for entry in entries[:: max(1, len(entries) // 32)]:
         try:
-            image = (
-                Image.fromarray(entry.image.squeeze())
-                if isinstance(entry.image, np.ndarray)
-                else read_image(entry.image, 3)
-            )
+            image = Image.fromarray(entry.image) if isinstance(entry.image, np.ndarray) else read_image(entry.image, 3)
         except InputError:
             continue  # a bad file is reported when all are decoded
         pixels = np.asarray(image.convert("RGB").resize((32, 32))).astype(int)

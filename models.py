@@ -428,7 +428,10 @@ def load_classifier(path, device="cpu"):
 
 
 def load(path, device="cpu"):
-    """An Ensemble in eval mode from a file of `save`. InputError if it is none, damaged, or of a newer version."""
+    """An Ensemble in eval mode from a file of `save`, or from the model.pt of a run folder.
+
+    InputError if it is none, damaged, or of a newer version."""
+    path = Path(path) / "model.pt" if Path(path).is_dir() else path
     content = read_checkpoint(path, str(path))
     if not isinstance(content, dict) or content.pop("format", None) != FORMAT:
         raise InputError(f"{path}: not a model file of this project (a bare state_dict goes to --weights)")

@@ -745,6 +745,8 @@ def test_a_model_file_suffices_to_predict(tmp_path):
     models.save(tmp_path / "m.pt", model)
     torch.load(tmp_path / "m.pt", weights_only=True)
     again = models.load(tmp_path / "m.pt")
+    models.save(tmp_path / "run" / "model.pt", model)
+    assert models.load(tmp_path / "run").info == model.info
     assert again.info == model.info
     x = torch.rand(2, 1, 32, 32)
     with torch.no_grad():

@@ -35,6 +35,7 @@ from models import (
     CNet,
     DNet,
     Ensemble,
+    build_backbone,
     cell_centres,
     read_checkpoint,
     save,
@@ -105,7 +106,7 @@ def build_parser():
         "--roi",
         default="none",
         metavar="A,B",
-        help="what C-Net sees: none (the whole), mask (a crop around the true lesion), dnet (around D-Net's box); none,dnet: a member for each",
+        help="what C-Net sees: none (the whole), mask (a crop around the true lesion: an upper bound), dnet (around D-Net's box); none,dnet: a member for each",
     )
     g.add_argument("--margin", type=float, default=0.25, help="around the crop, as a share of the lesion's longer side")
     g = p.add_argument_group("learning")
@@ -1011,6 +1012,10 @@ def main(argv=None):
             f"--data {args.data}: {'one class only (' + images.classes[0] + ')' if images.classes else 'no labels'}: nothing to learn; at least two are needed"
         )
     runs = plan(images, args)
+    for backbone in {args.model, *(args.ensemble or args.model).split(",")}:
+        build_backbone(
+            backbone, images.pixels.shape[1], args.weights
+        )  # a wrong name or file is said before a run begins
     folder = prepare_folder(args)
     print(f"run folder: {folder}")
     start, results = time.time(), []
