@@ -113,7 +113,7 @@ def build_parser():
     g.add_argument("--epochs", type=int, default=30, help="passes over the training images, of each network")
     g.add_argument("--batch", type=int, default=16, help="images a step")
     g.add_argument(
-        "--lr", type=float, default=1e-3, help="peak learning rate of AdamW: linear warm-up, then cosine to 0"
+        "--lr", type=float, default=3e-4, help="peak learning rate of AdamW: linear warm-up, then cosine to 0"
     )
     g.add_argument("--warmup", type=float, default=0.1, help="share of the steps")
     g.add_argument("--weight-decay", type=float, default=0.02, help="on matrices, not on biases and norms")
