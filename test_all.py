@@ -1194,12 +1194,13 @@ def test_a_loss_that_is_not_finite_keeps_the_last_good_state(tmp_path, monkeypat
 
 def test_best_is_a_copy_and_not_the_last(tmp_path, monkeypatch):
     scores = iter([0.5, 0.9, 0.1])
+    monkeypatch.setattr(train, "SMOOTH", 1)
     weights = []
 
     def fit_with_scores(*args, **kwargs):
         def validate(net):
             weights.append({k: v.clone() for k, v in net.state_dict().items()})
-            return {"score": (next(scores),), "val_auc": 0.0}
+            return {"score": [next(scores)], "val_auc": 0.0}
 
         return real(*args[:4], validate, *args[5:], **kwargs)
 

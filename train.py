@@ -142,7 +142,10 @@ def build_parser():
         help="decay of the weights' moving average, which is then validated and kept; 0 = off",
     )
     g.add_argument(
-        "--patience", type=int, default=15, help="stop after so many epochs without a better validation; 0 = never"
+        "--patience",
+        type=int,
+        default=0,
+        help="stop after so many epochs without a better validation; 0 = never: the cosine needs its end",
     )
     g.add_argument(
         "--amp", choices=["auto", "on", "off"], default="auto", help="bfloat16 autocast; auto: on GPUs that have it"
@@ -436,11 +439,15 @@ def build_optimizer(net, args, steps):
     return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
 
 
+SMOOTH = 5  # epochs that a validation score is averaged over
+
+
 def fit(net, images, rows, loss_of, validate, args, *, name, folder, seed, regions=None, sample_weights=None):
     """Train `net` and return its best state by validation and the history (a list of dicts, one an epoch).
 
-    validate(net) -> {"score": (first, second, ...), ...}: the higher tuple is better; the rest is logged. Every epoch
-    can be resumed bit for bit (CPU): last.pt holds every tensor and random state that the next one depends on."""
+    validate(net) -> {"score": [first, second, ...], ...}: the higher list is better; the rest is logged. The score of
+    an epoch is the mean over the last few: on a small validation split a single one is luck. Every epoch can be
+    resumed bit for bit (CPU): last.pt holds every tensor and random state that the next one depends on."""
     device = choose_device(args.device)
     net = net.to(device, memory_format=torch.channels_last)
     optimizer, scheduler = build_optimizer(net, args, args.epochs * math.ceil(len(rows) / args.batch))
@@ -508,7 +515,9 @@ def fit(net, images, rows, loss_of, validate, args, *, name, folder, seed, regio
         kept = averaged if averaged is not None else net
         kept.eval()
         found = validate(kept)
-        score = found.pop("score")
+        raw = found.pop("score")
+        recent = [*(h["score"] for h in history), raw][-SMOOTH:]
+        score = [sum(values) / len(recent) for values in zip(*recent, strict=True)]
         if best_score is None or score > best_score:
             best_score = score
             best = {k: v.detach().cpu().clone() for k, v in kept.state_dict().items()}  # a copy, not an alias
@@ -518,6 +527,7 @@ def fit(net, images, rows, loss_of, validate, args, *, name, folder, seed, regio
                 "epoch": epoch,
                 "loss": round(loss, 5),
                 **{k: round(v, 5) for k, v in found.items()},
+                "score": raw,
                 "best": score == best_score,
                 "lr": lr,
                 "seconds": round(time.time() - began, 2),
@@ -693,7 +703,7 @@ def train_dnet(images, train, val, info, args, folder, seed):
     def validate(net):
         found = locate(Ensemble([], dnet=net, **info), images, val)
         iou = float(metrics.paired_iou(found, images.boxes[val]).mean())
-        return {"score": (iou,), "val_iou": iou}
+        return {"score": [iou], "val_iou": iou}
 
     def build():
         return DNet(args.model, design=args.dnet_design, **network_options(images, args))
@@ -737,7 +747,7 @@ def train_members(images, train, val, look, info, args, folder, seed):
         p = predict(Ensemble([net], **info), images, val, look)[0]
         area = float(metrics.evaluate(p, images.labels[val])["auc"])
         nll = float(F.nll_loss((p + 1e-12).log(), images.labels[val]))
-        return {"score": (area, -nll), "val_auc": area, "val_loss": nll}  # equal AUC: the better likelihood
+        return {"score": [area, -nll], "val_auc": area, "val_loss": nll}  # equal AUC: the better likelihood
 
     members, histories = [], []
     wanted = itertools.product((args.ensemble or args.model).split(","), args.roi.split(","))
