@@ -47,13 +47,14 @@ from models import DISCLAIMER, load_classifier, newest_model, standardise, to_pr
 @contextlib.contextmanager
 def evaluating(net):
     """Eval mode inside, every module's own mode again outside, whatever happens."""
-    modes = [(m, m.training) for m in net.modules()]
-    net.eval()
+    training = [m for m in net.modules() if m.training]
+    for module in training:
+        module.training = False
     try:
         yield
     finally:
-        for module, mode in modes:
-            module.training = mode
+        for module in training:
+            module.training = True
 
 
 def class_score(logits, target):
@@ -90,14 +91,17 @@ def layer_index(net, layer):
 def activations_and_gradients(net, images, target, layer=None, meta=None):
     """A and dScore/dA (N, C, h, w) at a layer. One forward pass and a backward pass that stops at A; autograd.grad
     leaves every .grad of the network as it is."""
-    layer = layer_index(net, layer)
+    layers, cut = list(net.features), layer_index(net, layer) + 1
     with evaluating(net):
         with torch.no_grad():
-            maps = net.features[: layer + 1](standardise(images, net.config["normalise"]))
+            maps = standardise(images, net.config["normalise"])
+            for step in layers[:cut]:
+                maps = step(maps)
         with torch.enable_grad():
-            maps = maps.detach().requires_grad_()
-            # An in-place ReLU that follows must not write into A itself.
-            logits = net.classify(net.pool(net.features[layer + 1 :](maps.clone()), meta)).float()
+            x = maps = maps.detach().requires_grad_()
+            for i, step in enumerate(layers[cut:]):
+                x = step(x.clone() if i == 0 else x)  # an in-place ReLU must not write into A itself
+            logits = net.classify(net.pool(x, meta)).float()
             score = class_score(logits, resolve_target(logits, target)).sum()
             (gradients,) = torch.autograd.grad(score, maps)
     return maps.detach(), gradients
