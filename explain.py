@@ -579,84 +579,72 @@ def print_table(found, groups):
     return table
 
 
-def hotspots(images, pairs, method, out, ring, batch=32):
-    """hotspots.csv, hotspots.png and atlas.png in `out`: where the evidence for the predicted class lies."""
-    import plots
-
-    parts = {k: [] for k in ("rows", "maps", "predicted")}
+def predicted_maps(images, pairs, method, batch=32):
+    """(rows, maps, predicted classes) of all held-out lesions: each map is the evidence for what was predicted."""
+    found = []
     for model, rows in pairs:
         for index in rows.split(batch):
             x, meta = images.pixels[index], None if images.meta is None else images.meta[index]
             with torch.no_grad():
                 boxes = model.locate(x)
                 p = model(x, boxes, meta)
-            two = p.shape[1] == 2
-            predicted = (p[:, 1] >= model.info["threshold"]).long() if two else p.argmax(1)
-            parts["rows"].append(index)
-            parts["maps"].append(explain(model, x, method, predicted, meta, boxes))
-            parts["predicted"].append(predicted)
-    rows, maps, predicted = (torch.cat(parts[k]) for k in ("rows", "maps", "predicted"))
+            predicted = (p[:, 1] >= model.info["threshold"]).long() if p.shape[1] == 2 else p.argmax(1)
+            found.append((index, explain(model, x, method, predicted, meta, boxes), predicted))
+    return (torch.cat(column) for column in zip(*found, strict=True))
+
+
+def write_csv(path, header, rows):
+    text = io.StringIO()
+    csv.writer(text).writerows([header, *rows])
+    write_atomically(path, text.getvalue().encode())
+
+
+def hotspots(images, pairs, method, out, ring):
+    """Where the evidence for the predicted class lies. Writes into `out`: hotspots.csv and hotspots.png (by class and by
+    right and wrong), suspects.csv (every image, the least evidence near the lesion first) and atlas.png."""
+    import plots
+
+    out = Path(out)
+    rows, maps, predicted = predicted_maps(images, pairs, method)
     boxes, labels, groups = images.boxes[rows], images.labels[rows], images.groups[rows]
     masks = None if images.masks is None else images.masks[rows]
-    shares, concentrations = evidence_shares(maps, lesion_regions(boxes, maps.shape[-1], masks, ring))
-
-    near = shares[:, 0] + shares[:, 1]
-    order = torch.where(near.isfinite(), near, 2.0).argsort()  # the shortcut suspects first
-    text = io.StringIO()
-    writer = csv.writer(text)
-    writer.writerow(
-        ["image", "class", "predicted", *(f"{r} share" for r in REGIONS), *(f"{r} per area" for r in REGIONS)]
-    )
-    for i in order.tolist():
-        values = [f"{v:.4f}" for v in [*shares[i].tolist(), *concentrations[i].tolist()]]
-        writer.writerow([images.names[rows[i]], images.classes[labels[i]], images.classes[predicted[i]], *values])
-    write_atomically(Path(out) / "hotspots.csv", text.getvalue().encode())
+    shares, per_area = evidence_shares(maps, lesion_regions(boxes, maps.shape[-1], masks, ring))
 
     kinds = {name: labels == k for k, name in enumerate(images.classes)}
     kinds |= {"right": predicted == labels, "wrong": predicted != labels}
-    bars = {}
+    kinds = {f"{kind} ({int(chosen.sum())})": chosen for kind, chosen in kinds.items() if chosen.any()}
+    table = {kind: [interval(per_area[c, r], groups[c]) for r in range(len(REGIONS))] for kind, c in kinds.items()}
     print(f"evidence per area ({method}; 1 = as much as anywhere), mean [95 % interval by group]:")
     print(f"{'':24s}" + "".join(f"{r:>22s}" for r in REGIONS))
-    for kind, chosen in kinds.items():
-        if chosen.any():
-            bars[f"{kind} ({int(chosen.sum())})"] = [
-                interval(concentrations[chosen, r], groups[chosen]) for r in range(5)
-            ]
-    for kind, cells in bars.items():
+    for kind, cells in table.items():
         print(f"{kind[:23]:24s}" + "".join(f"{f'{c[0]:.2f} [{c[1]:.2f}, {c[2]:.2f}]':>22s}" for c in cells))
-    plots.save_png(
-        plots.page([plots.bar_chart(bars, REGIONS, f"Evidence per area, {method}")], 1), Path(out) / "hotspots.png"
-    )
-    tiles = [
-        (name, atlas(maps[labels == k], boxes[labels == k]))
-        for k, name in enumerate(images.classes)
-        if (labels == k).any()
-    ]
-    top = max(float(m.max()) for _, m in tiles)
-    pictures = [
-        plots.heat_panel(
-            m,
-            f"{name}: mean of {int((labels == images.classes.index(name)).sum())}",
-            top,
-            box=[1 / 3, 1 / 3, 2 / 3, 2 / 3],
-        )
-        for name, m in tiles
-    ]
-    plots.save_png(
-        plots.page(pictures, len(pictures), "Atlas: the evidence around the lesion (box), 1 = the mean"),
-        Path(out) / "atlas.png",
-    )
+    lines = [[kind, r, *cell] for kind, cells in table.items() for r, cell in zip(REGIONS, cells, strict=True)]
+    write_csv(out / "hotspots.csv", ["images", "region", "evidence per area", "low", "high"], lines)
+    chart = plots.bar_chart(table, REGIONS, f"Evidence per area, {method}")
+    plots.save_png(plots.page([chart], 1), out / "hotspots.png")
 
-    suspects = [i for i in order.tolist() if near[i] < 0.5]
-    blank = int((~near.isfinite()).sum())
+    mean = {k: atlas(maps[labels == k], boxes[labels == k]) for k in labels.unique().tolist()}
+    top, third = max(float(m.max()) for m in mean.values()), [1 / 3, 1 / 3, 2 / 3, 2 / 3]
+    panels = [
+        plots.heat_panel(m, f"{images.classes[k]} ({int((labels == k).sum())})", top, third) for k, m in mean.items()
+    ]
+    title = "Atlas: the evidence around the lesion (box), 1 = the mean"
+    plots.save_png(plots.page(panels, len(panels), title), out / "atlas.png")
+
+    near = shares[:, 0] + shares[:, 1]
+    order = torch.where(near.isfinite(), near, 2.0).argsort().tolist()  # the shortcut suspects first, blank maps last
+    names = [
+        [images.names[r], images.classes[y], images.classes[p]] for r, y, p in zip(rows, labels, predicted, strict=True)
+    ]
+    header = ["image", "class", "predicted", *(f"{r} share" for r in REGIONS), *(f"{r} per area" for r in REGIONS)]
+    write_csv(out / "suspects.csv", header, [[*names[i], *shares[i].tolist(), *per_area[i].tolist()] for i in order])
+    suspects, blank = [i for i in order if near[i] < 0.5], int((~near.isfinite()).sum())
     print(
         f"{len(suspects)} of {len(rows)} images have more than half of their evidence away from the lesion and its ring"
-        + (f"; {blank} maps have no positive evidence" if blank else "")
     )
+    print(f"{blank} maps hold no positive evidence")
     for i in suspects[:10]:
-        print(
-            f"  {near[i]:.2f}  {images.names[rows[i]]} ({images.classes[labels[i]]}, predicted {images.classes[predicted[i]]})"
-        )
+        print(f"  {near[i]:.2f}  {names[i][0]} ({names[i][1]}, predicted {names[i][2]})")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

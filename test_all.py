@@ -1802,7 +1802,10 @@ def test_explanations_from_the_command_line(tmp_path, folders, capsys):
     assert report["images"] == 6
     assert report["why"]
     explain.main([*common, "--hotspots", "--ring", "0.5", "--method", "layercam"])
-    rows = (tmp_path / "out" / "hotspots.csv").read_text().splitlines()
+    table = (tmp_path / "out" / "hotspots.csv").read_text().splitlines()
+    assert {line.split(" (")[0] for line in table[1:]} >= {"benign+normal", "malignant"}
+    assert len(table) % len(explain.REGIONS) == 1
+    rows = (tmp_path / "out" / "suspects.csv").read_text().splitlines()
     assert len(rows) == 1 + 68  # every lesion once; normal images have none
     near = [sum(map(float, r.split(",")[3:5])) for r in rows[1:] if "nan" not in r]
     assert near == sorted(near)  # the shortcut suspects first
