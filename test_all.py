@@ -41,7 +41,7 @@ def run(*command, **more):
     """A command line as a user calls it."""
     environment = {**os.environ, "PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "2"}
     return subprocess.run(
-        [sys.executable, *map(str, command)], capture_output=True, text=True, env=environment, timeout=300, **more
+        [sys.executable, *map(str, command)], capture_output=True, text=True, env=environment, timeout=600, **more
     )
 
 
