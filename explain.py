@@ -704,7 +704,9 @@ def main(argv=None):
     p.add_argument(
         "--evaluate", action="store_true", help="hold every method against the lesions of the held-out images"
     )
-    p.add_argument("--most", type=int, default=120, help="with --evaluate: at most so many images, drawn at random")
+    p.add_argument(
+        "--most", type=int, default=120, help="with --evaluate and --hotspots: at most so many lesions, drawn at random"
+    )
     p.add_argument("--hotspots", action="store_true", help="where the evidence lies, by class and by right and wrong")
     p.add_argument("--ring", type=float, default=0.25, help="width of the ring around the lesion, in its diameters")
     p.add_argument("--data", help="where the run's images lie, if not where they lay when it was trained")
@@ -730,10 +732,10 @@ def main(argv=None):
         raise InputError("give an image, or --evaluate, or --hotspots (see -h)")
     run = Path(args.model or newest_model().parent)
     images, pairs = held_out(run, args.data, args.cache)
-    pairs = lesion_images(images, pairs)
+    pairs = draw_rows(lesion_images(images, pairs), args.most)
     out = Path(args.out) if args.out else (run if run.is_dir() else run.parent)
     if args.evaluate:
-        found, groups = evaluate(images, draw_rows(pairs, args.most))
+        found, groups = evaluate(images, pairs)
         table = print_table(found, groups)
         best, why = recommend(found, groups)
         print(f"recommended: {why}")

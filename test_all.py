@@ -1801,7 +1801,7 @@ def test_explanations_from_the_command_line(tmp_path, folders, capsys):
     assert set(report["measures"]["ig"]) == set(explain.MEASURES)
     assert report["images"] == 6
     assert report["why"]
-    explain.main([*common, "--hotspots", "--ring", "0.5", "--method", "layercam"])
+    explain.main([*common, "--hotspots", "--ring", "0.5", "--method", "layercam", "--most", "100"])
     table = (tmp_path / "out" / "hotspots.csv").read_text().splitlines()
     assert {line.split(" (")[0] for line in table[1:]} >= {"benign+normal", "malignant"}
     assert len(table) % len(explain.REGIONS) == 1
