@@ -1151,9 +1151,11 @@ def start(folder, *options):
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
 
 
-def test_killed_twice_and_stopped_by_ctrl_c_the_result_is_the_same(tmp_path):
-    whole, _ = quick(tmp_path, "--name", "whole", "--epochs", "6")
-    process = start(tmp_path, "--name", "cut", "--epochs", "6")
+def test_killed_and_stopped_by_ctrl_c_the_result_is_the_same(tmp_path, folders):
+    whole, _ = quick(tmp_path, "--name", "whole", "--epochs", "6", data_folder=folders)
+    process = start(
+        tmp_path, "--data", str(folders), "--cache", str(tmp_path / "cache"), "--name", "cut", "--epochs", "6"
+    )
     for line in process.stdout:
         if "epoch   2/6" in line:
             process.send_signal(signal.SIGKILL)  # in the midst of an epoch, or of a save
