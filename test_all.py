@@ -1097,6 +1097,10 @@ def test_a_run_folder_holds_what_the_design_says(tmp_path, folders):
     }
     assert all(set(m) == {"value", "low", "high"} for m in report["test"].values())
     assert sum(report["splits"].values()) == 80
+    kept = torch.load(folder / "test.pt", weights_only=True)
+    labels = quiet_load(folders, 32, positive="malignant").labels[kept["rows"]]
+    right = [int(p >= 0.5) == int(y) for p, y in zip(kept["probabilities"][:, 1], labels, strict=True)]
+    assert report["accuracy_at_half"] == [pytest.approx(np.mean(right))]
     assert {"data", "splits", "model", "seconds"} <= set(report)
     log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     assert [(h["net"], h["epoch"]) for h in log] == [(n, e) for n in ("dnet", "cnet1 small_cnn") for e in (1, 2, 3)]
