@@ -779,8 +779,11 @@ def decode(entries, size, channels, equalise=False, cache=None, skip_bad=False):
                 np.save(part / "boxes.npy", boxes)
                 if kept and not (bad and not skip_bad):
                     (part / "cache.json").write_text(json.dumps({"kept": kept, "bad": bad}))
-                    shutil.rmtree(folder, ignore_errors=True)
-                    os.replace(part, folder)
+                    try:
+                        os.rename(part, folder)
+                    except OSError:
+                        if not (folder / "cache.json").exists():  # else another process was faster: the same content
+                            raise
         except OSError as e:
             raise InputError(
                 f"the cache {cache} can't be written ({e}); make room or name another folder with --cache"

@@ -130,6 +130,11 @@ def with_intervals(probabilities, labels, groups, threshold=0.5, iou=None):
         values = {} if probabilities is None else evaluate(probabilities, labels, threshold, weights)
         return values if iou is None else {**values, **localisation(iou, weights)}
 
+    return resample(measure, groups)
+
+
+def resample(measure, groups):
+    """{metric: {"value", "low", "high"}} of measure(weights) -> {metric: (B,)}, weights (B, N) or None for the point."""
     point, spread = measure(None), measure(bootstrap_weights(groups))
     report = {}
     for name, value in point.items():
@@ -156,3 +161,25 @@ def fit_temperature(probabilities, labels):
         best, step = float(grid[nll.argmin()]), (high - low) / 40
         low, high = max(low, best - step), min(high, best + step)
     return math.exp(best)
+
+
+def mean_interval(values, level=0.95):
+    """Mean of R repeats, its Student t interval, and the two-sided p of "the mean is 0": four numbers.
+
+    values (R,). For paired differences this is the paired t test (Student 1908). NaN for the rest when R is 1.
+    With t = sqrt(R - 1) tan(a) the density is cos(a)^(R - 2), which a sum over a fine grid integrates."""
+    values = torch.as_tensor(values, dtype=torch.double)
+    mean, free = float(values.mean()), len(values) - 1
+    if free < 1:
+        return mean, math.nan, math.nan, math.nan
+    error = float(values.std()) / math.sqrt(len(values))
+    step = math.pi / 2 / 200_000
+    angle = (torch.arange(200_000, dtype=torch.double) + 0.5) * step
+    below = torch.cos(angle).pow(free - 1).cumsum(0)
+    below = below / below[-1]  # share of |t| below each angle's
+    half = math.sqrt(free) * math.tan(float(angle[torch.searchsorted(below, level)])) * error
+    if error == 0:
+        return mean, mean, mean, float(mean == 0)
+    reached = math.atan(abs(mean) / error / math.sqrt(free))
+    p = 1 - float(below[min(int(reached / step), len(below) - 1)])
+    return mean, mean - half, mean + half, p

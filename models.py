@@ -225,12 +225,14 @@ class CNet(nn.Module):
         return self.classify(self.embed(images, meta))
 
 
+def two_logits(logits):
+    """The logit (N, 1) of the positive class as two, (0, z), whose softmax is its sigmoid; (N, K) pass."""
+    return torch.cat([torch.zeros_like(logits), logits], 1) if logits.shape[1] == 1 else logits
+
+
 def to_probabilities(logits):
     """(N, 1) logits of the positive class, or (N, K): probabilities (N, 2) or (N, K), in float32."""
-    logits = logits.float()
-    if logits.shape[1] == 1:
-        logits = torch.cat([torch.zeros_like(logits), logits], 1)
-    return logits.softmax(1)
+    return two_logits(logits.float()).softmax(1)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

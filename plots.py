@@ -10,7 +10,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from models import DISCLAIMER, write_atomically
 
-COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
+COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F3C8D", "#000000"]
 GREY, LIGHT = "#555555", "#DDDDDD"
 SCALE = 2
 
@@ -39,9 +39,19 @@ def page(images, columns=2, title=""):
 
 
 def line_chart(
-    series, title="", x_label="", y_label="", x_range=None, y_range=None, diagonal=False, size=(520, 400), points=False
+    series,
+    title="",
+    x_label="",
+    y_label="",
+    x_range=None,
+    y_range=None,
+    diagonal=False,
+    size=(520, 400),
+    points=False,
+    bands=None,
 ):
-    """series: {name: (xs, ys)}. Ranges default to the data's own. NaN breaks a line."""
+    """series: {name: (xs, ys)}. Ranges default to the data's own. NaN breaks a line.
+    bands: {name: (xs, lows, highs)}, shaded behind the line of that name."""
     width, height = size[0] * SCALE, size[1] * SCALE
     left, right, top, bottom = 70 * SCALE, 20 * SCALE, 40 * SCALE, 50 * SCALE
     image = Image.new("RGB", (width, height), "white")
@@ -69,6 +79,13 @@ def line_chart(
         draw.text((x - 6 * SCALE, y), f"{tick:g}", GREY, small, anchor="rm")
     if diagonal:
         draw.line([place(x0, y0), place(x1, y1)], GREY, SCALE)
+    for i, name in enumerate(series):
+        if name in (bands or {}):
+            xs, lows, highs = (np.asarray(v, float) for v in bands[name])
+            edge = [*zip(xs, highs, strict=True), *zip(xs[::-1], lows[::-1], strict=True)]
+            shade = Image.new("L", image.size)
+            ImageDraw.Draw(shade).polygon([place(x, np.clip(y, y0, y1)) for x, y in edge], fill=36)
+            image.paste(COLOURS[i % len(COLOURS)], (0, 0), shade)
     for i, (name, (xs, ys)) in enumerate(series.items()):
         colour = COLOURS[i % len(COLOURS)]
         dots = [place(x, y) for x, y in zip(xs, ys, strict=True) if np.isfinite(y)]

@@ -16,6 +16,7 @@ import dataclasses
 import itertools
 import json
 import math
+import os
 import platform
 import signal
 import subprocess
@@ -37,9 +38,11 @@ from models import (
     Ensemble,
     build_backbone,
     cell_centres,
+    load_classifier,
     read_checkpoint,
     save,
     save_checkpoint,
+    two_logits,
     write_atomically,
 )
 
@@ -113,6 +116,13 @@ def build_parser():
     g.add_argument("--epochs", type=int, default=30, help="passes over the training images, of each network")
     g.add_argument("--batch", type=int, default=16, help="images a step")
     g.add_argument(
+        "--steps-per-epoch",
+        type=int,
+        default=0,
+        metavar="N",
+        help="an epoch is N steps, however many images there are; 0 = one pass over them",
+    )
+    g.add_argument(
         "--lr", type=float, default=3e-4, help="peak learning rate of AdamW: linear warm-up, then cosine to 0"
     )
     g.add_argument("--warmup", type=float, default=0.1, help="share of the steps")
@@ -150,6 +160,16 @@ def build_parser():
     g.add_argument(
         "--amp", choices=["auto", "on", "off"], default="auto", help="bfloat16 autocast; auto: on GPUs that have it"
     )
+    g = p.add_argument_group("distillation")
+    g.add_argument(
+        "--teacher",
+        metavar="MODEL",
+        help="model file, or run folder of the same --folds, whose soft answers C-Net learns beside the labels",
+    )
+    g.add_argument(
+        "--alpha", type=float, default=0.5, help="share of the labels in the loss, the rest is the teacher's"
+    )
+    g.add_argument("--distill-temperature", type=float, default=2.0, help="softens teacher and student, T")
     g = p.add_argument_group("protocol")
     g.add_argument("--seed", type=int, default=0, help="of splits, weights, shuffling and augmentation")
     g.add_argument(
@@ -213,8 +233,8 @@ def add_data_arguments(p):
     )
 
 
-def parse(argv=None):
-    parser = build_parser()
+def parse(argv=None, parser=None):
+    parser = parser or build_parser()
     args = parser.parse_args(argv)
     if args.resume:
         config = Path(args.resume) / "config.json"
@@ -229,6 +249,9 @@ def parse(argv=None):
         ("size", 16, 4096),
         ("epochs", 1, 1e9),
         ("batch", 2, 1e9),
+        ("steps_per_epoch", 0, 1e9),
+        ("alpha", 0, 1),
+        ("distill_temperature", 0.01, 1e4),
         ("folds", 1, 1e9),
         ("repeats", 1, 1e9),
         ("lr", 1e-12, 1e3),
@@ -305,9 +328,25 @@ def class_weights(labels, classes, pos_weight):
     if pos_weight == "none":
         return None
     if pos_weight == "auto":
-        counts = torch.bincount(labels, minlength=classes).float()
+        counts = (
+            torch.bincount(labels, minlength=classes).float().clamp(min=1)
+        )  # a class that is not there weighs no more
         return counts.sum() / (classes * counts)
     return torch.cat([torch.ones(classes - 1), torch.tensor([float(pos_weight)])])
+
+
+def distillation_loss(logits, labels, teacher, alpha, temperature, weights=None, smoothing=0.0):
+    """alpha * cross-entropy + (1 - alpha) * T^2 * KL(teacher || student), both softened by T (Hinton et al. 2015).
+
+    logits (N, 1) or (N, K); labels (N,), -1 where only the teacher knows; teacher (N, K) its probabilities, softened
+    here to p^(1/T). T^2 keeps the gradient's size whatever T is. weights and smoothing: of the labels' part alone."""
+    soft = ((teacher + 1e-12).log() / temperature).softmax(1)
+    student = (two_logits(logits.float()) / temperature).log_softmax(1)
+    loss = (1 - alpha) * temperature**2 * F.kl_div(student, soft, reduction="batchmean")
+    known = labels >= 0
+    if alpha > 0 and known.any():
+        loss = loss + alpha * classification_loss(logits[known], labels[known], weights, smoothing)
+    return loss
 
 
 def box_loss(predicted, true):
@@ -363,18 +402,24 @@ class Interrupt:
         print("\nfinishing this epoch, then saving (Ctrl-C again: stop at once)", flush=True)
 
 
-def draw_batches(rows, batch, generator, weights=None):
+def draw_batches(rows, batch, generator, weights=None, steps=0):
     """Split the rows, shuffled (or drawn by `weights`, with replacement), into batches of nearly equal size:
-    no last batch of one image, which BatchNorm could not take."""
+    no last batch of one image, which BatchNorm could not take. steps: so many batches, from as many shuffles as that
+    takes; 0 = one shuffle."""
+    count = steps * batch or len(rows)
     if weights is None:
-        order = torch.randperm(len(rows), generator=generator, device=rows.device)
+        shuffles = range(math.ceil(count / len(rows)))
+        order = torch.cat([torch.randperm(len(rows), generator=generator, device=rows.device) for _ in shuffles])[
+            :count
+        ]
     else:
-        order = torch.multinomial(weights, len(rows), replacement=True, generator=generator)
-    return rows[order].tensor_split(math.ceil(len(rows) / batch))
+        order = torch.multinomial(weights, count, replacement=True, generator=generator)
+    return rows[order].tensor_split(steps or math.ceil(count / batch))
 
 
 def train_epoch(net, optimizer, scheduler, loss_of, inputs, rows, args, generator, sample_weights=None, averaged=None):
-    """One pass over `rows`: draw, augment, forward, backward, step, all on the device. Returns the mean loss.
+    """One pass over `rows`, or --steps-per-epoch steps: draw, augment, forward, backward, step, all on the device.
+    Returns the mean loss.
 
     inputs: (pixels, boxes, regions) of ALL images; pixels may stay on the CPU (a set larger than the device), boxes
     and regions (or None) lie where the network is, and so do rows. loss_of(net, x, boxes, rows) -> scalar.
@@ -383,8 +428,8 @@ def train_epoch(net, optimizer, scheduler, loss_of, inputs, rows, args, generato
     device = next(net.parameters()).device
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=choose_amp(args.amp, device))
     net.train()
-    total = 0.0
-    for index in draw_batches(rows, args.batch, generator, sample_weights):
+    total, seen = 0.0, 0
+    for index in draw_batches(rows, args.batch, generator, sample_weights, args.steps_per_epoch):
         x, box = augment(
             pixels[index.to(pixels.device)].to(device, non_blocking=True),
             args.augment,
@@ -408,8 +453,8 @@ def train_epoch(net, optimizer, scheduler, loss_of, inputs, rows, args, generato
         scheduler.step()
         if averaged is not None:
             update_average(averaged, net, min(args.ema, 1 - 1 / (1 + 0.2 * scheduler.last_epoch)))
-        total += value * len(index)
-    return total / len(rows)
+        total, seen = total + value * len(index), seen + len(index)
+    return total / seen
 
 
 @torch.no_grad()
@@ -446,11 +491,13 @@ def fit(net, images, rows, loss_of, validate, args, *, name, folder, seed, regio
     """Train `net` and return its best state by validation and the history (a list of dicts, one an epoch).
 
     validate(net) -> {"score": [first, second, ...], ...}: the higher list is better; the rest is logged. The score of
-    an epoch is the mean over the last few: on a small validation split a single one is luck. Every epoch can be
-    resumed bit for bit (CPU): last.pt holds every tensor and random state that the next one depends on."""
+    an epoch is the mean over the last few: on a small validation split a single one is luck. None: there is nothing to
+    choose by, and the last epoch is kept. Every epoch can be resumed bit for bit (CPU): last.pt holds every tensor and random state that the next one depends on."""
     device = choose_device(args.device)
     net = net.to(device, memory_format=torch.channels_last)
-    optimizer, scheduler = build_optimizer(net, args, args.epochs * math.ceil(len(rows) / args.batch))
+    optimizer, scheduler = build_optimizer(
+        net, args, args.epochs * (args.steps_per_epoch or math.ceil(len(rows) / args.batch))
+    )
     averaged = copy.deepcopy(net).eval() if args.ema else None
     generator = torch.Generator(device).manual_seed(seed)
     torch.manual_seed(seed)
@@ -514,7 +561,7 @@ def fit(net, images, rows, loss_of, validate, args, *, name, folder, seed, regio
             ) from None
         kept = averaged if averaged is not None else net
         kept.eval()
-        found = validate(kept)
+        found = validate(kept) if validate else {"score": [epoch]}
         raw = found.pop("score")
         recent = [*(h["score"] for h in history), raw][-SMOOTH:]
         score = [sum(values) / len(recent) for values in zip(*recent, strict=True)]
@@ -600,6 +647,35 @@ def calibrate(model, probabilities, labels, target_sensitivity):
 # One run: D-Net, C-Net members, calibration, test
 
 
+def load_teacher(images, args, part):
+    """The Ensemble of --teacher, checked against the data. A run folder's model for the same part (fold, seed) is
+    taken, so that the teacher of a fold has not seen that fold's test images either."""
+    path = Path(args.teacher) / part / "model.pt" if Path(args.teacher).is_dir() else Path(args.teacher)
+    teacher = load_classifier(path, choose_device(args.device))
+    for what, own, wanted in (
+        ("classes", teacher.info["classes"], images.classes),
+        ("channels", teacher.info["channels"], images.pixels.shape[1]),
+        ("patient data", teacher.info["meta_spec"], images.meta_spec),
+    ):
+        if own != wanted:
+            raise InputError(f"--teacher {path}: its {what} {own} are not those of the data, {wanted}")
+    return teacher
+
+
+def teach(images, args, part, seed):
+    """The teacher's soft answers (N, K) on all images, or None without --teacher."""
+    if not args.teacher:
+        return None
+    teacher = load_teacher(images, args, part)
+    made, rows = teacher.info["made"], torch.arange(len(images))
+    if (made.get("data"), made.get("seed")) != (images.source, seed):
+        print(
+            f"the teacher was trained on {made.get('data')}, seed {made.get('seed')}: other splits, so it may know images of this test split"
+        )
+    boxes = None if teacher.dnet is None else locate(teacher, images, rows)
+    return teacher.combine(predict(teacher, images, rows, boxes))
+
+
 def check_split(images, rows, what):
     counts = torch.bincount(images.labels[rows], minlength=len(images.classes))
     for name, count in zip(images.classes, counts.tolist(), strict=True):
@@ -609,28 +685,22 @@ def check_split(images, rows, what):
             )
 
 
-def one_run(images, train, val, test, args, folder, seed):
+def one_run(images, train, val, test, args, folder, seed, teacher=None):
     """Train on the rows `train`, choose on `val`, and return what happened on `test`: a dict of tensors.
 
-    Writes model.pt and test.pt into `folder`. The steps are the story of the whole project: find the lesion, look at
-    it, name it, calibrate the answer, and only then open the test split."""
-    device = choose_device(args.device)
-    if device.type == "cuda" and images.pixels.nbytes < torch.cuda.mem_get_info(device)[0] / 2:
-        images = dataclasses.replace(images, pixels=images.pixels.to(device))
-    info = model_info(images, args, seed)
-    dnet, histories = train_dnet(images, train, val, info, args, folder, seed)
-    boxes = None if dnet is None else locate(Ensemble([], dnet=dnet, **info), images, torch.arange(len(images)))
-    look = choose_look(images, train, boxes, args)
-    members, more = train_members(images, train, val, look, info, args, folder, seed)
-    model, histories = Ensemble(members, dnet=dnet, **info), histories + more
-    result = {"rows": test, "probabilities": None, "threshold": None, "boxes": None if boxes is None else boxes[test]}
-    if members:
-        chosen = predict(model, images, val, look)
-        calibrate(model, chosen, images.labels[val], args.target_sensitivity)
+    Writes model.pt and test.pt into `folder`. Only when the model is finished is the test split opened."""
+    unlabelled = torch.nonzero(images.labels < 0)[:, 0]
+    model, look, histories = train_model(
+        images, train, val, args, folder, seed, teacher, unlabelled if teacher is not None else None
+    )
+    boxes = None if model.dnet is None else locate(model, images, test)
+    result = {"rows": test, "probabilities": None, "threshold": None, "boxes": boxes}
+    if len(model.members):
         result["probabilities"] = model.combine(predict(model, images, test, look))
         result["threshold"] = model.info["threshold"] if len(images.classes) == 2 else None
-        result["val_auc"] = float(metrics.evaluate(model.combine(chosen), images.labels[val])["auc"])
-    if dnet is not None:
+        chosen = model.combine(predict(model, images, val, look))
+        result["val_auc"] = float(metrics.evaluate(chosen, images.labels[val])["auc"])
+    if model.dnet is not None:
         result["val_iou"] = max(h["val_iou"] for h in histories[0])
     result.update(temperature=model.info["temperature"], weights=model.weights.tolist(), histories=histories)
     save(Path(folder) / "model.pt", model)
@@ -638,6 +708,28 @@ def one_run(images, train, val, test, args, folder, seed):
     for path in [*Path(folder).glob("cnet*.pt"), Path(folder) / "dnet.pt"]:
         path.unlink(missing_ok=True)
     return result
+
+
+def train_model(images, train, val, args, folder, seed, teacher=None, unlabelled=None, start=None):
+    """(Ensemble, the boxes that its crops are made from or None, histories). The steps are the story of the whole
+    project: find the lesion, look at it, name it, calibrate the answer.
+
+    An empty `val`: nothing is chosen or calibrated, the last epoch is kept. teacher (N, K): soft answers for all
+    images, to learn beside the labels, also on the rows `unlabelled`. start: an Ensemble whose weights to go on from."""
+    device = choose_device(args.device)
+    if device.type == "cuda" and images.pixels.nbytes < torch.cuda.mem_get_info(device)[0] / 2:
+        images = dataclasses.replace(images, pixels=images.pixels.to(device))
+    info = model_info(images, args, seed)
+    dnet, histories = train_dnet(images, train, val, info, args, folder, seed, start)
+    boxes = None
+    if dnet is not None and "dnet" in args.roi:
+        boxes = locate(Ensemble([], dnet=dnet, **info), images, torch.arange(len(images)))
+    look = choose_look(images, train, boxes, args)
+    members, more = train_members(images, train, val, look, info, args, folder, seed, teacher, unlabelled, start)
+    model = Ensemble(members, dnet=dnet, **info)
+    if members and len(val):
+        calibrate(model, predict(model, images, val, look), images.labels[val], args.target_sensitivity)
+    return model, look, histories + more
 
 
 def model_info(images, args, seed):
@@ -684,13 +776,13 @@ def train_or_reload(build, images, rows, loss_of, validate, args, name, folder, 
     return net.eval().to(choose_device(args.device), memory_format=torch.channels_last), done["history"]
 
 
-def train_dnet(images, train, val, info, args, folder, seed):
+def train_dnet(images, train, val, info, args, folder, seed, start=None):
     """(D-Net, [its history]) from the images that have a box, or (None, []) where it is not wanted or can't be."""
-    boxed = images.boxes[:, 0].isfinite()
+    boxed, choose = images.boxes[:, 0].isfinite(), len(val) > 0
     train, val = train[boxed[train]], val[boxed[val]]
     if args.nets == "cnet":
         return None, []
-    if not len(train) or not len(val):
+    if not len(train) or (choose and not len(val)):
         message = f"no boxes in the {'training' if not len(train) else 'validation'} images: D-Net can't be trained"
         if args.nets == "dnet" or "dnet" in args.roi:
             raise InputError(f"{message}; give masks or boxes, or --dummy-boxes for central placeholders")
@@ -706,9 +798,14 @@ def train_dnet(images, train, val, info, args, folder, seed):
         return {"score": [iou], "val_iou": iou}
 
     def build():
-        return DNet(args.model, design=args.dnet_design, **network_options(images, args))
+        net = DNet(args.model, design=args.dnet_design, **network_options(images, args))
+        if start is not None and start.dnet is not None:
+            net.load_state_dict(start.dnet.state_dict())
+        return net
 
-    net, history = train_or_reload(build, images, train, loss_of, validate, args, "dnet", folder, seed)
+    net, history = train_or_reload(
+        build, images, train, loss_of, validate if choose else None, args, "dnet", folder, seed
+    )
     return net, [history]
 
 
@@ -728,8 +825,8 @@ def choose_look(images, train, boxes, args):
     return look
 
 
-def train_members(images, train, val, look, info, args, folder, seed):
-    """(C-Net members, their histories), one after another."""
+def train_members(images, train, val, look, info, args, folder, seed, teacher=None, unlabelled=None, start=None):
+    """(C-Net members, their histories), one after another. See train_model."""
     if args.nets == "dnet":
         return [], []
     classes, device = len(images.classes), choose_device(args.device)
@@ -738,10 +835,20 @@ def train_members(images, train, val, look, info, args, folder, seed):
     if args.balanced_sampler:
         weights, drawn = None, class_weights(images.labels[train], classes, "auto")[images.labels[train]].to(device)
     weights = None if weights is None else weights.to(device)
+    rows, teacher = train, None if teacher is None else teacher.to(device)
+    if unlabelled is not None and len(unlabelled):  # half of every batch has labels, however few there are
+        rows = torch.cat([train, unlabelled])
+        drawn = torch.ones(len(train), device=device) if drawn is None else drawn
+        others = torch.full((len(unlabelled),), float(drawn.sum()) / len(unlabelled), device=device)
+        drawn = torch.cat([drawn, others])
 
     def loss_of(net, x, boxes, rows):
         logits = net(x, None if meta is None else meta[rows])
-        return classification_loss(logits, labels[rows], weights, args.label_smoothing)
+        if teacher is None:
+            return classification_loss(logits, labels[rows], weights, args.label_smoothing)
+        return distillation_loss(
+            logits, labels[rows], teacher[rows], args.alpha, args.distill_temperature, weights, args.label_smoothing
+        )
 
     def validate(net):
         p = predict(Ensemble([net], **info), images, val, look)[0]
@@ -753,13 +860,16 @@ def train_members(images, train, val, look, info, args, folder, seed):
     wanted = itertools.product((args.ensemble or args.model).split(","), args.roi.split(","))
     for i, (backbone, roi) in enumerate(wanted):
 
-        def build(backbone=backbone, roi=roi):
+        def build(i=i, backbone=backbone, roi=roi):
             columns = 0 if meta is None else meta.shape[1]
             options = network_options(images, args)
-            return CNet(backbone, classes, meta=columns, dropout=args.dropout, roi=roi, **options)
+            net = CNet(backbone, classes, meta=columns, dropout=args.dropout, roi=roi, **options)
+            if start is not None:
+                net.load_state_dict(start.members[i].state_dict())
+            return net
 
         net, history = train_or_reload(
-            build, images, train, loss_of, validate, args, f"cnet{i + 1} {backbone}", folder, seed + 1000 * i,
+            build, images, rows, loss_of, validate if len(val) else None, args, f"cnet{i + 1} {backbone}", folder, seed + 1000 * i,
             regions=None if roi == "none" else crop_regions(look, args.margin), sample_weights=drawn,
         )  # fmt: skip
         members.append(net)
@@ -978,12 +1088,13 @@ def plan(images, args):
     return runs
 
 
-def prepare_folder(args):
+def prepare_folder(args, prefix=""):
     """The run folder, with its config. An existing run is never written over."""
     if args.resume:
         return Path(args.resume)
     members = "ensemble" if args.ensemble else args.model
-    name = args.name or ("phantoms" if args.data in (None, "phantoms") else f"{Path(args.data).stem}-{members}")
+    source = "phantoms" if args.data in (None, "phantoms") else f"{Path(args.data).stem}-{members}"
+    name = args.name or prefix + source
     folder = Path(args.runs) / name
     if folder.exists():
         if args.name:
@@ -1004,6 +1115,34 @@ def prepare_folder(args):
     }
     write_atomically(folder / "config.json", json.dumps(config, indent=1).encode())
     return folder
+
+
+def run_jobs(function, jobs, images, args, workers):
+    """Yield function(images, *job) of every job, as they finish: one after another, or in `workers` processes, which
+    read the images by themselves and share the cores, or have a GPU each where there are several."""
+    if workers <= 1:
+        for job in jobs:
+            yield function(images, *job)
+        return
+    context = torch.multiprocessing.get_context("spawn")
+    number = context.Value("i", 0)
+    with context.Pool(workers, start_worker, (args, workers, number)) as pool:
+        yield from pool.imap_unordered(do_job, [(function, job) for job in jobs])
+
+
+def start_worker(args, workers, number):
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to answer
+    with number.get_lock():
+        rank, number.value = number.value, number.value + 1
+    if torch.cuda.device_count() > 1:
+        os.environ["CUDA_VISIBLE_DEVICES"] = str(rank % torch.cuda.device_count())
+    torch.set_num_threads(max(1, torch.get_num_threads() // workers))
+    do_job.images = load_images(args, log=lambda _: None)
+
+
+def do_job(task):
+    function, job = task
+    return function(do_job.images, *job)
 
 
 def write_example(images, results, folder):
@@ -1033,6 +1172,8 @@ def main(argv=None):
         build_backbone(
             backbone, images.pixels.shape[1], args.weights
         )  # a wrong name or file is said before a run begins
+    for run in runs if args.teacher else []:
+        load_teacher(images, args, run[0])
     folder = prepare_folder(args)
     print(f"run folder: {folder}")
     start, results = time.time(), []
@@ -1046,7 +1187,7 @@ def main(argv=None):
                     continue
                 if name:
                     print(f"\n{name}: {len(train)} train, {len(val)} val, {len(test)} test")
-                results.append(one_run(images, train, val, test, args, part, seed))
+                results.append(one_run(images, train, val, test, args, part, seed, teach(images, args, name, seed)))
                 if name:
                     write_report(
                         images,

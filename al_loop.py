@@ -1,0 +1,651 @@
+"""Active learning: with how few labels does a detector become good, and which images should a person label next?
+
+    python al_loop.py --strategies random,coreset --repeats 3            phantoms: minutes on two cores, no data needed
+    python al_loop.py @recipes/al-busi.args --data BUSI                  the options of a published result
+    python al_loop.py --resume runs/al-BUSI                              after a kill at any moment
+    python al_loop.py suggest --model runs/busi/model.pt --pool FOLDER --query 20 --out to_label
+    python al_loop.py learn --labels to_label/to_label.csv --data BUSI --positive malignant
+
+The loop: train on the labelled images, look at all others, choose the next ones to label, and again; each round from
+the initial weights, always tested on the same images, which are never queried. The chapters: k-center, the query
+strategies, a chain of rounds, what the chains show, the command line, a person in the loop.
+
+What keeps it honest: labels and boxes of the pool are hidden until they are paid for. Nothing is chosen on a validation
+split, whose labels nobody would have counted: every training runs to its last epoch. All strategies share start sets
+and seeds, so they are compared in pairs; every curve has a band, every ratio an interval."""
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import math
+import shutil
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+import metrics
+import plots
+import train
+from data import InputError, choose_device, crop, run_main
+from models import (
+    DISCLAIMER,
+    CNet,
+    Ensemble,
+    load,
+    read_checkpoint,
+    save,
+    save_checkpoint,
+    to_probabilities,
+    write_atomically,
+)
+
+# ---------------------------------------------------------------------------------------------------------------------
+# k-center: CoreSet's engine, written to be copied
+
+
+def nearest_distance(points, centers):
+    """Euclidean distance (N,) of each of `points` (N, D) to the nearest of `centers` (M, D), in blocks.
+
+    By direct differences, not by |x|^2 - 2 x.c + |c|^2: that one rounds to negative squares, and gives two copies of a
+    point a distance. Here it is exactly 0, and a pair's distance does not depend on who else is in the call."""
+    block = max(1, 2**20 // max(len(centers), 1))
+    return torch.cat(
+        [torch.cdist(p, centers, compute_mode="donot_use_mm_for_euclid_dist").amin(1) for p in points.split(block)]
+    )
+
+
+def k_center_greedy_plain(embeddings, k, centers=None):
+    """The idea of `k_center_greedy`, one pass over the matrix a pick: always take the point that is farthest from
+    everything taken so far."""
+    picks = []
+    if centers is None or not len(centers):
+        picks.append(int(nearest_distance(embeddings, embeddings.mean(0, keepdim=True)).argmin()))
+        centers = embeddings[picks]
+    distance = nearest_distance(embeddings, centers)
+    while len(picks) < k:
+        distance[picks] = -1.0
+        picks.append(int(distance.argmax()))
+        distance = torch.minimum(distance, nearest_distance(embeddings, embeddings[picks[-1:]]))
+    return torch.tensor(picks, dtype=torch.long), float(distance.amax()) if len(distance) else 0.0
+
+
+def k_center_greedy(embeddings, k, centers=None):
+    """Greedy k-center (Gonzalez 1985), the selection of CoreSet (Sener & Savarese, ICLR 2018): exact, and below its
+    floor of k passes over the matrix.
+
+    embeddings: (N, D) float32 or float64; centers: (M, D), what is labelled already, or None: then the point nearest
+    to the mean comes first. Returns the k distinct indices (int64, on the device of `embeddings`) in the order picked,
+    ties to the lowest index, and the covering radius: the largest distance of a point to its nearest center or pick.
+    Extra memory O(N). ValueError if k > N or a value is not finite.
+
+    The distance to the nearest center only shrinks as picks are added, so an old distance is an upper bound. We keep
+    the few farthest points up to date and pick among them as long as the best of them is above every bound outside;
+    only then the next few are brought up to date, with all picks that they missed at once (lazy greedy, Minoux 1978)."""
+    n, device = len(embeddings), embeddings.device
+    if not 0 <= k <= n:
+        raise ValueError(f"k = {k} of {n} points")
+    if n == 0:
+        return torch.empty(0, dtype=torch.long, device=device), 0.0
+    picks, started = [], centers is not None and len(centers) > 0
+    first = centers.to(embeddings) if started else embeddings.mean(0, keepdim=True)
+    bound = nearest_distance(embeddings, first)
+    if not bound.isfinite().all():
+        raise ValueError("embeddings or centers hold NaN or infinity")
+    if not started and k:
+        picks.append(int(bound.argmin()))
+        bound = nearest_distance(embeddings, embeddings[picks])
+        bound[picks] = -1.0  # a point that is taken is never the farthest
+    seen = torch.full((n,), len(picks), device=device)  # how many picks each bound has heard of
+
+    def refresh(index, rows):
+        """Bring the bounds of these points up to date."""
+        stale = seen[index] < len(picks)
+        if stale.any():
+            index, rows = index[stale], rows[stale]
+            missed = embeddings[picks[int(seen[index].min()) :]]
+            bound[index] = torch.minimum(bound[index], nearest_distance(rows, missed))
+        seen[index] = len(picks)
+
+    size = min(n, 64 + n // 128)
+    while True:
+        work = bound.topk(size).indices.sort().values  # sorted, so that the first maximum has the lowest index
+        rows = embeddings[work]
+        refresh(work, rows)
+        distance = bound[work]
+        outside = float(bound.index_fill(0, work, -1.0).amax())
+        before = len(picks)
+        while (farthest := float(distance[best := int(distance.argmax())])) > outside:
+            if len(picks) == k:  # the one that would come next is a covering radius away
+                return torch.tensor(picks, device=device), farthest
+            picks.append(int(work[best]))
+            distance = torch.minimum(distance, nearest_distance(rows, rows[best : best + 1]))
+            distance[best] = -1.0
+        bound[work], seen[work] = distance, len(picks)
+        if len(picks) == before and farthest == outside:  # a tie over the edge of the work set: settle all who share it
+            for index in torch.nonzero(bound == farthest)[:, 0].split(4096):
+                refresh(index, embeddings[index])
+            if len(picks) == k:
+                return torch.tensor(picks, dtype=torch.long, device=device), max(farthest, 0.0)
+            picks.append(int(bound.argmax()))
+            bound[picks[-1]] = -1.0
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Query strategies: from what is known of the pool to the k images that a person should label
+
+
+@dataclasses.dataclass
+class Context:
+    """What a strategy may know of a pool of P images: no label among it."""
+
+    embeddings: torch.Tensor  # (P, D), of C-Net, without augmentation
+    probabilities: torch.Tensor  # (P, K)
+    labelled: torch.Tensor  # (L,) int64, indices into the pool
+    unlabelled: torch.Tensor  # (U,) int64, those that may be asked for
+    generator: torch.Generator
+    members: torch.Tensor | None = None  # (M, P, K), the ensemble's members each by itself
+    sampled: torch.Tensor | None = None  # (V, P, K), Monte-Carlo dropout
+
+
+def highest(scores, context, k):
+    """The k unlabelled images of the highest scores (P,), ties to the lowest index."""
+    order = scores[context.unlabelled].argsort(descending=True, stable=True)
+    return context.unlabelled[order[:k]]
+
+
+def entropy(probabilities):
+    """Shannon entropy of the last dimension. For two classes its order is that of the least confident answer."""
+    return -(probabilities * (probabilities + 1e-12).log()).sum(-1)
+
+
+def mutual_information(opinions):
+    """How much several opinions (V, N, K) disagree, (N,): entropy of their mean minus their mean entropy."""
+    return entropy(opinions.mean(0)) - entropy(opinions).mean(0)
+
+
+def query_random(context, k):
+    order = torch.randperm(len(context.unlabelled), generator=context.generator)
+    return context.unlabelled[order[:k]]
+
+
+def query_entropy(context, k):
+    """Where the prediction is least sure (Lewis & Gale 1994)."""
+    return highest(entropy(context.probabilities), context, k)
+
+
+def query_committee(context, k):
+    """Query by committee (Seung et al. 1992): where the members differ, as the mean divergence from their consensus."""
+    return highest(mutual_information(context.members), context, k)
+
+
+def query_bald(context, k):
+    """BALD (Houlsby et al. 2011; Gal et al. 2017): a committee drawn by dropout at prediction time."""
+    return highest(mutual_information(context.sampled), context, k)
+
+
+def query_coreset(context, k):
+    """CoreSet (Sener & Savarese 2018): the images that leave no other far from a labelled one."""
+    known = context.embeddings[context.labelled]
+    return context.unlabelled[k_center_greedy(context.embeddings[context.unlabelled], k, known)[0]]
+
+
+def query_badge(context, k):
+    """BADGE (Ash et al. 2020): spread out in the space of the gradients that the predicted labels would cause, where
+    what is uncertain is long. The gradient of the last layer is (p - one-hot) x embedding; that product is never
+    built, its inner products are products of inner products."""
+    x, p = context.embeddings[context.unlabelled], context.probabilities[context.unlabelled]
+    a = p - F.one_hot(p.argmax(1), p.shape[1])
+    square = a.square().sum(1) * x.square().sum(1)
+
+    def distance_to(i):
+        return (square + square[i] - 2 * (a @ a[i]) * (x @ x[i])).clamp(min=0)
+
+    return context.unlabelled[spread(distance_to, int(square.argmax()), k, context.generator)]
+
+
+def query_typiclust(context, k):
+    """TypiClust (Hacohen et al. 2022), made for few labels: as many clusters as there will be labels; from the largest
+    clusters without a label the most typical image, whose 20 nearest neighbours in the cluster are nearest."""
+    rows = torch.cat([context.labelled, context.unlabelled])
+    x = F.normalize(context.embeddings[rows], dim=1)
+    free = torch.arange(len(rows)) >= len(context.labelled)
+    cluster = k_means(x, min(len(context.labelled) + k, len(rows)), context.generator)
+    sizes = torch.bincount(cluster)
+    labels = torch.bincount(cluster[~free], minlength=len(sizes))
+    picks = []
+    while len(picks) < k:
+        open_clusters = torch.bincount(cluster[free], minlength=len(sizes)) > 0
+        rank = torch.where(
+            open_clusters, labels.double() - sizes / (len(rows) + 1), math.inf
+        )  # fewest labels, then largest
+        chosen = int(rank.argmin())
+        members = torch.nonzero(cluster == chosen)[:, 0]
+        near = min(21, len(members))  # a point is its own nearest
+        away = torch.cat([torch.cdist(b, x[members]).topk(near, largest=False).values for b in x[members].split(1024)])
+        best = members[torch.where(free[members], away.mean(1), math.inf).argmin()]
+        picks.append(int(best))
+        free[best] = False
+        labels[chosen] += 1
+    return rows[picks]
+
+
+STRATEGIES = {
+    "random": query_random,
+    "entropy": query_entropy,
+    "committee": query_committee,
+    "bald": query_bald,
+    "coreset": query_coreset,
+    "badge": query_badge,
+    "typiclust": query_typiclust,
+}
+COLD = ("random", "coreset", "typiclust")  # those that need no prediction, so they can choose the first labels
+
+
+def spread(distance_to, first, k, generator):
+    """k distinct indices, each drawn in proportion to its squared distance to those before it: the seeding of
+    k-means++ (Arthur & Vassilvitskii 2007). distance_to(i): squared distances (N,) to point i."""
+    picks, nearest = [first], distance_to(first).double()
+    while len(picks) < k:
+        nearest[picks] = 0
+        weights = nearest
+        if not weights.sum() > 0:  # only copies are left
+            weights = torch.ones_like(nearest)
+            weights[picks] = 0
+        picks.append(int(torch.multinomial(weights, 1, generator=generator)))
+        nearest = torch.minimum(nearest, distance_to(picks[-1]).double())
+    return torch.tensor(picks[:k])
+
+
+def k_means(x, k, generator, rounds=20):
+    """Cluster (N,) of each point of x (N, D): Lloyd's algorithm from the seeding of k-means++."""
+    first = int(torch.randint(len(x), (1,), generator=generator))
+    centers = x[spread(lambda i: (x - x[i]).square().sum(1), first, k, generator)]
+    for _ in range(rounds):
+        cluster = torch.cat([torch.cdist(block, centers).argmin(1) for block in x.split(4096)])
+        count = torch.bincount(cluster, minlength=k)[:, None]
+        total = torch.zeros_like(centers).index_add_(0, cluster, x)
+        centers = torch.where(count > 0, total / count.clamp(min=1), centers)
+    return cluster
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# One chain: a strategy, a seed, and its rounds
+
+
+def reveal(images, rows):
+    """The ImageSet as one knows it who has labelled only `rows`: every other label and box is hidden."""
+    labels, boxes = torch.full_like(images.labels, -1), torch.full_like(images.boxes, math.nan)
+    labels[rows], boxes[rows] = images.labels[rows], images.boxes[rows]
+    return dataclasses.replace(images, labels=labels, boxes=boxes, masks=None)
+
+
+def candidates(groups, labelled, k):
+    """The pool's images (int64) that are worth asking for: one of each group that has no label yet, as the others show
+    the same; all unlabelled ones when that leaves fewer than k. groups (P,), labelled (L,)."""
+    fresh = ~torch.isin(groups, groups[labelled])
+    _, member = torch.unique(groups, return_inverse=True)
+    first = torch.full((int(member.max()) + 1,), len(groups)).scatter_reduce(
+        0, member, torch.arange(len(groups)), "amin"
+    )
+    fresh &= first[member] == torch.arange(len(groups))
+    if fresh.sum() < k:
+        fresh = torch.ones(len(groups), dtype=torch.bool)
+        fresh[labelled] = False
+    return torch.nonzero(fresh)[:, 0]
+
+
+DROPOUT_PASSES = 20
+
+
+@torch.no_grad()
+def observe(model, images, rows, boxes=None, batch=64):
+    """Embeddings (P, D) of the first member and the members' probabilities (M, P, K), on the CPU, in one pass."""
+    embeddings, probabilities = [], []
+    for index in rows.split(batch):
+        pixels = images.pixels[index].to(model.device)
+        around = None if boxes is None else boxes[index].to(model.device)
+        meta = None if images.meta is None else images.meta[index].to(model.device)
+        found = [m.embed(crop(pixels, model.regions(m, around), model.info["size"]), meta) for m in model.members]
+        embeddings.append(found[0].float().cpu())
+        heads = zip(model.members, found, strict=True)
+        probabilities.append(torch.stack([to_probabilities(m.classify(e)) for m, e in heads]).cpu())
+    return torch.cat(embeddings), torch.cat(probabilities, 1)
+
+
+@torch.no_grad()
+def sample_dropout(member, embeddings, generator, passes=DROPOUT_PASSES):
+    """Probabilities (V, P, K) under as many dropout masks (Gal & Ghahramani 2016). C-Net drops only before its last
+    layer, so that the backbone need not run again."""
+    keep, device = 1 - member.dropout.p, next(member.parameters()).device
+    answers = []
+    for _ in range(passes):
+        mask = (torch.rand(embeddings.shape, generator=generator) < keep) / keep
+        answers.append(to_probabilities(member.head((embeddings * mask).to(device))).cpu())
+    return torch.stack(answers)
+
+
+def ask(strategy, model, images, pool, labelled, free, k, generator, boxes=None):
+    """The k images, as indices into `pool`, that a strategy would have labelled next."""
+    embeddings, members = observe(model, images, pool, boxes)
+    if strategy == "committee" and len(members) < 2:
+        raise InputError("committee: the model is one network, a committee needs members; train with --ensemble A,B")
+    if strategy == "bald" and not model.members[0].dropout.p:
+        raise InputError("bald: the model was trained without --dropout, its answers can't be sampled")
+    sampled = sample_dropout(model.members[0], embeddings, generator) if strategy == "bald" else None
+    context = Context(embeddings, model.combine(members), labelled, free, generator, members, sampled)
+    return STRATEGIES[strategy](context, k)
+
+
+def first_labels(images, pool, seed, args):
+    """Indices into the pool of the start set, the same for every strategy; chosen, if not at random, on the embeddings
+    of the initial network: there is no label to learn from yet."""
+    generator = torch.Generator().manual_seed(seed)
+    groups = torch.arange(len(pool)) if args.ignore_groups else images.groups[pool]
+    nothing = torch.empty(0, dtype=torch.long)
+    free = candidates(groups, nothing, args.start)
+    if args.start_by == "random":
+        return query_random(Context(None, None, nothing, free, generator), args.start)
+    torch.manual_seed(seed)
+    options = {**train.network_options(images, args), "meta": 0 if images.meta is None else images.meta.shape[1]}
+    net = CNet((args.ensemble or args.model).split(",")[0], len(images.classes), **options)
+    model = Ensemble([net.eval().to(choose_device(args.device))], **train.model_info(images, args, seed))
+    return ask(args.start_by, model, images, pool, nothing, free, args.start, generator)
+
+
+def run_chain(images, strategy, seed, args, folder):
+    """All rounds of one strategy and seed, or with strategy "all" the one training on the whole pool. Returns
+    {"strategy", "seed", "rounds": [{"labels", "auc", "iou", "picks", "seconds", ...}]}.
+
+    The state is saved after every round; a chain that was killed goes on from there to the same result."""
+    pool, test = images.rows("train"), images.rows("test")
+    folder = Path(folder) / f"{strategy}-{seed}"
+    state = read_checkpoint(folder / "state.pt", str(folder)) if (folder / "state.pt").exists() else None
+    rounds = state["rounds"] if state else []
+    last = 0 if strategy == "all" else args.rounds
+    if state:
+        labelled = state["labelled"]
+    else:
+        labelled = torch.arange(len(pool)) if strategy == "all" else first_labels(images, pool, seed, args)
+    own = (args.ensemble or args.model).split(",")
+    asked = own * args.committee if strategy == "committee" and len(own) == 1 else own
+    evaluated = len(own) * len(args.roi.split(","))
+    follows = args.warm_start or args.distill != "none"  # a round that needs the last round's model
+    while len(rounds) <= last:
+        began, number, work = time.time(), len(rounds), folder / f"round{len(rounds)}"
+        known = reveal(images, pool[labelled])
+        before = load(folder / f"round{number - 1}.pt", choose_device(args.device)) if number and follows else None
+        teacher = unlabelled = None
+        if number and args.distill != "none":
+            if args.distill == "pool":
+                unlabelled = pool[~torch.isin(torch.arange(len(pool)), labelled)]
+            rows = pool[labelled] if unlabelled is None else pool
+            around = None if args.roi == "none" else train.locate(before, known, torch.arange(len(images)))
+            one = Ensemble(before.members[:evaluated], **before.info)
+            teacher = torch.full((len(images), len(images.classes)), 1 / len(images.classes))
+            teacher[rows] = one.combine(train.predict(one, known, rows, around))
+        work.mkdir(parents=True, exist_ok=True)
+        settings = argparse.Namespace(**{**vars(args), "ensemble": ",".join(asked if number < last else own)})
+        with open(work / "output.txt", "a") as file, contextlib.redirect_stdout(file):
+            model, look, _ = train.train_model(
+                known, pool[labelled], pool[:0], settings, work, seed, teacher, unlabelled,
+                before if args.warm_start else None,
+            )  # fmt: skip
+        result = {"labels": len(labelled), "picks": [images.names[i] for i in pool[labelled].tolist()]}
+        result["picks"] = result["picks"][rounds[-1]["labels"] if rounds else 0 :]
+        judged = Ensemble(model.members[:evaluated], dnet=model.dnet, **model.info)
+        if len(judged.members):
+            answers = judged.combine(train.predict(judged, images, test, look))
+            result["auc"] = float(metrics.evaluate(answers, images.labels[test])["auc"])
+        if model.dnet is not None:
+            found = metrics.localisation(metrics.paired_iou(train.locate(model, images, test), images.boxes[test]))
+            result |= {name: float(v) for name, v in found.items()}
+        if number < last:
+            groups = torch.arange(len(pool)) if args.ignore_groups else images.groups[pool]
+            free = candidates(groups, labelled, args.query)
+            generator = torch.Generator().manual_seed(1000 * seed + number + 1)
+            picks = ask(strategy, model, known, pool, labelled, free, args.query, generator, look)
+            labelled = torch.cat([labelled, picks])
+            if follows:
+                save(folder / f"round{number}.pt", model)
+        result["seconds"] = round(time.time() - began, 1)
+        rounds.append(result)
+        save_checkpoint(folder / "state.pt", {"rounds": rounds, "labelled": labelled})
+        shutil.rmtree(work)
+        (folder / f"round{number - 1}.pt").unlink(missing_ok=True)
+        values = "  ".join(f"{k} {result[k]:.3f}" for k in ("auc", "iou") if k in result)
+        print(
+            f"{strategy:10s} seed {seed}  {result['labels']:5d} labels  {values}  {result['seconds']:.0f} s", flush=True
+        )
+    return {"strategy": strategy, "seed": seed, "rounds": rounds}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What the chains show: curves, labels needed, and whether a strategy is worth its name
+
+SHARES = (0.90, 0.95, 0.99)  # of the full-data AUC
+
+
+def labels_to_reach(curves, labels, goal):
+    """How many labels (B,) each curve (B, T) over `labels` (T,) first needs to reach `goal` (a number, or (B,)), between
+    two rounds by a straight line. inf where it never does."""
+    goal = torch.as_tensor(goal, dtype=torch.double).expand(len(curves))[:, None]
+    above = curves >= goal
+    i = above.int().argmax(1)  # the first round that is above
+    before = (i - 1).clamp(min=0)
+    rows = torch.arange(len(curves))
+    low, high = curves[rows, before], curves[rows, i]
+    share = ((goal[:, 0] - low) / (high - low)).nan_to_num(0).clamp(0, 1)
+    reached = labels[before] + share * (labels[i] - labels[before])
+    return torch.where(above.any(1), torch.where(i == 0, labels[0], reached), math.inf)
+
+
+def area(curves, labels):
+    """Mean height (R,) of learning curves (R, T) over the labels (T,): the area under the curve over its width."""
+    if len(labels) == 1:
+        return curves[:, 0]
+    return torch.trapezoid(curves, labels, dim=1) / (labels[-1] - labels[0])
+
+
+def compare(curves, full, labels, replicates=2000):
+    """Each strategy against random, from AUC curves {name: (R, T)} of the same R seeds, full (R,) and labels (T,).
+
+    {name: {"area": mean, "gain": paired difference to random, its t interval and p, "needed": {share: {"labels",
+    "ratio", "low", "high"}}}}. The ratio is that of the mean curves' labels, its interval a bootstrap over the seeds
+    (pairs kept); a curve that does not get there is counted as one query after its last round, and its labels are None."""
+    repeats = len(full)
+    drawn = torch.randint(repeats, (replicates, repeats), generator=torch.Generator().manual_seed(0))
+    end = float(2 * labels[-1] - labels[-2]) if len(labels) > 1 else float(labels[-1])
+    tests = max(1, len(curves) - 1)
+    table = {}
+    for name, curve in curves.items():
+        mean, low, high, p = metrics.mean_interval(area(curve, labels) - area(curves["random"], labels))
+        row = {"area": float(area(curve, labels).mean()), "gain": mean, "low": low, "high": high, "needed": {}}
+        row["p"] = min(1.0, p * tests) if math.isfinite(p) else math.nan  # Bonferroni: so many strategies were tried
+        for share in SHARES:
+            point, spread = [], []
+            for some in (curve, curves["random"]):
+                point.append(float(labels_to_reach(some.mean(0, keepdim=True), labels, share * float(full.mean()))))
+                spread.append(labels_to_reach(some[drawn].mean(1), labels, share * full[drawn].mean(1)).clamp(max=end))
+            quantiles = torch.tensor([0.025, 0.975], dtype=torch.double)
+            low, high = torch.quantile(spread[0] / spread[1], quantiles).tolist() if repeats > 1 else (math.nan,) * 2
+            ratio = min(point[0], end) / min(point[1], end) if min(point) < math.inf else math.nan
+            needed = {"labels": point[0] if point[0] < math.inf else None, "ratio": ratio, "low": low, "high": high}
+            row["needed"][f"{share:.2f}"] = needed
+        table[name] = row
+    return table
+
+
+def verdict(name, row):
+    """One strategy against random, in words."""
+    change = f"{row['gain']:+.4f} [{row['low']:+.4f}, {row['high']:+.4f}] of mean AUC, p {row['p']:.3f}"
+    if not row["p"] < 0.05:  # also where one repeat gives no p
+        return f"{name}: no better than random could be shown on this data ({change})"
+    return f"{name}: {'better' if row['gain'] > 0 else 'WORSE'} than random ({change})"
+
+
+def write_al_report(images, chains, args, folder, seconds):
+    """al.json and curves.png from the chains. Returns the report."""
+    names = ["random", *(s for s in args.strategies if s != "random")]
+    by_name = {n: sorted((c for c in chains if c["strategy"] == n), key=lambda c: c["seed"]) for n in [*names, "all"]}
+    labels = torch.tensor([r["labels"] for r in by_name["random"][0]["rounds"]], dtype=torch.double)
+    report = {
+        "data": {
+            "source": images.source,
+            "classes": images.classes,
+            "size": args.size,
+            "pool": len(images.rows("train")),
+            "test": len(images.rows("test")),
+            "placeholder_boxes": images.placeholder_boxes,
+        },
+        "model": train.describe_model(args),
+        "distill": args.distill,
+        "seconds": round(seconds, 1),
+        "labels": labels.int().tolist(),
+        "chains": chains,
+    }
+    panels = []
+    for metric, title in (("auc", "test AUC"), ("iou", "mean IoU of D-Net's boxes")):
+        if not all(metric in r for c in chains for r in c["rounds"]):
+            continue
+        curves = {
+            n: torch.tensor([[r[metric] for r in c["rounds"]] for c in found], dtype=torch.double)
+            for n, found in by_name.items()
+        }
+        full = curves.pop("all")[:, 0]
+        bands = {n: [metrics.mean_interval(v) for v in curve.T] for n, curve in curves.items()}
+        report[metric] = {
+            n: [dict(zip(("mean", "low", "high", "p"), b, strict=True)) for b in v] for n, v in bands.items()
+        }
+        for points in report[metric].values():
+            for point in points:
+                del point["p"]
+        mean, low, high, _ = metrics.mean_interval(full)
+        report[metric]["all"] = {"mean": mean, "low": low, "high": high}
+        x = labels.tolist()
+        series = {n: (x, [b[0] for b in v]) for n, v in bands.items()}
+        series[f"all {len(images.rows('train'))} labels"] = (x, [mean] * len(x))
+        shaded = {n: (x, [b[1] for b in v], [b[2] for b in v]) for n, v in bands.items() if len(full) > 1}
+        every = torch.cat([curves[n].flatten() for n in curves] + [full])
+        span = (max(0.0, float(every.min()) - 0.02), min(1.0, float(every.max()) + 0.02))
+        panels.append(plots.line_chart(series, title, "labels", metric, None, span, size=(760, 560), bands=shaded))
+        if metric == "auc":
+            report["table"] = compare(curves, full, labels)
+            report["words"] = [verdict(n, report["table"][n]) for n in names if n != "random"]
+    write_atomically(folder / "al.json", json.dumps(train.clean(report), indent=1).encode())
+    note = f"{images.source}: {report['model']}, mean of {args.repeats} seeds with its 95 % t band"
+    note += "   PLACEHOLDER BOXES: localisation means nothing" if images.placeholder_boxes else ""
+    plots.save_png(plots.page(panels, 1, note), folder / "curves.png")
+    return report
+
+
+def print_al_report(report):
+    if "table" not in report:
+        return
+    print(f"\nfull data: AUC {train.interval({'value': report['auc']['all']['mean'], **report['auc']['all']})}")
+    print("labels needed for a share of it, and as a ratio to random's [95 %, bootstrap over the seeds]")
+    print(f"{'':11s} mean AUC" + "".join(f"{f'{100 * s:.0f} %':>30s}" for s in SHARES))
+    for name, row in report["table"].items():
+        cells = ""
+        for share in SHARES:
+            needed = row["needed"][f"{share:.2f}"]
+            count = f"> {report['labels'][-1]}" if needed["labels"] is None else f"{needed['labels']:.0f}"
+            ratio = (
+                "not known"
+                if needed["ratio"] is None or not math.isfinite(needed["ratio"])
+                else f"{needed['ratio']:.2f}"
+            )
+            ratio += f" [{needed['low']:.2f}, {needed['high']:.2f}]" if needed["low"] is not None else ""
+            cells += f"{count + ('' if name == 'random' else '  ' + ratio):>30s}"
+        print(f"{name:11s} {row['area']:.4f}  {cells}")
+    for line in report["words"]:
+        print(line)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The command line of the loop
+
+
+def build_parser():
+    p = train.build_parser()
+    p.description = __doc__.split("\n\n")[0] + " Also: al_loop.py suggest -h, al_loop.py learn -h."
+    g = p.add_argument_group("active learning")
+    g.add_argument(
+        "--strategies", default="random,coreset", metavar="A,B", help=f"all, or some of: {', '.join(STRATEGIES)}"
+    )
+    g.add_argument("--start", type=int, default=20, help="labels before the first query")
+    g.add_argument("--query", type=int, default=20, help="labels bought in each round")
+    g.add_argument("--rounds", type=int, default=8, help="queries after the start set")
+    g.add_argument("--start-by", choices=COLD, default="random", help="who chooses the start set, alike for all")
+    g.add_argument(
+        "--committee", type=int, default=3, help="networks that vote for the strategy committee; one is judged"
+    )
+    g.add_argument("--ignore-groups", action="store_true", help="offer near-duplicates of labelled images too")
+    g.add_argument("--warm-start", action="store_true", help="go on from the last round's weights, not from the first")
+    g.add_argument(
+        "--distill",
+        choices=["none", "labelled", "pool"],
+        default="none",
+        help="self-distillation: the last round's C-Net teaches the next on the labelled images, or on the whole pool",
+    )
+    g.add_argument("--workers", type=int, default=1, help="processes; each runs whole chains")
+    return p
+
+
+def parse(argv=None):
+    args = train.parse(argv, build_parser())
+    if isinstance(args.strategies, str):
+        args.strategies = list(STRATEGIES) if args.strategies == "all" else args.strategies.split(",")
+    for name in args.strategies:
+        if name not in STRATEGIES:
+            raise InputError(f"--strategies {name}: no such strategy (there are: {', '.join(STRATEGIES)})")
+    for name, least in (("start", 1), ("query", 1), ("rounds", 1), ("committee", 2), ("workers", 1)):
+        if getattr(args, name) < least:
+            raise InputError(f"--{name} {getattr(args, name)}: at least {least}")
+    if args.folds > 1 or args.teacher or "mask" in args.roi:
+        raise InputError("--folds, --teacher and --roi mask have no meaning in the loop; leave them out")
+    return args
+
+
+def main(argv=None):
+    argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] == ["suggest"]:
+        return suggest(argv[1:])
+    if argv[:1] == ["learn"]:
+        return learn(argv[1:])
+    args = parse(argv)
+    choose_device(args.device)
+    images = train.load_images(args)
+    pool = images.rows("train")
+    train.check_split(images, images.rows("test"), "test")
+    if args.start + args.rounds * args.query > len(pool):
+        raise InputError(
+            f"--start {args.start} + --rounds {args.rounds} x --query {args.query}: more than the pool of {len(pool)} images"
+        )
+    train.build_backbone(args.model, images.pixels.shape[1], args.weights)  # a wrong name is said before a run begins
+    folder = train.prepare_folder(args, "al-")
+    print(f"run folder: {folder}")
+    names = ["random", *(s for s in args.strategies if s != "random")]
+    seeds = range(args.seed, args.seed + args.repeats)
+    jobs = [(n, seed, args, folder) for seed in seeds for n in ["all", *names]]
+    chains, start = [], time.time()
+    try:
+        with train.Interrupt() if args.workers == 1 else contextlib.nullcontext():
+            for chain in train.run_jobs(run_chain, jobs, images, args, args.workers):
+                chains.append(chain)
+                left = (time.time() - start) / len(chains) * (len(jobs) - len(chains))
+                print(f"{len(chains)} of {len(jobs)} chains, about {left / 60:.0f} min left", flush=True)
+    except (train.Stopped, KeyboardInterrupt):
+        print(f"stopped; go on with: python al_loop.py --resume {folder}")
+        sys.exit(130)
+    seconds = sum(r["seconds"] for c in chains for r in c["rounds"])
+    print_al_report(write_al_report(images, chains, args, folder, seconds))
+    print(f"\n{folder}: al.json, curves.png   ({time.time() - start:.0f} s)")
+    print(DISCLAIMER)
+
+
+if __name__ == "__main__":
+    run_main(main)
