@@ -16,7 +16,9 @@ and seeds, so they are compared in pairs; every curve has a band, every ratio an
 
 import argparse
 import contextlib
+import csv
 import dataclasses
+import io
 import json
 import math
 import shutil
@@ -27,15 +29,17 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
+import data
 import metrics
 import plots
 import train
-from data import InputError, choose_device, crop, run_main
+from data import ImageSet, InputError, choose_device, crop, encode_meta, run_main
 from models import (
     DISCLAIMER,
     CNet,
     Ensemble,
     load,
+    load_classifier,
     read_checkpoint,
     save,
     save_checkpoint,
@@ -472,7 +476,9 @@ def compare(curves, full, labels, replicates=2000):
                 spread.append(labels_to_reach(some[drawn].mean(1), labels, share * full[drawn].mean(1)).clamp(max=end))
             quantiles = torch.tensor([0.025, 0.975], dtype=torch.double)
             low, high = torch.quantile(spread[0] / spread[1], quantiles).tolist() if repeats > 1 else (math.nan,) * 2
-            ratio = min(point[0], end) / min(point[1], end) if min(point) < math.inf else math.nan
+            ratio = min(point[0], end) / min(point[1], end)
+            if min(point) == math.inf:  # neither gets there
+                ratio = low = high = math.nan
             needed = {"labels": point[0] if point[0] < math.inf else None, "ratio": ratio, "low": low, "high": high}
             row["needed"][f"{share:.2f}"] = needed
         table[name] = row
@@ -507,7 +513,7 @@ def write_al_report(images, chains, args, folder, seconds):
         "labels": labels.int().tolist(),
         "chains": chains,
     }
-    panels = []
+    columns = []
     for metric, title in (("auc", "test AUC"), ("iou", "mean IoU of D-Net's boxes")):
         if not all(metric in r for c in chains for r in c["rounds"]):
             continue
@@ -516,36 +522,50 @@ def write_al_report(images, chains, args, folder, seconds):
             for n, found in by_name.items()
         }
         full = curves.pop("all")[:, 0]
-        bands = {n: [metrics.mean_interval(v) for v in curve.T] for n, curve in curves.items()}
-        report[metric] = {
-            n: [dict(zip(("mean", "low", "high", "p"), b, strict=True)) for b in v] for n, v in bands.items()
-        }
-        for points in report[metric].values():
-            for point in points:
-                del point["p"]
-        mean, low, high, _ = metrics.mean_interval(full)
-        report[metric]["all"] = {"mean": mean, "low": low, "high": high}
-        x = labels.tolist()
-        series = {n: (x, [b[0] for b in v]) for n, v in bands.items()}
-        series[f"all {len(images.rows('train'))} labels"] = (x, [mean] * len(x))
-        shaded = {n: (x, [b[1] for b in v], [b[2] for b in v]) for n, v in bands.items() if len(full) > 1}
-        every = torch.cat([curves[n].flatten() for n in curves] + [full])
-        span = (max(0.0, float(every.min()) - 0.02), min(1.0, float(every.max()) + 0.02))
-        panels.append(plots.line_chart(series, title, "labels", metric, None, span, size=(760, 560), bands=shaded))
         if metric == "auc":
             report["table"] = compare(curves, full, labels)
             report["words"] = [verdict(n, report["table"][n]) for n in names if n != "random"]
+        points = {n: [metrics.mean_interval(round_) for round_ in curve.T] for n, curve in curves.items()}
+        points["all"] = [metrics.mean_interval(full)]
+        report[metric] = {
+            n: [dict(zip(("mean", "low", "high"), point[:3], strict=True)) for point in v] for n, v in points.items()
+        }
+        columns.append(curve_panels(points, labels.tolist(), metric, title))
     write_atomically(folder / "al.json", json.dumps(train.clean(report), indent=1).encode())
     note = f"{images.source}: {report['model']}, mean of {args.repeats} seeds with its 95 % t band"
     note += "   PLACEHOLDER BOXES: localisation means nothing" if images.placeholder_boxes else ""
-    plots.save_png(plots.page(panels, 1, note), folder / "curves.png")
+    panels = [panel for row in zip(*columns, strict=True) for panel in row]
+    plots.save_png(plots.page(panels, len(columns), note), folder / "curves.png")
     return report
+
+
+def curve_panels(points, x, metric, title):
+    """Charts of one metric: all means together, then each strategy beside random, with their bands. points: {strategy:
+    [(mean, low, high, p), ...]}, with the full-data line under "all"."""
+    lines = {n: (x, [p[0] for p in v]) for n, v in points.items() if n != "all"}
+    bands = {n: (x, [p[1] for p in points[n]], [p[2] for p in points[n]]) for n in lines}
+    ends = {"all labels": (x, [points["all"][0][0]] * len(x))}
+    every = [v for ys in (*lines.values(), *ends.values()) for v in ys[1]]
+    room = 0.3 * (max(every) - min(every)) + 0.01  # bands that reach further are cut
+    span = (max(0.0, min(every) - room), min(1.0, max(every) + room))
+
+    def chart(some, shaded, name):
+        return plots.line_chart(some | ends, name, "labels", metric, None, span, bands=shaded)
+
+    others = [n for n in lines if n != "random"]
+    pairs = [{"random": lines["random"], n: lines[n]} for n in others]
+    shown = [
+        chart(pair, {n: bands[n] for n in pair if math.isfinite(bands[n][1][0])}, f"{title}: {others[i]}")
+        for i, pair in enumerate(pairs)
+    ]
+    return shown if len(shown) == 1 else [chart(lines, None, title), *shown]
 
 
 def print_al_report(report):
     if "table" not in report:
         return
-    print(f"\nfull data: AUC {train.interval({'value': report['auc']['all']['mean'], **report['auc']['all']})}")
+    full = report["auc"]["all"][0]
+    print(f"\nfull data: AUC {full['mean']:.3f} [{full['low']:.3f}, {full['high']:.3f}]")
     print("labels needed for a share of it, and as a ratio to random's [95 %, bootstrap over the seeds]")
     print(f"{'':11s} mean AUC" + "".join(f"{f'{100 * s:.0f} %':>30s}" for s in SHARES))
     for name, row in report["table"].items():
@@ -645,6 +665,242 @@ def main(argv=None):
     print_al_report(write_al_report(images, chains, args, folder, seconds))
     print(f"\n{folder}: al.json, curves.png   ({time.time() - start:.0f} s)")
     print(DISCLAIMER)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A person in the loop: suggest writes a list, the person fills it in, learn trains with the answers
+
+# probability: of the positive class, as everywhere; with more than two classes of the suggested one.
+HEADER = ["number", "image", "suggested_label", "probability", "suggested_box", "label", "box"]
+
+
+def suggest_parser():
+    p = argparse.ArgumentParser(
+        prog="al_loop.py suggest",
+        description="Choose the images of a pool that a person should label next: a CSV to fill in, and a contact sheet.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        allow_abbrev=False,
+    )
+    p.add_argument("--model", required=True, help="model file or run folder")
+    p.add_argument("--pool", required=True, help="folder of images without labels (labels in it are not looked at)")
+    p.add_argument(
+        "--labelled",
+        nargs="+",
+        default=[],
+        metavar="DATA",
+        help="what has labels already, folders or filled-in CSVs: never suggested, and coreset keeps away from it",
+    )
+    p.add_argument("--query", type=int, default=20, help="how many images")
+    p.add_argument("--strategy", choices=list(STRATEGIES), default="coreset", help="how they are chosen")
+    p.add_argument("--out", default="to_label", help="folder for to_label.csv and to_label.png; never written over")
+    p.add_argument("--seed", type=int, default=0, help="of the strategies that draw")
+    p.add_argument("--cache", default="runs/cache", help="folder of decoded images")
+    p.add_argument("--device", default="auto", help="auto, cpu, cuda")
+    return p
+
+
+def suggest(argv):
+    """Write to_label.csv and to_label.png: the images of --pool that the strategy picks, with the model's own opinion."""
+    args = suggest_parser().parse_args(argv)
+    out = Path(args.out)
+    if (out / "to_label.csv").exists():
+        raise InputError(f"--out {out}: holds a to_label.csv, which may have answers; give another folder")
+    model = load_classifier(args.model, choose_device(args.device))
+    info = model.info
+
+    def read(source):
+        return data.load(
+            source, info["load_size"], channels=info["channels"], equalise=info["equalise"], cache=args.cache,
+            skip_bad=True, log=lambda _: None,
+        )  # fmt: skip
+
+    images = read(args.pool)
+    count = len(images)
+    for source in args.labelled:
+        images = data.join(images, read(source))
+    paths = [str(Path(name).resolve()) for name in images.names]
+    known = set(paths[count:])
+    twice = torch.tensor([i for i in range(count) if paths[i] in known], dtype=torch.long)
+    labelled = torch.cat([torch.arange(count, len(images)), twice])
+    if info["meta_spec"]:  # the pool's patients are not known
+        images.meta = encode_meta([{}] * len(images), None, info["meta_spec"])[0]
+    else:
+        images.meta = None
+    everything = torch.arange(len(images))
+    free = candidates(images.groups, labelled, args.query)
+    if not 1 <= args.query <= len(free):
+        raise InputError(f"--query {args.query}: the pool {args.pool} has {len(free)} images without a label")
+    boxes = None if model.dnet is None else train.locate(model, images, everything)
+    generator = torch.Generator().manual_seed(args.seed)
+    picks = ask(args.strategy, model, images, everything, labelled, free, args.query, generator, boxes)
+
+    probabilities = model.combine(train.predict(model, images, picks, boxes))
+    answers = metrics.decide(probabilities, info["threshold"])
+    file = io.StringIO()
+    table = csv.writer(file, lineterminator="\n")
+    table.writerow(HEADER)
+    captions = []
+    for number, (i, answer, p) in enumerate(zip(picks.tolist(), answers.tolist(), probabilities, strict=True), 1):
+        box = ""
+        if boxes is not None:
+            picture = data.read_image(images.names[i], info["channels"])
+            placement = data.letterbox(picture, info["load_size"])[1]
+            corners = data.original_box(boxes[i].tolist(), placement, info["load_size"], picture.size)
+            box = " ".join(f"{v:.0f}" for v in corners)
+        word, asked = info["classes"][answer], len(p) - 1 if len(p) == 2 else answer
+        table.writerow([number, paths[i], word, f"{p[asked]:.3f}", box, "", ""])
+        captions.append(
+            f"{number}: {Path(images.names[i]).name[-24:]}\n{word[:14]}?  p({info['classes'][asked][:9]}) {p[asked]:.2f}"
+        )
+    sheet = plots.contact_sheet(
+        [images.pixels[i] for i in picks.tolist()],
+        captions,
+        None if boxes is None else boxes[picks],
+        title=f"{args.strategy}: {args.query} of {len(free)} images to label"
+        + ("" if boxes is None else " (D-Net's box)"),
+    )
+    write_atomically(out / "to_label.csv", file.getvalue().encode())
+    plots.save_png(sheet, out / "to_label.png")
+    print(
+        f"{out / 'to_label.csv'}: fill in the column label with {', '.join(info['classes'])}, and box (x_min y_min x_max y_max in pixels) where you can"
+    )
+    print(f"{out / 'to_label.png'}: the same images, numbered")
+    print(f"then: python al_loop.py learn --labels {out / 'to_label.csv'} --data ...")
+    print(DISCLAIMER)
+
+
+def read_answers(path, classes, partial=False):
+    """What a person wrote into a to_label.csv: Entry objects whose label is an index into `classes`. A class that was
+    merged (benign+normal) may be named by its parts. partial: pass over rows without a label. InputError names the row."""
+    words = {part.lower(): k for k, name in enumerate(classes) for part in [name, *name.split("+")]}
+    entries, empty = [], []
+    for line, entry in enumerate(data.read_csv(path, data.COLUMNS), 2):
+        where = f"{path}, row {line} ({Path(entry.name).name})"
+        if not Path(entry.image).is_file():
+            raise InputError(f"{where}: the image is not there any more; put it back, or correct its path")
+        if not entry.label:
+            if entry.box:
+                raise InputError(f"{where}: a box but no label; fill it in")
+            empty.append(line)
+            continue
+        if entry.label.lower() not in words:
+            raise InputError(f"{where}: label {entry.label!r} is none of {', '.join(words)}")
+        entries.append(dataclasses.replace(entry, label=words[entry.label.lower()]))
+    if empty and not partial:
+        raise InputError(
+            f"{path}: no label in {len(empty)} rows ({', '.join(map(str, empty[:8]))}{' ...' if len(empty) > 8 else ''}); fill them in, or learn from the others with --partial"
+        )
+    if not entries:
+        raise InputError(f"{path}: no row has a label")
+    return entries
+
+
+def add_answers(images, entries, args):
+    """The ImageSet with the answered images joined to it, and their rows. Those that show the same as an image of the
+    validation or test split are left out: the test would not be one any more."""
+    pixels, _, boxes, kept = data.decode(
+        entries, images.pixels.shape[-1], images.pixels.shape[1], args.clahe, args.cache, args.skip_bad
+    )
+    entries, count = [entries[i] for i in kept], len(images)
+    meta = None if images.meta is None else encode_meta([{}] * len(entries), None, images.meta_spec)[0]
+    new = ImageSet(
+        pixels, torch.tensor([e.label for e in entries]), boxes, None, torch.arange(len(entries)),
+        ["train"] * len(entries), meta, [e.image for e in entries], images.classes,
+    )  # fmt: skip
+    everything = data.join(images, new)
+    held_out = [i for i in range(count) if images.splits[i] in ("val", "test")]
+    held_out = torch.isin(everything.groups[count:], everything.groups[held_out])
+    known = {
+        str(Path(n).resolve()) for n, label in zip(images.names, images.labels.tolist(), strict=True) if label >= 0
+    }
+    again = torch.tensor([str(Path(e.image).resolve()) in known for e in entries])
+    for i, entry in enumerate(entries):
+        if held_out[i] or again[i]:
+            why = (
+                "shows the same as an image of the validation or test split" if held_out[i] else "has a label in --data"
+            )
+            print(f"left out {entry.image}: it {why}")
+    rows = count + torch.nonzero(~held_out & ~again)[:, 0]
+    if not len(rows):
+        raise InputError("--labels: no image is left to learn from")
+    return everything, rows
+
+
+def learn_parser():
+    p = train.build_parser()
+    p.prog = "al_loop.py learn"
+    p.description = "Train again with the answers of a person, and print what changed on the test split."
+    g = p.add_argument_group("answers")
+    g.add_argument("--labels", nargs="+", metavar="CSV", help="filled-in files of suggest; they are only read")
+    g.add_argument("--partial", action="store_true", help="learn from the rows that have a label, pass over the others")
+    return p
+
+
+def learn(argv):
+    """Train without and with the answers, alike in all else, and compare the two on the same test images."""
+    args = train.parse(argv, learn_parser())
+    if not args.labels:
+        raise InputError("learn: give the filled-in to_label.csv with --labels")
+    if args.folds > 1 or args.repeats > 1 or args.nets == "dnet":
+        raise InputError("learn: --folds, --repeats and --nets dnet have no meaning here; leave them out")
+    images = train.load_images(args)
+    entries = [e for path in args.labels for e in read_answers(path, images.classes, args.partial)]
+    more, rows = add_answers(images, entries, args)
+    ((_, fixed, val, test, seed),) = train.plan(images, args)
+    added = ", ".join(f"{int((more.labels[rows] == k).sum())} {name}" for k, name in enumerate(images.classes))
+    print(f"{len(rows)} answers: {added}")
+    folder = train.prepare_folder(args, "learn-")
+    results = {}
+    try:
+        with train.Interrupt():
+            for part, known in (("before", fixed), ("after", torch.cat([fixed, rows]))):
+                (folder / part).mkdir(parents=True, exist_ok=True)
+                done = folder / part / "test.pt"
+                print(f"\n{part}: {len(known)} training images")
+                if done.exists():
+                    results[part] = read_checkpoint(done, str(done))
+                    continue
+                start = time.time()
+                results[part] = train.one_run(more, known, val, test, args, folder / part, seed)
+                splits = {"train": len(known), "val": len(val), "test": len(test)}
+                train.write_report(more, [results[part]], args, folder / part, time.time() - start, splits)
+    except (train.Stopped, KeyboardInterrupt):
+        print(f"stopped; go on with: python al_loop.py learn --resume {folder}")
+        sys.exit(130)
+    change = what_changed(more, results["before"], results["after"])
+    write_atomically(folder / "change.json", json.dumps(train.clean(change), indent=1).encode())
+    print(f"\n{'test':18s} before   after   change [95 %, resampled by group]")
+    for name, m in change["test"].items():
+        print(
+            f"{name:18s} {m['before']:.3f}    {m['after']:.3f}   {m['value']:+.3f} [{m['low']:+.3f}, {m['high']:+.3f}]"
+        )
+    print(
+        f"{change['flipped']} of {len(test)} test images got another answer, {change['righted']} of them the right one"
+    )
+    print(f"\n{folder}: before/model.pt, after/model.pt, change.json")
+    print(DISCLAIMER)
+
+
+def what_changed(images, before, after):
+    """{"test": {metric: {"before", "after", "value", "low", "high"}}, "flipped", "righted"} of two results on one test split."""
+    rows, threshold = before["rows"], lambda r: 0.5 if r["threshold"] is None else r["threshold"]
+    labels = images.labels[rows]
+
+    def measure(result, weights):
+        values = metrics.evaluate(result["probabilities"], labels, threshold(result), weights)
+        if result["boxes"] is None:
+            return values
+        return values | metrics.localisation(metrics.paired_iou(result["boxes"], images.boxes[rows]), weights)
+
+    def difference(weights):
+        old, new = measure(before, weights), measure(after, weights)
+        return {name: new[name] - old[name] for name in old if name in new}
+
+    test = metrics.resample(difference, images.groups[rows])
+    for name in test:
+        test[name] |= {"before": float(measure(before, None)[name]), "after": float(measure(after, None)[name])}
+    old, new = (metrics.decide(r["probabilities"], threshold(r)) for r in (before, after))
+    return {"test": test, "flipped": int((old != new).sum()), "righted": int(((old != new) & (new == labels)).sum())}
 
 
 if __name__ == "__main__":

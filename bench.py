@@ -1,11 +1,12 @@
 """Speed against its floors: what is done, the least it could cost, and the ratio. Median of 5, in turn, in one run.
 
-    python bench.py                       epochs, Grad-CAM and the start of infer.py, a few minutes on two cores
+    python bench.py                       epochs, Grad-CAM, k-center and the start of infer.py: minutes on two cores
     python bench.py --data BUSI           also the first and the second start on real files
 
 The floor of an epoch is the bare forward, backward and AdamW step on one fixed batch, as often as the epoch has steps:
 no shuffling, no augmentation, no logging. The floor of Grad-CAM is one forward pass and a backward pass that stops at
-the last layer; that of `infer.py image.png` is `import torchvision`."""
+the last layer; that of the k-center greedy selection of k points is k products of the embedding matrix with a vector;
+that of `infer.py image.png` is `import torchvision`."""
 
 import argparse
 import resource
@@ -19,6 +20,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
+import al_loop
 import data
 import explain
 import models
@@ -107,6 +109,46 @@ def bench_grad_cam(runs, device, quick):
             compare(f"Grad-CAM, {name}, 224 px, batch {batch}", several(ours), several(floor), runs)
 
 
+def bench_k_center(images, weights, runs, device, quick):
+    """k-center greedy on embeddings of mobilenet_v2 (pretrained, if --weights says so) and of an untrained resnet18,
+    against k products of the matrix with a vector; and its memory beside the matrix at the size of the IDC set."""
+    k, sizes = (5, (100,)) if quick else (200, (2_000, 10_000))
+    for name in ("mobilenet_v2", "resnet18"):
+        torch.manual_seed(0)
+        channels = images.pixels.shape[1]
+        net = models.CNet(name, 2, channels, weights=weights if name == "mobilenet_v2" else "none").to(device).eval()
+        views, generator = [], torch.Generator(device).manual_seed(0)
+        with torch.no_grad():
+            while sum(map(len, views)) < max(sizes):  # a set that is too small is seen again, augmented
+                strength = 1.0 if len(views) * 64 >= len(images) else 0.0
+                start = len(views) * 64 % len(images)
+                x = images.pixels[start : start + 64].to(device)
+                views.append(net.embed(data.augment(x, strength, generator=generator)[0]))
+        embeddings = torch.cat(views)
+        order = torch.randperm(len(embeddings), generator=torch.Generator().manual_seed(0)).to(device)
+        for n in sizes:
+            points = embeddings[order[:n]].contiguous()
+
+            def ours(points=points):
+                al_loop.k_center_greedy(points, k)
+
+            def floor(points=points, vector=points[0].clone()):
+                for _ in range(k):
+                    product = torch.mv(points, vector)
+                product.sum().item()
+
+            compare(f"k-center, {name}, {n} x {points.shape[1]}, k = {k}", ours, floor, runs)
+    if quick:
+        return
+    code = (
+        "import resource, torch, al_loop; peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024;"
+        "x = torch.randn(277_524, 512, generator=torch.Generator().manual_seed(0)); before = peak();"
+        "al_loop.k_center_greedy(x, 200); print(f'{peak() - before:.0f} MB beside the matrix of {x.nbytes / 2**20:.0f} MB')"
+    )
+    said = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.strip()
+    print(f"k-center, 277524 x 512, k = 200: {said}")
+
+
 def bench_start(runs):
     """`python infer.py image.png` as a whole process, with a fresh small_cnn model and with mobilenet_v2."""
     with tempfile.TemporaryDirectory() as folder:
@@ -146,6 +188,7 @@ def bench_data(source):
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--data", help="also time the loading of this data set")
+    p.add_argument("--weights", default="none", help="mobilenet_v2's for the k-center: imagenet, none, or a file")
     p.add_argument("--runs", type=int, default=5, help="counted runs of each (default: 5)")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda (default: auto)")
     p.add_argument("--quick", action="store_true", help="small sizes: only to see that it works")
@@ -160,6 +203,8 @@ def main():
         for size, batch, images in ((32, 8, 16),) if args.quick else ((128, 32, 128), (28, 128, 1024)):
             bench_epoch(size, batch, images, args.runs, amp, device)
     bench_grad_cam(args.runs, device, args.quick)
+    images = data.load(args.data, 64, cache=None, log=lambda _: None)
+    bench_k_center(images, args.weights, args.runs, device, args.quick)
     if not args.quick:
         bench_start(args.runs)
 

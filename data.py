@@ -577,6 +577,9 @@ def parse_meta(text):
 # Groups and splits
 
 
+MOST_COMPARED = 20_000  # images among which near-duplicates are looked for: the cost grows with the square
+
+
 def near_duplicates(pixels, threshold=0.95):
     """Pairs of images that show the same picture: (P, 2) indices i < j, and their similarity (P,).
 
@@ -850,8 +853,8 @@ def load(
     words = [e.group or f"image {i}" for i, e in enumerate(entries)]
     groups = torch.from_numpy(np.unique(words, return_inverse=True)[1].reshape(-1))
     splits = [e.split for e in entries]
-    if len(entries) > 20_000:
-        log("more than 20,000 images: near-duplicates are not looked for")
+    if len(entries) > MOST_COMPARED:
+        log(f"more than {MOST_COMPARED:,} images: near-duplicates are not looked for")
     elif not any(e.group for e in entries):  # a source that names patients or lesions knows better than a thumbnail
         pairs, similarity = near_duplicates(pixels)
         groups = merge_groups(groups, pairs)
@@ -887,6 +890,30 @@ def load(
     )
     log(images.summary())
     return images
+
+
+def join(a, b):
+    """Two ImageSets of one size, channels and classes as one; near-duplicates over both share a group. What describes
+    the set as a whole is that of `a`; metadata and masks are kept where both have them."""
+    offset = int(a.groups.max()) + 1 if len(a) else 0
+    pixels = torch.cat([a.pixels, b.pixels])
+    pairs = near_duplicates(pixels)[0] if len(pixels) <= MOST_COMPARED else torch.empty(0, 2, dtype=torch.long)
+    both = {
+        name: torch.cat([getattr(a, name), getattr(b, name)])
+        if getattr(a, name) is not None and getattr(b, name) is not None
+        else None
+        for name in ("masks", "meta")
+    }
+    return dataclasses.replace(
+        a,
+        pixels=pixels,
+        labels=torch.cat([a.labels, b.labels]),
+        boxes=torch.cat([a.boxes, b.boxes]),
+        groups=merge_groups(torch.cat([a.groups, b.groups + offset]), pairs),
+        splits=a.splits + b.splits,
+        names=a.names + b.names,
+        **both,
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -2,10 +2,11 @@
 
 Against independent oracles (counting pairs, brute force, loops over pixels, uninterrupted runs), on awkward inputs,
 and through the command lines. With DATA=/path/to/data the real files are read too (breastmnist.npz, BUSI/, IDC/,
-HAM10000/). The order is that of the house: data, models, metrics, plots, train, explain, infer."""
+HAM10000/). The order is that of the house: data, models, metrics, plots, train, explain, infer, al_loop."""
 
 import argparse
 import contextlib
+import csv
 import io
 import json
 import math
@@ -23,6 +24,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
 
+import al_loop
 import data
 import explain
 import infer
@@ -1070,6 +1072,107 @@ def same_model(a, b):
     return all(torch.equal(x, y) for x, y in zip(states(a), states(b), strict=True))
 
 
+def test_an_epoch_of_steps_draws_that_many_full_batches():
+    rows, generator = torch.arange(10, 17), torch.Generator().manual_seed(0)
+    batches = train.draw_batches(rows, 4, generator, steps=5)
+    assert [len(b) for b in batches] == [4] * 5
+    counts = torch.bincount(torch.cat(batches))[10:]
+    assert set(counts.tolist()) <= {2, 3}  # whole shuffles: nobody is drawn twice before all were drawn once
+    weighted = train.draw_batches(rows, 4, generator, torch.tensor([0, 0, 0, 1.0, 0, 0, 0]), steps=3)
+    assert torch.cat(weighted).tolist() == [13] * 12
+
+
+@pytest.mark.parametrize("classes", [2, 4])
+def test_distillation_is_the_weighted_sum_of_label_and_teacher(classes):
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(6, 1 if classes == 2 else classes, generator=generator, requires_grad=True)
+    labels = torch.randint(classes, (6,), generator=generator)
+    teacher = torch.rand(6, classes, generator=generator).softmax(1)
+    hard = train.classification_loss(logits, labels, smoothing=0.1)
+    torch.testing.assert_close(train.distillation_loss(logits, labels, teacher, 1.0, 3.0, smoothing=0.1), hard)
+    soft = 0.0  # by hand, image by image
+    for z, t in zip(models.two_logits(logits), teacher, strict=True):
+        t = t ** (1 / 3) / (t ** (1 / 3)).sum()
+        s = (z / 3).exp() / (z / 3).exp().sum()
+        soft += 9 * (t * (t / s).log()).sum() / 6
+    expected = 0.3 * train.classification_loss(logits, labels) + 0.7 * soft
+    torch.testing.assert_close(train.distillation_loss(logits, labels, teacher, 0.3, 3.0), expected)
+    # an image without a label learns from the teacher alone
+    unknown = labels.clone()
+    unknown[2:] = -1
+    expected = 0.3 * train.classification_loss(logits[:2], labels[:2]) + 0.7 * soft
+    torch.testing.assert_close(train.distillation_loss(logits, unknown, teacher, 0.3, 3.0), expected)
+    torch.testing.assert_close(train.distillation_loss(logits, labels * 0 - 1, teacher, 0.0, 3.0), soft)
+
+
+@pytest.mark.parametrize("classes", [2, 4])
+def test_at_high_temperature_distillation_matches_logits(classes):
+    """Hinton et al. 2015, eq. 4: as T grows the gradient tends to (z - v) / (N K), for logits of mean 0."""
+    generator = torch.Generator().manual_seed(0)
+    z = torch.randn(5, classes, generator=generator, dtype=torch.double)
+    v = torch.randn(5, classes, generator=generator, dtype=torch.double)
+    z, v = z - z.mean(1, keepdim=True), v - v.mean(1, keepdim=True)
+    given = (z[:, 1:] - z[:, :1] if classes == 2 else z).requires_grad_()
+    loss = train.distillation_loss(given, torch.zeros(5).long(), v.softmax(1), 0.0, 500.0)
+    (gradient,) = torch.autograd.grad(loss, given)
+    expected = (z - v) / (5 * classes)
+    torch.testing.assert_close(gradient, expected[:, 1:] if classes == 2 else expected, atol=2e-3, rtol=0.02)
+
+
+def test_an_ensemble_teaches_one_small_model(tmp_path, folders):
+    quick(tmp_path, "--positive", "malignant", "--ensemble", "small_cnn,small_cnn", "--folds", "2", "--nets", "cnet", "--name", "teacher", data_folder=folders)  # fmt: skip
+    options = ["--positive", "malignant", "--folds", "2", "--nets", "cnet", "--teacher", str(tmp_path / "teacher")]
+    student, said = quick(tmp_path, *options, "--alpha", "0.2", "--distill-temperature", "3", "--name", "student", data_folder=folders)  # fmt: skip
+    assert "may know images" not in said
+    other, _ = quick(tmp_path, *options, "--alpha", "1", "--name", "other", data_folder=folders)
+    plain, _ = quick(tmp_path, *options[:-2], "--name", "plain", data_folder=folders)
+    assert len(models.load(student / "fold1").members) == 1
+    assert not same_model(student / "fold1" / "model.pt", plain / "fold1" / "model.pt")
+    assert same_model(other / "fold1" / "model.pt", plain / "fold1" / "model.pt")  # alpha 1: the labels alone
+    base = ["--data", folders, *TINY, "--nets", "cnet", "--runs", tmp_path, "--cache", tmp_path / "cache"]
+    teacher = tmp_path / "teacher" / "fold1" / "model.pt"
+    wrong = run(HERE / "train.py", *base, "--teacher", teacher)
+    assert "its classes ['benign+normal', 'malignant'] are not those of the data" in error_of(wrong)
+    warned = run(HERE / "train.py", *base, "--positive", "malignant", "--seed", "5", "--teacher", teacher)
+    assert "it may know images of this test split" in warned.stdout
+    assert "no such file" in error_of(run(HERE / "train.py", *base, "--teacher", tmp_path / "nowhere.pt"))
+
+
+def test_the_teacher_also_teaches_on_images_without_labels(tmp_path, folders):
+    images = quiet_load(folders, 32, positive="malignant")
+    args = train.parse(["--data", str(folders), *TINY, "--nets", "cnet", "--steps-per-epoch", "3"])
+    train_rows, val = images.rows("train"), images.rows("val")
+    labelled, rest = train_rows[:20], train_rows[20:]
+    images.labels[rest] = -1
+    drawn = []
+
+    original = train.draw_batches
+
+    def recorded(rows, batch, generator, weights=None, steps=0):
+        batches = original(rows, batch, generator, weights, steps)
+        drawn.append(torch.cat(batches))
+        return batches
+
+    teacher = torch.full((len(images), 2), 0.5)
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()):
+        patch.setattr(train, "draw_batches", recorded)
+        train.train_model(images, labelled, val, args, tmp_path, 0, teacher, rest)
+    share = torch.isin(torch.cat(drawn), labelled).double().mean()
+    assert 0.35 < share < 0.65  # half of what is drawn has a label
+
+
+def test_without_validation_the_last_epoch_is_kept(tmp_path, folders):
+    images = quiet_load(folders, 32, positive="malignant")
+    args = train.parse(["--data", str(folders), *TINY, "--nets", "cnet"])
+    with contextlib.redirect_stdout(io.StringIO()):
+        model, _, histories = train.train_model(images, images.rows("train"), images.rows("val")[:0], args, tmp_path, 0)
+    last = torch.load(tmp_path / "last.pt", weights_only=True)["net"]
+    assert all(torch.equal(v, last[k]) for k, v in model.members[0].state_dict().items())
+    assert histories[0][-1]["best"]
+    assert model.info["temperature"] == 1
+    assert model.info["threshold"] == 0.5
+
+
 def test_a_run_folder_holds_what_the_design_says(tmp_path, folders):
     folder, said = quick(tmp_path, "--positive", "malignant", "--name", "a", data_folder=folders)
     assert {p.name for p in folder.iterdir()} == {
@@ -1296,7 +1399,7 @@ def test_metadata_alone_can_carry_the_answer(tmp_path):
         "3e-3",
         data_folder=table,
     )
-    assert json.loads((folder / "report.json").read_text())["test"]["auc"]["value"] > 0.95
+    assert json.loads((folder / "report.json").read_text())["test"]["auc"]["value"] > 0.9  # a dozen images
     image = tmp_path / "0.png"
     p = {
         sex: infer.BreastCancerDetector(folder / "model.pt").predict(image, {"sex": sex})["probability"]
@@ -1385,14 +1488,23 @@ def test_every_recipe_is_understood():
     recipes = sorted((HERE / "recipes").glob("*.args"))
     assert recipes
     for recipe in recipes:
-        train.parse([f"@{recipe}", "--data", "somewhere"])
+        (al_loop if recipe.name.startswith("al-") else train).parse([f"@{recipe}", "--data", "somewhere"])
 
 
 def test_no_option_goes_untested():
     """Every option that -h shows stands in this file, outside this test."""
     source = Path(__file__).read_text()
-    for script in ("train.py", "explain.py", "infer.py", "bench.py"):
-        shown = run(HERE / script, "-h").stdout
+    for script in (
+        "train.py",
+        "explain.py",
+        "infer.py",
+        "al_loop.py",
+        "al_loop.py suggest",
+        "al_loop.py learn",
+        "bench.py",
+    ):
+        file, *command = script.split()
+        shown = run(HERE / file, *command, "-h").stdout
         for option in sorted(set(re.findall(r"--[a-z][a-z-]+", shown)) - {"--help"}):
             assert f'"{option}"' in source, f"{script} {option}"
 
@@ -2008,15 +2120,545 @@ def test_prediction_imports_no_more_than_it_needs(tmp_path, phantom_run):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# al_loop.py: k-center
+
+
+def brute_k_center(points, k, centers):
+    """The definition, in float64, from the full table of distances."""
+    points, taken = points.double(), []
+    if centers is None or not len(centers):
+        if k == 0:
+            return [], None
+        taken = [int((points - points.mean(0)).square().sum(1).argmin())]
+        centers = points[taken]
+    nearest = (points[:, None] - centers.double()[None]).square().sum(2).amin(1)
+    while len(taken) < k:
+        left = nearest.clone()
+        left[taken] = -1
+        taken.append(int(left.argmax()))
+        nearest = torch.minimum(nearest, (points - points[taken[-1]]).square().sum(1))
+    return taken, float(nearest.amax()) ** 0.5
+
+
+def test_k_center_is_the_brute_force_choice_on_hundreds_of_sets_with_duplicates():
+    generator = torch.Generator().manual_seed(0)
+
+    def below(n):
+        return int(torch.randint(n, (1,), generator=generator))
+
+    for trial in range(400):
+        n, d = 1 + below(300), 1 + below(5)
+        points = torch.randint(0, 4 if trial % 2 else 1000, (n, d), generator=generator).float()  # ties, exact copies
+        centers = None if trial % 3 == 0 else torch.randint(0, 4, (below(5), d), generator=generator).float()
+        k = below(n + 1)
+        picks, radius = al_loop.k_center_greedy(points, k, centers)
+        expected, expected_radius = brute_k_center(points, k, centers)
+        assert picks.tolist() == expected, trial
+        assert expected_radius is None or radius == pytest.approx(expected_radius, rel=1e-5), trial
+        if k:
+            plain, plain_radius = al_loop.k_center_greedy_plain(points, k, centers)
+            assert plain.tolist() == expected
+            assert plain_radius == pytest.approx(radius, rel=1e-6)
+
+
+def test_k_center_on_floats_equals_the_plain_algorithm_and_repeats_itself():
+    for seed, shape in ((0, (3000, 64)), (1, (2000, 3)), (2, (1500, 300))):
+        x = torch.randn(shape, generator=torch.Generator().manual_seed(seed)) + 100  # far from the origin: rounding
+        picks, radius = al_loop.k_center_greedy(x, 150, x[:7] + 0.01)
+        plain, plain_radius = al_loop.k_center_greedy_plain(x, 150, x[:7] + 0.01)
+        assert torch.equal(picks, plain)
+        assert radius == plain_radius
+        assert torch.equal(picks, al_loop.k_center_greedy(x, 150, x[:7] + 0.01)[0])
+
+
+def test_k_center_on_awkward_sets():
+    k_center = al_loop.k_center_greedy
+    same = torch.full((500, 8), 0.1)
+    picks, radius = k_center(same, 500)  # one point, 500 times
+    assert picks.tolist() == list(range(500))
+    assert radius == 0
+    assert k_center(same, 3, same[:1])[0].tolist() == [0, 1, 2]
+    corners = torch.eye(400)  # everyone as far from everyone: ties beyond the work set
+    assert k_center(corners, 400, corners[:1])[0].tolist() == [*range(1, 400), 0]
+    assert k_center(torch.zeros(0, 4), 0) == (pytest.approx([]), 0.0) or len(k_center(torch.zeros(0, 4), 0)[0]) == 0
+    near = torch.tensor([[1000.0, 1000.0], [1000.0001, 1000.0], [1000.0, 1000.0]])
+    assert sorted(k_center(near, 3)[0].tolist()) == [0, 1, 2]
+    for k in (-1, 5):
+        with pytest.raises(ValueError, match="of 4 points"):
+            k_center(torch.rand(4, 2), k)
+    with pytest.raises(ValueError, match="NaN"):
+        k_center(torch.tensor([[0.0], [math.nan]]), 1)
+    doubles = torch.rand(50, 3, dtype=torch.double)
+    assert k_center(doubles, 5)[0].tolist() == brute_k_center(doubles, 5, None)[0]
+
+
+def test_k_center_needs_little_memory():
+    """At 40,000 x 256 (41 MB): a table of all pairs would be 6.4 GB, one of all points against the picks 16 MB."""
+    code = (
+        "import resource, torch, al_loop; x = torch.randn(40_000, 256, generator=torch.Generator().manual_seed(0));"
+        "al_loop.k_center_greedy(x[:300], 5); before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss;"
+        "al_loop.k_center_greedy(x, 100);"
+        "print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)"
+    )
+    assert float(run("-c", code).stdout) < 60
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# al_loop.py: strategies
+
+
+def toy_context(**more):
+    """Six images: two near each other and labelled; one sure and far; two unsure; a copy of a labelled one."""
+    embeddings = torch.tensor([[0.0, 1.0], [0.1, 1.0], [9.0, 0.0], [1.0, 2.0], [1.0, 2.5], [0.0, 1.0]])
+    positive = torch.tensor([0.0, 0.1, 0.99, 0.5, 0.35, 0.02])
+    return al_loop.Context(
+        embeddings,
+        torch.stack([1 - positive, positive], 1),
+        torch.tensor([0, 1]),
+        torch.tensor([2, 3, 4, 5]),
+        torch.Generator().manual_seed(0),
+        **more,
+    )
+
+
+def test_each_strategy_chooses_what_it_should_on_a_toy_pool():
+    context = toy_context()
+    assert al_loop.query_entropy(context, 2).tolist() == [3, 4]
+    assert al_loop.query_coreset(context, 3).tolist() == [2, 4, 3]
+    assert sorted(al_loop.query_random(context, 4).tolist()) == [2, 3, 4, 5]
+    # gradient: (p - one-hot) x embedding; by hand: 2 -> 0.01 * 9, 3 -> 0.5 * 2.2, 4 -> 0.35 * 2.7, 5 -> 0.02 * 1
+    assert al_loop.query_badge(context, 1).tolist() == [3]
+    opinions = torch.tensor([[0.5, 0.5, 0.9, 0.5, 0.2, 0.0], [0.5, 0.5, 0.9, 0.5, 0.8, 0.0]])
+    members = torch.stack([1 - opinions, opinions], 2)
+    assert al_loop.query_committee(toy_context(members=members), 1).tolist() == [4]  # 3 is unsure, but all agree
+    assert al_loop.query_bald(toy_context(sampled=members), 1).tolist() == [4]
+
+
+def test_typiclust_takes_the_typical_image_of_the_largest_cluster_without_a_label():
+    generator = torch.Generator().manual_seed(0)
+    angle = torch.cat(
+        [
+            0.0 + 0.02 * torch.randn(30, generator=generator),
+            1.5 + 0.02 * torch.randn(20, generator=generator),
+            3.0 + 0.02 * torch.randn(10, generator=generator),
+        ]
+    )
+    context = al_loop.Context(
+        torch.stack([angle.cos(), angle.sin()], 1), None, torch.tensor([0]), torch.arange(1, 60), generator
+    )  # fmt: skip
+    picks = al_loop.query_typiclust(context, 2).tolist()
+    assert 30 <= picks[0] < 50  # the cluster of 30 has a label
+    assert 50 <= picks[1] < 60
+    middle = angle[30:50].median()
+    assert (angle[picks[0]] - middle).abs() < 0.02
+    none = al_loop.Context(context.embeddings, None, torch.empty(0, dtype=torch.long), torch.arange(60), generator)
+    first = al_loop.query_typiclust(none, 3).tolist()
+    assert sorted(i // 10 for i in first)[-1] == 5  # a cold start: one of each cluster
+    assert len({0 if i < 30 else 1 if i < 50 else 2 for i in first}) == 3
+
+
+def test_mutual_information_is_the_mean_divergence_from_the_consensus():
+    p = torch.rand(5, 40, 3, generator=torch.Generator().manual_seed(0)).softmax(2)
+    mean = p.mean(0, keepdim=True)
+    divergence = (p * (p / mean).log()).sum(2).mean(0)
+    torch.testing.assert_close(al_loop.mutual_information(p), divergence, atol=1e-6, rtol=1e-4)
+
+
+def test_monte_carlo_dropout_is_dropout():
+    torch.manual_seed(0)
+    member = models.CNet("small_cnn", 2, 1, dropout=0.4).eval()
+    torch.nn.init.normal_(member.head.weight)
+    x = torch.rand(6, member.width)
+    ours = al_loop.sample_dropout(member, x, torch.Generator().manual_seed(0), 4000)
+    with torch.no_grad():
+        member.dropout.train()
+        theirs = torch.stack([models.to_probabilities(member.classify(x)) for _ in range(4000)])
+    torch.testing.assert_close(ours.mean(0), theirs.mean(0), atol=0.02, rtol=0)
+    torch.testing.assert_close(ours.std(0), theirs.std(0), atol=0.02, rtol=0)
+
+
+@pytest.mark.parametrize("classes", [2, 5])
+def test_badge_measures_the_gradients_of_the_last_layer(classes):
+    """Squared distances against those of the gradients that autograd gives for the predicted label."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(12, 7, generator=generator)
+    weight = torch.randn(classes, 7, generator=generator, requires_grad=True)
+    logits = x @ weight.T
+    gradients = []
+    for z in logits:
+        loss = F.cross_entropy(z[None], z.argmax()[None])
+        gradients.append(torch.autograd.grad(loss, weight, retain_graph=True)[0].flatten())
+    gradients = torch.stack(gradients)
+    seen = {}
+
+    def record(distance_to, first, k, generator):
+        seen.update(distances=torch.stack([distance_to(i) for i in range(12)]), first=first)
+        return torch.arange(k)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(al_loop, "spread", record)
+        context = al_loop.Context(x, logits.detach().softmax(1), torch.empty(0).long(), torch.arange(12), generator)
+        al_loop.query_badge(context, 3)
+    torch.testing.assert_close(seen["distances"], torch.cdist(gradients, gradients).square(), atol=1e-4, rtol=1e-3)
+    assert seen["first"] == int(gradients.norm(dim=1).argmax())
+
+
+def test_spread_draws_by_squared_distance_and_never_twice():
+    x = torch.tensor([[0.0], [1.0], [3.0]])
+    generator = torch.Generator().manual_seed(0)
+
+    def distance_to(i):
+        return (x - x[i]).square().sum(1)
+
+    second = [int(al_loop.spread(distance_to, 0, 2, generator)[1]) for _ in range(4000)]
+    assert second.count(2) / 4000 == pytest.approx(0.9, abs=0.02)  # 9 : 1
+    copies = torch.zeros(6, 2)
+    picks = al_loop.spread(lambda i: (copies - copies[i]).square().sum(1), 2, 6, generator)
+    assert sorted(picks.tolist()) == list(range(6))
+
+
+def test_every_strategy_returns_distinct_unlabelled_images():
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(60, 9, generator=generator)
+    x[30:] = x[:30]  # exact copies
+    p = torch.rand(4, 60, 3, generator=generator).softmax(2)
+    labelled, unlabelled = torch.arange(0, 60, 4), torch.tensor([i for i in range(60) if i % 4])
+    for name, query in al_loop.STRATEGIES.items():
+        for k in (1, 7, len(unlabelled)):
+            context = al_loop.Context(x, p.mean(0), labelled, unlabelled, torch.Generator().manual_seed(k), p, p)
+            picks = query(context, k)
+            assert picks.dtype == torch.long, name
+            assert len(set(picks.tolist())) == k, name
+            assert set(picks.tolist()) <= set(unlabelled.tolist()), name
+            again = al_loop.Context(x, p.mean(0), labelled, unlabelled, torch.Generator().manual_seed(k), p, p)
+            assert torch.equal(query(again, k), picks), name
+
+
+def test_one_image_of_each_unlabelled_group_is_offered():
+    groups = torch.tensor([7, 3, 3, 7, 5, 5, 9])
+    assert al_loop.candidates(groups, torch.tensor([1]), 2).tolist() == [0, 4, 6]  # 2 shows what 1 shows
+    assert al_loop.candidates(groups, torch.tensor([1]), 4).tolist() == [0, 2, 3, 4, 5, 6]  # too few groups: all
+    assert al_loop.candidates(groups, torch.empty(0, dtype=torch.long), 3).tolist() == [0, 1, 4, 6]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# al_loop.py: what the chains show
+
+
+def test_labels_needed_are_read_off_the_curve():
+    labels = torch.tensor([20.0, 40.0, 80.0], dtype=torch.double)
+    curves = torch.tensor([[0.5, 0.7, 0.9], [0.8, 0.8, 0.8], [0.5, 0.6, 0.7], [0.5, 0.9, 0.6]], dtype=torch.double)
+    needed = al_loop.labels_to_reach(curves, labels, 0.8)
+    assert needed.tolist() == pytest.approx([60, 20, math.inf, 35])
+    assert al_loop.area(curves, labels).tolist() == pytest.approx(
+        [(0.6 * 20 + 0.8 * 40) / 60, 0.8, (0.55 * 20 + 0.65 * 40) / 60, (0.7 * 20 + 0.75 * 40) / 60]
+    )
+
+
+def test_the_verdict_tells_a_better_strategy_from_noise():
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(20, 200, 20).double()
+    rise = 0.9 - 0.3 * torch.exp(-labels / 60)
+    noise = 0.02 * torch.randn(5, 1, generator=generator, dtype=torch.double)  # shared by a pair: the seed's luck
+    curves = {
+        "random": rise + noise,
+        "better": 0.9 - 0.3 * torch.exp(-labels / 40) + noise + 0.002 * torch.randn(5, 9, generator=generator),
+        "same": rise + noise + 0.01 * torch.randn(5, 9, generator=generator),
+        "worse": rise - 0.05 + noise,
+    }
+    table = al_loop.compare(curves, torch.full((5,), 0.9, dtype=torch.double), labels)
+    assert "better: better than random" in al_loop.verdict("better", table["better"])
+    assert "no better than random" in al_loop.verdict("same", table["same"])
+    assert "WORSE" in al_loop.verdict("worse", table["worse"])
+    needed = table["better"]["needed"]["0.90"]
+    assert needed["low"] <= needed["ratio"] <= needed["high"] < 1
+    assert needed["ratio"] == pytest.approx(40 / 60, abs=0.1)
+    assert table["random"]["needed"]["0.95"]["ratio"] == 1
+    assert table["worse"]["needed"]["0.99"]["labels"] is None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# al_loop.py: the loop, as it is called
+
+LOOP = ["--size", "32", "--model", "small_cnn", "--weights", "none", "--epochs", "2", "--steps-per-epoch", "2"]
+LOOP += ["--batch", "8", "--lr", "3e-3", "--start", "8", "--query", "4", "--rounds", "2"]
+
+
+def loop(folder, *options, data_folder):
+    """One active-learning run in this process. Returns (al.json, what it printed)."""
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        al_loop.main(["--data", str(data_folder), "--positive", "malignant", *LOOP, "--runs", str(folder), "--cache", str(folder / "cache"), *options])  # fmt: skip
+    name = options[options.index("--name") + 1]
+    return json.loads((folder / name / "al.json").read_text()), out.getvalue()
+
+
+def without_times(report):
+    return json.loads(re.sub(r'"seconds": [\d.]+', '"seconds": 0', json.dumps(report)))
+
+
+def test_the_loop_reports_every_round_of_every_strategy(tmp_path, folders):
+    report, said = loop(tmp_path, "--strategies", "all", "--repeats", "2", "--name", "a", data_folder=folders)
+    assert report["labels"] == [8, 12, 16]
+    pool = {n for n, s in zip(*(lambda i: (i.names, i.splits))(quiet_load(folders, 32, positive="malignant")), strict=True) if s == "train"}  # fmt: skip
+    chains = {(c["strategy"], c["seed"]): c["rounds"] for c in report["chains"]}
+    assert set(chains) == {(s, r) for s in [*al_loop.STRATEGIES, "all"] for r in (0, 1)}
+    for (strategy, seed), rounds in chains.items():
+        picked = [name for r in rounds for name in r["picks"]]
+        assert len(set(picked)) == len(picked) == rounds[-1]["labels"]
+        assert set(picked) <= pool  # never the test split
+        if strategy != "all":
+            assert rounds[0]["picks"] == chains["random", seed][0]["picks"]  # the same start set ...
+            assert rounds[0]["auc"] == chains["random", seed][0]["auc"]  # ... and the same training on it
+    assert chains["random", 0][0]["picks"] != chains["random", 1][0]["picks"]
+    assert len(chains["all", 0][0]["picks"]) == len(pool)
+    assert set(report["table"]) == set(al_loop.STRATEGIES)
+    assert len(report["words"]) == 6
+    assert "labels needed" in said
+    assert Image.open(tmp_path / "a" / "curves.png").size == (1040, 40 + 7 * 400 + 24)
+    assert all("iou" in r for rounds in chains.values() for r in rounds)
+
+
+def test_the_labels_of_the_pool_stay_hidden_until_they_are_bought(tmp_path, folders, monkeypatch):
+    """Every label and box that was never bought is changed: not one pick and not one result may differ."""
+    options = ("--strategies", "coreset,badge,committee", "--committee", "2", "--distill", "pool")
+    first, _ = loop(tmp_path, *options, "--name", "a", data_folder=folders)
+    bought = {(c["strategy"], name) for c in first["chains"] for r in c["rounds"] for name in r["picks"]}
+    original, seen = train.train_model, []
+
+    def watched(images, rows, *more, **options):
+        known = torch.zeros(len(images), dtype=torch.bool)
+        known[rows] = True
+        assert (images.labels[~known] == -1).all()
+        assert images.boxes[~known].isnan().all()
+        assert images.masks is None
+        seen.append(int(known.sum()))
+        return original(images, rows, *more, **options)
+
+    monkeypatch.setattr(train, "train_model", watched)
+    honest = train.load_images
+
+    def poisoned(args, log=print):
+        images = honest(args, log)
+        rest = [i for i in images.rows("train").tolist() if not any((s, images.names[i]) in bought for s in STRATEGY)]
+        assert rest
+        images.labels[rest] = 1 - images.labels[rest]
+        images.boxes[rest] = torch.tensor([0.0, 0.0, 0.1, 0.1])
+        return images
+
+    for name in ("coreset", "badge", "committee"):
+        STRATEGY = {name, "random"}
+        monkeypatch.setattr(train, "load_images", poisoned)
+        second, _ = loop(tmp_path, *options[:1], name, *options[2:], "--name", f"b-{name}", data_folder=folders)
+        for report in (first, second):
+            report["picked"] = {c["strategy"]: without_times(c) for c in report["chains"]}
+        assert second["picked"][name] == first["picked"][name]
+        assert second["picked"]["all"] != first["picked"]["all"]  # where the labels are bought, they count
+    assert {8, 12, 16} < set(seen)
+
+
+def test_a_killed_loop_ends_with_the_same_result(tmp_path, folders):
+    command = [HERE / "al_loop.py", "--data", folders, "--positive", "malignant", *LOOP, "--strategies", "coreset"]
+    command += ["--distill", "labelled", "--warm-start", "--runs", tmp_path, "--cache", tmp_path / "cache", "--name"]
+    assert run(*command, "whole").returncode == 0
+    environment = {**os.environ, "OMP_NUM_THREADS": "2"}  # that of run: sums depend on the number of threads
+    process = subprocess.Popen(
+        list(map(str, [sys.executable, *command, "killed"])), stdout=subprocess.PIPE, text=True, env=environment
+    )
+    for line in process.stdout:
+        if re.match(r"coreset +seed 0 +12 labels", line):
+            process.kill()
+            break
+    process.wait()
+    process.stdout.close()
+    assert not (tmp_path / "killed" / "al.json").exists()
+    result = run(HERE / "al_loop.py", "--resume", tmp_path / "killed")
+    assert result.returncode == 0, result.stderr
+    assert " 8 labels" not in result.stdout  # what was done is not done again
+    whole, resumed = (json.loads((tmp_path / n / "al.json").read_text())["chains"] for n in ("whole", "killed"))
+    assert without_times(resumed) == without_times(whole)
+
+
+def test_workers_give_the_result_of_one(tmp_path, folders):
+    one, _ = loop(tmp_path, "--strategies", "entropy", "--name", "one", "--nets", "cnet", data_folder=folders)
+    command = ["--data", folders, "--positive", "malignant", *LOOP, "--strategies", "entropy", "--nets", "cnet"]
+    result = run(HERE / "al_loop.py", *command, "--runs", tmp_path, "--name", "two", "--workers", "2", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    two = json.loads((tmp_path / "two" / "al.json").read_text())
+    picks = [{c["strategy"]: [r["picks"] for r in c["rounds"]] for c in report["chains"]} for report in (one, two)]
+    assert picks[0]["random"] == picks[1]["random"]
+    assert picks[0]["all"] == picks[1]["all"]
+    assert {c["strategy"] for c in two["chains"]} == {"all", "random", "entropy"}
+
+
+def test_warm_start_and_cold_start(tmp_path, folders):
+    options = ("--strategies", "random", "--nets", "cnet", "--start-by", "typiclust", "--ignore-groups")
+    cold, _ = loop(tmp_path, *options, "--name", "cold", data_folder=folders)
+    warm, _ = loop(tmp_path, *options, "--warm-start", "--name", "warm", data_folder=folders)
+    by_chance, _ = loop(tmp_path, *options[:4], "--name", "chance", data_folder=folders)
+    first, second = ({c["strategy"]: c["rounds"] for c in r["chains"]}["random"] for r in (cold, warm))
+    assert first[0]["picks"] == second[0]["picks"] != {c["strategy"]: c["rounds"] for c in by_chance["chains"]}["random"][0]["picks"]  # fmt: skip
+    assert first[0]["auc"] == second[0]["auc"]
+    assert [r["auc"] for r in first[1:]] != [r["auc"] for r in second[1:]]
+
+
+def test_what_the_loop_refuses(folders):
+    for options, why in [
+        (["--strategies", "coreset,luck"], "--strategies luck: no such strategy"),
+        (["--start", "500"], "more than the pool"),
+        (["--query", "0"], "--query 0: at least 1"),
+        (["--committee", "1"], "--committee 1: at least 2"),
+        (["--folds", "3"], "--folds"),
+    ]:
+        result = run(HERE / "al_loop.py", "--data", folders, "--positive", "malignant", *LOOP, *options)
+        assert why in error_of(result)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# al_loop.py: a person in the loop
+
+
+@pytest.fixture(scope="module")
+def helper(tmp_path_factory, folders):
+    """A small model of `folders`, and a pool of new images."""
+    folder = tmp_path_factory.mktemp("helper")
+    quick(folder, "--positive", "malignant", "--name", "m", data_folder=folders)
+    pool = folder / "pool"
+    pool.mkdir()
+    for i in range(14):
+        image = picture(70, 50, 1000 + i)
+        ImageDraw.Draw(image).ellipse([20, 10, 44, 34], fill=250 if i % 2 else 5)
+        image.save(pool / f"new {i}.png")
+    Image.open(pool / "new 3.png").save(pool / "copy of 3.png")
+    Image.open(folders / "benign" / "benign (1).png").save(pool / "old.png")
+    return folder
+
+
+def suggestion(helper, out, *options):
+    result = run(HERE / "al_loop.py", "suggest", "--model", helper / "m", "--pool", helper / "pool", "--query", "5", "--out", out, "--cache", helper / "cache", "--device", "cpu", *options)  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    with open(out / "to_label.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.mark.parametrize("strategy", list(al_loop.STRATEGIES))
+def test_suggest_lists_what_to_label(tmp_path, helper, folders, strategy):
+    if strategy == "committee":
+        result = run(HERE / "al_loop.py", "suggest", "--model", helper / "m", "--pool", helper / "pool", "--strategy", strategy, "--query", "3", "--out", tmp_path)  # fmt: skip
+        assert "a committee needs members" in error_of(result)
+        return
+    rows = suggestion(helper, tmp_path / "out", "--strategy", strategy, "--seed", "4", "--labelled", folders)
+    names = [Path(r["image"]).name for r in rows]
+    assert len(set(names)) == 5
+    assert "old.png" not in names  # shows what a labelled image shows
+    assert not {"new 3.png", "copy of 3.png"} <= set(names)
+    detector = infer.BreastCancerDetector(helper / "m" / "model.pt", "cpu", tta=1)
+    for number, row in enumerate(rows, 1):
+        answer = detector.predict(row["image"])
+        assert row["number"] == str(number)
+        assert row["suggested_label"] == answer["prediction"]
+        assert float(row["probability"]) == pytest.approx(answer["probability"], abs=6e-4)
+        assert [float(v) for v in row["suggested_box"].split()] == pytest.approx(answer["box"], abs=0.51)
+        assert row["label"] == row["box"] == ""
+    assert Image.open(tmp_path / "out" / "to_label.png").width > 800
+
+
+def fill_in(path, rows, **columns):
+    """Write a person's answers: the truth (bright is malignant), and a box for every other image."""
+    rows = [dict(r) for r in rows]
+    for i, row in enumerate(rows):
+        bright = np.asarray(Image.open(row["image"]))[22, 32] > 128
+        row["label"] = "malignant" if bright else "Benign"  # a part of "benign+normal", in any case
+        row["box"] = "20 10 45 35" if i % 2 else ""
+        for name, values in columns.items():
+            row[name] = values.get(i, row[name])
+    with open(path, "w", newline="") as file:
+        writer = csv.DictWriter(file, al_loop.HEADER)
+        writer.writeheader()
+        writer.writerows(rows)
+    return path
+
+
+def test_learn_trains_with_the_answers_and_says_what_changed(tmp_path, helper, folders):
+    rows = suggestion(helper, tmp_path / "out")
+    answers = fill_in(tmp_path / "out" / "to_label.csv", rows)
+    written = answers.read_bytes()
+    command = ["--labels", answers, "--data", folders, "--positive", "malignant", *TINY, "--runs", tmp_path]
+    result = run(HERE / "al_loop.py", "learn", *command, "--name", "l", "--cache", tmp_path / "c")
+    assert result.returncode == 0, result.stderr
+    assert answers.read_bytes() == written
+    change = json.loads((tmp_path / "l" / "change.json").read_text())
+    before, after = (torch.load(tmp_path / "l" / part / "test.pt", weights_only=True) for part in ("before", "after"))
+    assert torch.equal(before["rows"], after["rows"])
+    images = quiet_load(folders, 32, positive="malignant")
+    assert before["rows"].tolist() == images.rows("test").tolist()
+    area = [float(metrics.evaluate(r["probabilities"], images.labels[r["rows"]])["auc"]) for r in (before, after)]
+    assert change["test"]["auc"]["value"] == pytest.approx(area[1] - area[0])
+    assert change["test"]["auc"]["low"] <= change["test"]["auc"]["value"] <= change["test"]["auc"]["high"]
+    assert change["righted"] <= change["flipped"]
+    count = int(re.search(r"(\d+) answers", result.stdout)[1])
+    assert f"before: {len(images.rows('train'))} training images" in result.stdout
+    assert f"after: {len(images.rows('train')) + count} training images" in result.stdout
+    assert models.load(tmp_path / "l" / "after").info["classes"] == ["benign+normal", "malignant"]
+    again = run(
+        HERE / "al_loop.py", "suggest", "--model", helper / "m", "--pool", helper / "pool", "--out", answers.parent
+    )
+    assert "may have answers" in error_of(again)
+    assert answers.read_bytes() == written
+    # what was answered is not asked again
+    more = suggestion(helper, tmp_path / "more", "--labelled", answers)
+    assert not {r["image"] for r in more} & {r["image"] for r in rows}
+
+
+def test_learn_names_the_row_that_it_can_not_use(tmp_path, helper, folders):
+    rows = suggestion(helper, tmp_path / "out")
+    base = ["--data", folders, "--positive", "malignant", *TINY, "--runs", tmp_path, "--cache", tmp_path / "c"]
+    for columns, why in [
+        ({"label": {2: ""}, "box": {2: ""}}, "no label in 1 rows (4)"),
+        ({"label": {1: ""}}, "row 3"),
+        ({"label": {0: "cancer?"}}, "row 2"),
+        ({"image": {4: str(tmp_path / "gone.png")}}, "row 6 (gone.png): the image is not there any more"),
+        ({"box": {3: "1 2 3"}}, "line 5: box '1 2 3'"),
+    ]:
+        answers = fill_in(tmp_path / "answers.csv", rows)
+        if "image" not in columns:
+            fill_in(answers, rows, **columns)
+        else:
+            answers.write_text(answers.read_text().replace(rows[4]["image"], columns["image"][4]))
+        assert why in error_of(run(HERE / "al_loop.py", "learn", "--labels", answers, *base))
+    images = quiet_load(folders, 32, positive="malignant")
+    fill_in(answers, rows, label={2: ""}, box={2: ""})
+    entries = al_loop.read_answers(answers, images.classes, partial=True)
+    assert len(entries) == 4
+    assert "give the filled-in to_label.csv" in error_of(run(HERE / "al_loop.py", "learn", *base))
+
+
+def test_an_answer_that_shows_a_test_image_is_left_out(tmp_path, folders, capsys):
+    images = quiet_load(folders, 32, positive="malignant")
+    args = train.parse(["--data", str(folders), *TINY, "--cache", str(tmp_path)])
+    test, known = (images.names[int(images.rows(s)[0])] for s in ("test", "train"))
+    Image.open(test).save(tmp_path / "copy.png")
+    picture(70, 50, 77).save(tmp_path / "new.png")
+    entries = [data.Entry(str(p), str(p), 1) for p in (tmp_path / "copy.png", known, tmp_path / "new.png")]
+    more, rows = al_loop.add_answers(images, entries, args)
+    assert [more.names[i] for i in rows] == [str(tmp_path / "new.png")]
+    assert more.labels[rows].tolist() == [1]
+    said = capsys.readouterr().out
+    assert "copy.png: it shows the same as an image of the validation or test split" in said
+    assert f"{known}: it has a label in --data" in said
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # bench.py
 
 
 def test_the_benchmark_prints_ours_the_floor_and_the_ratio(tmp_path):
     source = class_folders(tmp_path)
-    result = run(HERE / "bench.py", "--quick", "--runs", "1", "--device", "cpu", "--data", source)
+    options = ["--quick", "--runs", "1", "--device", "cpu", "--data", source, "--weights", "none"]
+    result = run(HERE / "bench.py", *options)
     assert result.returncode == 0, result.stderr
     assert "second start: 20 images" in result.stdout
-    for line in ("epoch, resnet18", "Grad-CAM, mobilenet_v2"):
+    for line in ("epoch, resnet18", "Grad-CAM, mobilenet_v2", "k-center, resnet18"):
         assert re.search(rf"{line}.*ours +\d+\.\d+ s   floor +\d+\.\d+ s   ratio \d+\.\d+", result.stdout)
 
 
