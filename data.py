@@ -823,6 +823,7 @@ def load(
     columns=None,
     cache="runs/cache",
     skip_bad=False,
+    split_by_image=False,
     seed=0,
     dummy_boxes=False,
     log=print,
@@ -830,7 +831,7 @@ def load(
     """Any data set as an ImageSet, split and grouped. See the top of the file for the layouts.
 
     source: a path, "breastmnist", or None for the phantoms. size: S in pixels. positive, drop: see resolve_classes.
-    channels: 1, 3, or None to look. equalise: CLAHE. columns: {"image": "image_id", "meta": ["age"], ...} for a CSV.
+    channels: 1, 3, or None to look. split_by_image: every image is a group of its own. equalise: CLAHE. columns: {"image": "image_id", "meta": ["age"], ...} for a CSV.
     dummy_boxes: give every image without a box the central placeholder box. Raises InputError."""
     if source is None or source == "phantoms":
         images = phantoms(size=size, seed=seed)
@@ -853,7 +854,12 @@ def load(
     words = [e.group or f"image {i}" for i, e in enumerate(entries)]
     groups = torch.from_numpy(np.unique(words, return_inverse=True)[1].reshape(-1))
     splits = [e.split for e in entries]
-    if len(entries) > MOST_COMPARED:
+    if split_by_image:
+        groups = torch.arange(len(entries))
+        log(
+            "SPLIT BY IMAGE: patients, lesions and near-duplicates may lie on both sides, so the result claims too much"
+        )
+    elif len(entries) > MOST_COMPARED:
         log(f"more than {MOST_COMPARED:,} images: near-duplicates are not looked for")
     elif not any(e.group for e in entries):  # a source that names patients or lesions knows better than a thumbnail
         pairs, similarity = near_duplicates(pixels)
@@ -985,16 +991,22 @@ DEPTH_GAIN = 0.35  # log, a smooth curve over depth: the scanner's time-gain com
 SPECKLE = 0.20  # standard deviation, multiplicative
 BLUR = 1.5  # sigma in pixels at 128 px, on a third of the images
 CUTOUT = 0.3  # side, on a third of the images
+STAIN = 0.2  # log of each stain's strength
+STAIN_SHIFT = 0.05  # of each stain's optical density
+# Optical density of haematoxylin, eosin and DAB in red, green and blue (Ruifrok & Johnston 2001)
+STAINS = F.normalize(torch.tensor([[0.65, 0.70, 0.29], [0.07, 0.99, 0.11], [0.27, 0.57, 0.78]]), dim=1)
 
 
 def augment(images, strength=1.0, boxes=None, regions=None, size=None, generator=None):
     """Augment a whole batch where it lies: (images float32 (N, C, size, size) in [0, 1], boxes (N, 4) or None).
 
     images: uint8 or float (N, C, S, S). regions: crop these squares first (see crop_regions). Flip, rotation, scale,
-    shift, elastic deformation and the crop are folded into ONE resampling; then gain, gamma, depth gain, speckle,
-    blur and cutout. Flips are left-right only: depth has a meaning in ultrasound. strength 0 only crops and resizes.
+    shift, elastic deformation and the crop are folded into ONE resampling; then come intensity, blur and cutout. Grey is
+    ultrasound, where depth has a meaning: flips are left-right only, and gain, gamma, depth gain and speckle vary.
+    Colour is a tissue slide or skin, which have no up: all eight flips and quarter turns, and the stains vary (Tellez
+    et al. 2018), which never turns a colour into one that the stains can't mix. strength 0 only crops and resizes.
     A box follows as the ellipse inscribed in it, which is what a lesion is, so that rotations don't inflate it."""
-    n, _c, _, side = images.shape
+    n, c, _, side = images.shape
     size = size or side
     device = images.device
     base = region_matrices(whole_regions(images) if regions is None else regions)
@@ -1004,6 +1016,8 @@ def augment(images, strength=1.0, boxes=None, regions=None, size=None, generator
     signed = (2 * u - 1) * strength
 
     angle, zoom = signed[:, 0] * math.radians(ROTATE), torch.exp(signed[:, 1] * SCALE)
+    if c == 3:
+        angle = angle + (u[:, 19] * 4).floor() * (math.pi / 2)
     flip = torch.where(u[:, 2] < 0.5, -1.0, 1.0)
     cos, sin = angle.cos() * zoom, angle.sin() * zoom
     turn = torch.stack([torch.stack([cos * flip, -sin], 1), torch.stack([sin * flip, cos], 1)], 1)
@@ -1014,10 +1028,13 @@ def augment(images, strength=1.0, boxes=None, regions=None, size=None, generator
     displacement = (basis @ lattice @ basis.T).permute(0, 2, 3, 1) * half[:, None, None, 0, 0, None]
     x = warp(images, matrices, size, displacement)
 
-    depth = spline_basis(size, 4, device) @ signed[:, 8:12, None] * DEPTH_GAIN + signed[:, None, 5:6] * GAIN
-    x = x.clamp_(min=1e-4).pow_(torch.exp(signed[:, 6] * GAMMA)[:, None, None, None]).mul_(depth.exp()[:, None])
-    sigma = u[:, 7, None, None, None] * (SPECKLE * strength)
-    x = x.addcmul_(x * torch.randn(n, 1, size, size, generator=generator, device=device), sigma).clamp_(0, 1)
+    if c == 3:
+        x = change_stains(x, torch.exp(signed[:, 5:8] * STAIN), signed[:, 8:11] * STAIN_SHIFT).clamp_(0, 1)
+    else:
+        depth = spline_basis(size, 4, device) @ signed[:, 8:12, None] * DEPTH_GAIN + signed[:, None, 5:6] * GAIN
+        x = x.clamp_(min=1e-4).pow_(torch.exp(signed[:, 6] * GAMMA)[:, None, None, None]).mul_(depth.exp()[:, None])
+        sigma = u[:, 7, None, None, None] * (SPECKLE * strength)
+        x = x.addcmul_(x * torch.randn(n, 1, size, size, generator=generator, device=device), sigma).clamp_(0, 1)
     chosen = torch.nonzero(u[:, 12] < strength / 3)[:, 0]
     if len(chosen):
         x[chosen] = blur(x[chosen], u[chosen, 13] * BLUR * strength * size / 128)
@@ -1027,6 +1044,15 @@ def augment(images, strength=1.0, boxes=None, regions=None, size=None, generator
     hole = inside[:, 1, :, None] & inside[:, 0, None, :]
     x = torch.where(hole[:, None], x.mean((2, 3), keepdim=True), x)
     return x, None if boxes is None else move_boxes(boxes, matrices)
+
+
+def change_stains(images, scale, shift):
+    """Colours (N, 3, H, W) in [0, 1] whose stains, unmixed in optical density, are scaled and shifted, each (N, 3)."""
+    stains = STAINS.to(images.device)
+    mix = torch.linalg.inv(stains) @ (scale[:, :, None] * stains)  # unmix, scale and mix again is one 3 x 3 product
+    density = -images.clamp(min=1 / 255).log().flatten(2)
+    changed = mix.mT @ density + (shift @ stains)[:, :, None]
+    return torch.exp(-changed).view_as(images)
 
 
 def move_boxes(boxes, matrices):

@@ -12,7 +12,6 @@ views at once (test-time augmentation); the mean is calibrated and held against 
 the threshold, or where members and views disagree, is to be referred to a radiologist."""
 
 import argparse
-import functools
 import json
 import math
 import os
@@ -65,15 +64,18 @@ def tta_views(images, regions=None, size=None, views=5):
 
 class BreastCancerDetector:
     """A model file, ready to predict. model: path, or None for the newest under runs/. device: auto, cpu, cuda.
-    tta: number of views, 1 to 8. Raises InputError if the file is missing, damaged, or no model."""
+    tta: number of views, 1 to 8. scales: of the resolution that C-Net sees, every view at each (multi-scale inference).
+    Raises InputError if the file is missing, damaged, or no model."""
 
-    def __init__(self, model=None, device="auto", tta=5):
+    def __init__(self, model=None, device="auto", tta=5, scales=(1.0,)):
         if not 1 <= tta <= len(VIEWS):
             raise InputError(f"--tta {tta}: give 1 to {len(VIEWS)} views")
+        if not scales or not all(0.25 <= s <= 4 for s in scales):
+            raise InputError(f"--scales {' '.join(f'{s:g}' for s in scales)}: give one or more of 0.25 to 4")
         self.path = Path(model) if model else newest_model()
         self.device = choose_device(device)
         self.model = load_classifier(self.path, self.device)
-        self.tta = tta
+        self.tta, self.scales = tta, scales
         self.info = self.model.info
 
     def predict(self, images, meta=None):
@@ -127,8 +129,14 @@ class BreastCancerDetector:
             raise InputError("--meta: this model was trained on images alone")
 
         boxes = self.model.locate(pixels)
-        look = functools.partial(tta_views, views=self.tta)
-        opinions = self.model.member_probabilities(pixels, boxes, patient, look).unflatten(1, (self.tta, len(good)))
+        opinions = []
+        for scale in self.scales:
+
+            def look(x, regions, size, scale=scale):
+                return tta_views(x, regions, round(size * scale), self.tta)
+
+            opinions.append(self.model.member_probabilities(pixels, boxes, patient, look))
+        opinions = torch.cat([o.unflatten(1, (self.tta, len(good))) for o in opinions], 1)
         probabilities = self.model.combine(opinions.mean(1)).cpu()
         uncertainty = disagreement(opinions.flatten(0, 1)).cpu()
         for k, i in enumerate(good):
@@ -233,6 +241,9 @@ def main(argv=None):
     p.add_argument("--model", help="model file; default: the newest under runs/")
     p.add_argument("--tta", type=int, default=5, help=f"views of each image, 1 to {len(VIEWS)}")
     p.add_argument(
+        "--scales", nargs="+", type=float, default=[1.0], metavar="S", help="resolutions of each view, 1 = as trained"
+    )
+    p.add_argument(
         "--meta", metavar="A=X,B=Y", help="patient data for a model trained with it, as in age=55,sex=female"
     )
     p.add_argument("--json", action="store_true", help="one JSON object a line on stdout, nothing else")
@@ -241,7 +252,7 @@ def main(argv=None):
     args = p.parse_args(argv)
     meta = parse_meta(args.meta)
 
-    detector = BreastCancerDetector(args.model, args.device, args.tta)
+    detector = BreastCancerDetector(args.model, args.device, args.tta, args.scales)
     files = collect(args.images)
     if not args.json:
         print(detector.describe())

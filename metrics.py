@@ -44,6 +44,16 @@ def threshold_for_sensitivity(scores, labels, target):
     return float(positive[max(0, math.ceil(target * len(positive) - 1e-9) - 1)])
 
 
+def threshold_for_balance(scores, labels):
+    """The threshold t at which `score >= t` has the best mean of sensitivity and specificity (Youden 1950), half way to
+    the next lower score, so that it is not one image's own."""
+    values = torch.unique(scores)
+    fpr, tpr = roc_curve(scores, labels)
+    best = int((tpr - fpr)[1:].argmax()) + 1  # as many scores lie at or above the threshold
+    values = values.flip(0)
+    return float(values[best - 1] + values[min(best, len(values) - 1)]) / 2
+
+
 def confusion(predicted, labels, classes):
     """(K, K) counts: row = truth, column = prediction."""
     return torch.bincount(labels * classes + predicted, minlength=classes**2).reshape(classes, classes)

@@ -23,6 +23,7 @@ from torch import nn
 from data import InputError, crop, crop_regions, to_float
 
 BACKBONES = [
+    "none",
     "small_cnn",
     "resnet18",
     "resnet34",
@@ -63,12 +64,21 @@ def small_cnn():
     return nn.Sequential(stem, *(SeparableBlock(*w) for w in widths))
 
 
+class Blind(nn.Module):
+    """Sees nothing: maps of no channels. What is left of C-Net then is its metadata branch."""
+
+    def forward(self, x):
+        return x[:, :0]
+
+
 def build_backbone(name, channels=3, weights="none"):
-    """(features, width): a Sequential from images (N, channels, S, S) to maps (N, width, s, s).
+    """(features, width): a Sequential from images (N, channels, S, S) to maps (N, width, s, s). "none" sees nothing.
 
     weights: "none", "imagenet" (torchvision downloads its own), or a file: a state_dict with torchvision's names."""
     if name not in BACKBONES:
         raise InputError(f"--model {name}: no such network (there are: {', '.join(BACKBONES)})")
+    if name == "none":
+        return nn.Sequential(Blind()), 0
     if name == "small_cnn":
         if weights == "imagenet":
             raise InputError(
@@ -167,13 +177,52 @@ def standardise(images, normalise):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Attention: what a network may put between backbone and pooling. All start as the identity, or close to it
+
+
+class SqueezeExcitation(nn.Module):
+    """A gate in (0, 2) for each channel, from the pooled map (Hu et al., Squeeze-and-Excitation Networks, 2018)."""
+
+    def __init__(self, width, reduction=16):
+        super().__init__()
+        self.gate = nn.Sequential(nn.Linear(width, width // reduction), nn.ReLU(), nn.Linear(width // reduction, width))
+        nn.init.zeros_(self.gate[-1].weight)
+        nn.init.zeros_(self.gate[-1].bias)
+
+    def forward(self, maps):
+        return maps * (2 * self.gate(maps.mean((2, 3))).sigmoid())[:, :, None, None]
+
+
+class AttentionCondenser(nn.Module):
+    """Attention over places and channels jointly, on a condensed map (Wong et al., TinySpeech, 2020; the Cancer-Net
+    family): condense by max-pooling, embed by a grouped and a pointwise convolution, expand to the full map again, and
+    weigh the input by that: V + s * V * sigmoid(A), s learnt."""
+
+    def __init__(self, width, reduction=8, groups=8):
+        super().__init__()
+        middle = max(groups, width // reduction // groups * groups)
+        self.embed = nn.Sequential(
+            nn.Conv2d(width, middle, 3, padding=1, groups=groups), nn.ReLU(), nn.Conv2d(middle, middle, 1), nn.ReLU()
+        )
+        self.expand = nn.Conv2d(middle, width, 1)
+        self.scale = nn.Parameter(torch.zeros(1))
+
+    def forward(self, maps):
+        condensed = F.max_pool2d(maps, 2, ceil_mode=True)
+        attention = F.interpolate(self.expand(self.embed(condensed)), size=maps.shape[-2:], mode="nearest")
+        return maps + self.scale * maps * attention.sigmoid()
+
+
+ATTENTION = {"none": nn.Identity, "se": SqueezeExcitation, "condenser": AttentionCondenser}
+
+# ---------------------------------------------------------------------------------------------------------------------
 # C-Net: benign or malignant?
 
 
 class CNet(nn.Module):
     """Classifier. Two classes: one logit (N, 1), of the positive class; K classes: K logits (N, K).
 
-    meta: number of metadata columns, 0 for images alone. roi: "none" if it was trained on whole images, "mask" or
+    meta: number of metadata columns, 0 for images alone. attention: of ATTENTION, before the pooling. roi: "none" if it was trained on whole images, "mask" or
     "dnet" if on crops. `config` holds the arguments that build it again."""
 
     def __init__(
@@ -185,9 +234,12 @@ class CNet(nn.Module):
         dropout=0.2,
         normalise="image",
         roi="none",
+        attention="none",
         weights="none",
     ):
         super().__init__()
+        if model == "none" and not meta:
+            raise InputError("--model none sees no image; it needs patient data, --meta-columns")
         self.config = {
             "model": model,
             "classes": classes,
@@ -196,8 +248,10 @@ class CNet(nn.Module):
             "dropout": dropout,
             "normalise": normalise,
             "roi": roi,
+            "attention": attention,
         }
         self.features, self.width = build_backbone(model, channels, weights)
+        self.attention = ATTENTION[attention](self.width)
         if meta:
             self.meta = nn.Sequential(nn.Linear(meta, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU())
             self.width += 32
@@ -211,7 +265,7 @@ class CNet(nn.Module):
 
     def pool(self, maps, meta=None):
         """The embedding (N, width) of feature maps (N, C, h, w)."""
-        x = maps.mean((2, 3))
+        x = self.attention(maps).mean((2, 3))
         if not self.config["meta"]:
             return x
         if meta is None:

@@ -13,6 +13,7 @@ validation, one run, the report, the folds."""
 import argparse
 import copy
 import dataclasses
+import importlib.util
 import itertools
 import json
 import math
@@ -31,6 +32,7 @@ import metrics
 import plots
 from data import InputError, augment, choose_device, crop_regions, load, partition, run_main
 from models import (
+    ATTENTION,
     BACKBONES,
     DISCLAIMER,
     CNet,
@@ -58,6 +60,9 @@ PHANTOM_DEFAULTS = {
     "lr": 3e-3,
     "augment": 0.5,
 }
+
+
+EVAL_BATCH = 64  # images a step when nothing is learnt
 
 
 class OptionFile(argparse.ArgumentParser):
@@ -98,6 +103,9 @@ def build_parser():
         help="start from imagenet (a download by torchvision), none, or a state_dict file",
     )
     g.add_argument("--dnet-design", choices=["votes", "pooled"], default="votes", help="D-Net head, see models.py")
+    g.add_argument(
+        "--attention", choices=list(ATTENTION), default="none", help="between C-Net's backbone and its pooling"
+    )
     g.add_argument("--dropout", type=float, default=0.2, help="before C-Net's last layer")
     g.add_argument(
         "--normalise",
@@ -121,6 +129,13 @@ def build_parser():
         default=0,
         metavar="N",
         help="an epoch is N steps, however many images there are; 0 = one pass over them",
+    )
+    g.add_argument(
+        "--eval-steps",
+        type=int,
+        default=0,
+        metavar="N",
+        help=f"validate an epoch on N batches of {EVAL_BATCH}, always the same; 0 = on all. Threshold and temperature see all",
     )
     g.add_argument(
         "--lr", type=float, default=3e-4, help="peak learning rate of AdamW: linear warm-up, then cosine to 0"
@@ -185,6 +200,12 @@ def build_parser():
         help="the whole with seeds SEED, SEED+1, ... on the same splits (with --folds: on new folds)",
     )
     g.add_argument(
+        "--threshold-by",
+        choices=["sensitivity", "balance"],
+        default="sensitivity",
+        help="chosen on validation: reach --target-sensitivity, or the best balanced accuracy",
+    )
+    g.add_argument(
         "--target-sensitivity",
         type=float,
         default=0.95,
@@ -195,6 +216,9 @@ def build_parser():
     g.add_argument("--name", help="of the run folder; default: from data and model")
     g.add_argument("--resume", metavar="DIR", help="go on with a run that was stopped, with its own options")
     g.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 ...")
+    g.add_argument(
+        "--tensorboard", action="store_true", help="write what log.jsonl holds for TensorBoard too, into the run folder"
+    )
     g.add_argument(
         "--save-seconds", type=float, default=30, help="least time between two saves of last.pt; 0 = every epoch"
     )
@@ -211,6 +235,11 @@ def add_data_arguments(p):
     g.add_argument("--drop-class", nargs="+", default=[], metavar="A", help="leave these classes out")
     g.add_argument("--channels", type=int, choices=[1, 3], help="grey or colour; default: look")
     g.add_argument("--clahe", action="store_true", help="even out the contrast of every image (CLAHE) when it is read")
+    g.add_argument(
+        "--split-by-image",
+        action="store_true",
+        help="forget patients, lesions and near-duplicates: only to show what such a split would wrongly claim",
+    )
     g.add_argument("--skip-bad", action="store_true", help="go on without images that can't be read")
     g.add_argument(
         "--dummy-boxes",
@@ -250,6 +279,7 @@ def parse(argv=None, parser=None):
         ("epochs", 1, 1e9),
         ("batch", 2, 1e9),
         ("steps_per_epoch", 0, 1e9),
+        ("eval_steps", 0, 1e9),
         ("alpha", 0, 1),
         ("distill_temperature", 0.01, 1e4),
         ("folds", 1, 1e9),
@@ -270,6 +300,10 @@ def parse(argv=None, parser=None):
             raise InputError(f"--pos-weight {args.pos_weight}: give auto, none, or a number") from None
     if args.roi not in ("none", "mask", "dnet", "none,mask", "none,dnet"):
         raise InputError(f"--roi {args.roi}: give none, mask, dnet, or none,dnet for a member on each")
+    if args.tensorboard and importlib.util.find_spec("tensorboard") is None:
+        raise InputError(
+            "--tensorboard: the package is not installed: pip install tensorboard; or leave it out, log.jsonl holds the same"
+        )
     if args.nets == "dnet" and args.roi != "none":
         raise InputError("--roi is what C-Net sees; with --nets dnet there is none")
     return args
@@ -297,6 +331,7 @@ def load_images(args, log=print):
         columns=columns,
         cache=args.cache,
         skip_bad=args.skip_bad,
+        split_by_image=args.split_by_image,
         seed=args.seed,
         dummy_boxes=args.dummy_boxes,
         log=log,
@@ -546,6 +581,11 @@ def fit(net, images, rows, loss_of, validate, args, *, name, folder, seed, regio
         best_epoch = max((h["epoch"] for h in history if h["best"]), default=0)
         return len(history) == args.epochs or 0 < args.patience <= len(history) - best_epoch
 
+    board = None
+    if args.tensorboard:
+        from torch.utils.tensorboard import SummaryWriter  # only here: a package that most do without
+
+        board = SummaryWriter(str(Path(folder) / "tensorboard"))
     first, saved_at, start = len(history), time.time(), time.time()
     while not over():
         epoch, began = len(history) + 1, time.time()
@@ -582,6 +622,10 @@ def fit(net, images, rows, loss_of, validate, args, *, name, folder, seed, regio
         )
         with open(log, "a") as file:
             file.write(json.dumps(history[-1]) + "\n")
+        if board:
+            for key, value in {"loss": loss, "lr": lr, **found}.items():
+                board.add_scalar(f"{name}/{key}", value, epoch)
+            board.flush()
         left = (time.time() - start) / (epoch - first) * (args.epochs - epoch)
         values = "  ".join(f"{k} {v:.3f}" for k, v in found.items()) + (" *" if score == best_score else "  ")
         print(f"{name:22s} epoch {epoch:3d}/{args.epochs}  loss {loss:.4f}  {values} {left:4.0f} s left", flush=True)
@@ -590,6 +634,8 @@ def fit(net, images, rows, loss_of, validate, args, *, name, folder, seed, regio
             saved_at = time.time()
         if Interrupt.asked and not over():
             raise Stopped
+    if board:
+        board.close()
     return best, history
 
 
@@ -598,7 +644,7 @@ def fit(net, images, rows, loss_of, validate, args, *, name, folder, seed, regio
 
 
 @torch.no_grad()
-def predict(model, images, rows, boxes=None, batch=64):
+def predict(model, images, rows, boxes=None, batch=EVAL_BATCH):
     """Members' probabilities (M, N, K) of the images in `rows`, on the CPU. boxes (all images, 4): the crops."""
     parts = []
     for index in rows.cpu().split(batch):
@@ -611,7 +657,7 @@ def predict(model, images, rows, boxes=None, batch=64):
 
 
 @torch.no_grad()
-def locate(model, images, rows, batch=64):
+def locate(model, images, rows, batch=EVAL_BATCH):
     """D-Net's boxes (N, 4) of the images in `rows`, on the CPU."""
     return torch.cat(
         [
@@ -632,15 +678,17 @@ def member_weights(probabilities, labels, steps=20):
     return votes.tolist()
 
 
-def calibrate(model, probabilities, labels, target_sensitivity):
+def calibrate(model, probabilities, labels, args):
     """Set votes, temperature and threshold of the model from validation alone. probabilities (M, N, K)."""
     model.weights = torch.tensor(member_weights(probabilities, labels), dtype=torch.float32)
     model.info["temperature"] = 1.0
     model.info["temperature"] = metrics.fit_temperature(model.combine(probabilities), labels)
     if len(model.info["classes"]) == 2:
-        model.info["threshold"] = metrics.threshold_for_sensitivity(
-            model.combine(probabilities)[:, 1], labels, target_sensitivity
-        )
+        scores = model.combine(probabilities)[:, 1]
+        if args.threshold_by == "balance":
+            model.info["threshold"] = metrics.threshold_for_balance(scores, labels)
+        else:
+            model.info["threshold"] = metrics.threshold_for_sensitivity(scores, labels, args.target_sensitivity)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -728,7 +776,7 @@ def train_model(images, train, val, args, folder, seed, teacher=None, unlabelled
     members, more = train_members(images, train, val, look, info, args, folder, seed, teacher, unlabelled, start)
     model = Ensemble(members, dnet=dnet, **info)
     if members and len(val):
-        calibrate(model, predict(model, images, val, look), images.labels[val], args.target_sensitivity)
+        calibrate(model, predict(model, images, val, look), images.labels[val], args)
     return model, look, histories + more
 
 
@@ -780,7 +828,7 @@ def train_dnet(images, train, val, info, args, folder, seed, start=None):
     """(D-Net, [its history]) from the images that have a box, or (None, []) where it is not wanted or can't be."""
     boxed, choose = images.boxes[:, 0].isfinite(), len(val) > 0
     train, val = train[boxed[train]], val[boxed[val]]
-    if args.nets == "cnet":
+    if args.nets == "cnet" or args.model == "none":
         return None, []
     if not len(train) or (choose and not len(val)):
         message = f"no boxes in the {'training' if not len(train) else 'validation'} images: D-Net can't be trained"
@@ -792,9 +840,11 @@ def train_dnet(images, train, val, info, args, folder, seed, start=None):
     def loss_of(net, x, boxes, rows):
         return detection_loss(net, x, boxes)
 
+    watched = eval_rows(val, args, seed)
+
     def validate(net):
-        found = locate(Ensemble([], dnet=net, **info), images, val)
-        iou = float(metrics.paired_iou(found, images.boxes[val]).mean())
+        found = locate(Ensemble([], dnet=net, **info), images, watched)
+        iou = float(metrics.paired_iou(found, images.boxes[watched]).mean())
         return {"score": [iou], "val_iou": iou}
 
     def build():
@@ -807,6 +857,14 @@ def train_dnet(images, train, val, info, args, folder, seed, start=None):
         build, images, train, loss_of, validate if choose else None, args, "dnet", folder, seed
     )
     return net, [history]
+
+
+def eval_rows(val, args, seed):
+    """The validation images that every epoch is judged by."""
+    if not args.eval_steps:
+        return val
+    order = torch.randperm(len(val), generator=torch.Generator().manual_seed(seed))
+    return val[order[: args.eval_steps * EVAL_BATCH]]
 
 
 def choose_look(images, train, boxes, args):
@@ -850,10 +908,12 @@ def train_members(images, train, val, look, info, args, folder, seed, teacher=No
             logits, labels[rows], teacher[rows], args.alpha, args.distill_temperature, weights, args.label_smoothing
         )
 
+    watched = eval_rows(val, args, seed)
+
     def validate(net):
-        p = predict(Ensemble([net], **info), images, val, look)[0]
-        area = float(metrics.evaluate(p, images.labels[val])["auc"])
-        nll = float(F.nll_loss((p + 1e-12).log(), images.labels[val]))
+        p = predict(Ensemble([net], **info), images, watched, look)[0]
+        area = float(metrics.evaluate(p, images.labels[watched])["auc"].nan_to_num(0.5))  # a part may lack a class
+        nll = float(F.nll_loss((p + 1e-12).log(), images.labels[watched]))
         return {"score": [area, -nll], "val_auc": area, "val_loss": nll}  # equal AUC: the better likelihood
 
     members, histories = [], []
@@ -863,7 +923,8 @@ def train_members(images, train, val, look, info, args, folder, seed, teacher=No
         def build(i=i, backbone=backbone, roi=roi):
             columns = 0 if meta is None else meta.shape[1]
             options = network_options(images, args)
-            net = CNet(backbone, classes, meta=columns, dropout=args.dropout, roi=roi, **options)
+            options |= {"meta": columns, "dropout": args.dropout, "attention": args.attention}
+            net = CNet(backbone, classes, roi=roi, **options)
             if start is not None:
                 net.load_state_dict(start.members[i].state_dict())
             return net
