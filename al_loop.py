@@ -611,7 +611,6 @@ def build_parser():
         default="none",
         help="self-distillation: the last round's C-Net teaches the next on the labelled images, or on the whole pool",
     )
-    g.add_argument("--workers", type=int, default=1, help="processes; each runs whole chains")
     return p
 
 
@@ -622,7 +621,7 @@ def parse(argv=None):
     for name in args.strategies:
         if name not in STRATEGIES:
             raise InputError(f"--strategies {name}: no such strategy (there are: {', '.join(STRATEGIES)})")
-    for name, least in (("start", 1), ("query", 1), ("rounds", 1), ("committee", 2), ("workers", 1)):
+    for name, least in (("start", 1), ("query", 1), ("rounds", 1), ("committee", 2)):
         if getattr(args, name) < least:
             raise InputError(f"--{name} {getattr(args, name)}: at least {least}")
     if args.folds > 1 or args.teacher or "mask" in args.roi:

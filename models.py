@@ -131,6 +131,26 @@ def fold_stem(features):
                 return
 
 
+def torchvision_state(name, features):
+    """The state of a backbone as a state_dict with torchvision's own names, which `load_weights` reads again. A grey stem
+    is given three channels that sum to it."""
+    prefixes = [f"features.{i}" for i in range(len(features))]
+    if name.startswith("resnet") or name == "densenet121":
+        import torchvision
+
+        with torch.device("meta"):
+            net = torchvision.models.get_model(name)
+        own = net if name.startswith("resnet") else net.features
+        prefixes = [n if own is net else f"features.{n}" for n, _ in own.named_children()]
+    state = {}
+    for prefix, part in zip(prefixes, features, strict=False):  # resnet's own has a pooling and a head more
+        state |= {f"{prefix}.{k}" if k else prefix: v.detach().cpu().clone() for k, v in part.state_dict().items()}
+    stem = next(k for k, v in state.items() if v.ndim == 4)
+    if state[stem].shape[1] == 1:
+        state[stem] = state[stem].repeat(1, 3, 1, 1) / 3
+    return state
+
+
 def load_weights(net, path):
     """Load a state_dict file into `net`, and say what did not fit. Raises InputError if nothing does."""
     state = read_checkpoint(path, f"--weights {path}")

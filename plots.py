@@ -48,9 +48,10 @@ def line_chart(
     diagonal=False,
     size=(520, 400),
     points=False,
+    lines=True,
     bands=None,
 ):
-    """series: {name: (xs, ys)}. Ranges default to the data's own. NaN breaks a line.
+    """series: {name: (xs, ys)}. Ranges default to the data's own. NaN breaks a line. points: dots too; lines: not only.
     bands: {name: (xs, lows, highs)}, shaded behind the line of that name."""
     width, height = size[0] * SCALE, size[1] * SCALE
     left, right, top, bottom = 70 * SCALE, 20 * SCALE, 40 * SCALE, 50 * SCALE
@@ -89,7 +90,8 @@ def line_chart(
     for i, (name, (xs, ys)) in enumerate(series.items()):
         colour = COLOURS[i % len(COLOURS)]
         dots = [place(x, y) for x, y in zip(xs, ys, strict=True) if np.isfinite(y)]
-        draw.line(dots, colour, 2 * SCALE, joint="curve")
+        if lines:
+            draw.line(dots, colour, 2 * SCALE, joint="curve")
         if points or len(dots) == 1:
             for x, y in dots:
                 draw.ellipse([x - 4 * SCALE, y - 4 * SCALE, x + 4 * SCALE, y + 4 * SCALE], fill=colour)

@@ -11,6 +11,7 @@ report.png and mistakes.png. The chapters: arguments, losses, one training loop 
 validation, one run, the report, the folds."""
 
 import argparse
+import contextlib
 import copy
 import dataclasses
 import importlib.util
@@ -19,9 +20,12 @@ import json
 import math
 import os
 import platform
+import shlex
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -62,6 +66,14 @@ PHANTOM_DEFAULTS = {
 }
 
 
+SEARCH_OVER = [
+    "lr=1e-4:3e-3",
+    "weight-decay=1e-3:0.1",
+    "size=64,96,128",
+    "augment=0:1.5",
+    "label-smoothing=0:0.2",
+    "dropout=0:0.5",
+]
 EVAL_BATCH = 64  # images a step when nothing is learnt
 
 
@@ -69,7 +81,7 @@ class OptionFile(argparse.ArgumentParser):
     """argparse, with @file: options as on the command line, over any number of lines, # starts a comment."""
 
     def convert_arg_line_to_args(self, line):
-        return line.split("#")[0].split()
+        return shlex.split(line, comments=True)
 
     def error(self, message):
         raise InputError(f"{message} (see -h)")
@@ -121,33 +133,13 @@ def build_parser():
     )
     g.add_argument("--margin", type=float, default=0.25, help="around the crop, as a share of the lesion's longer side")
     g = p.add_argument_group("learning")
-    g.add_argument("--epochs", type=int, default=30, help="passes over the training images, of each network")
-    g.add_argument("--batch", type=int, default=16, help="images a step")
-    g.add_argument(
-        "--steps-per-epoch",
-        type=int,
-        default=0,
-        metavar="N",
-        help="an epoch is N steps, however many images there are; 0 = one pass over them",
-    )
+    add_optimiser_arguments(g)
     g.add_argument(
         "--eval-steps",
         type=int,
         default=0,
         metavar="N",
         help=f"validate an epoch on N batches of {EVAL_BATCH}, always the same; 0 = on all. Threshold and temperature see all",
-    )
-    g.add_argument(
-        "--lr", type=float, default=3e-4, help="peak learning rate of AdamW: linear warm-up, then cosine to 0"
-    )
-    g.add_argument("--warmup", type=float, default=0.1, help="share of the steps")
-    g.add_argument("--weight-decay", type=float, default=0.02, help="on matrices, not on biases and norms")
-    g.add_argument("--clip", type=float, default=5.0, help="largest norm of the gradient")
-    g.add_argument(
-        "--augment",
-        type=float,
-        default=1.0,
-        help="strength of the augmentation, 0 = none (what 1 means stands in data.py)",
     )
     g.add_argument(
         "--label-smoothing", type=float, default=0.05, help="share of the label that is spread over the classes"
@@ -172,9 +164,22 @@ def build_parser():
         default=0,
         help="stop after so many epochs without a better validation; 0 = never: the cosine needs its end",
     )
+    g = p.add_argument_group("search")
     g.add_argument(
-        "--amp", choices=["auto", "on", "off"], default="auto", help="bfloat16 autocast; auto: on GPUs that have it"
+        "--search",
+        type=int,
+        default=0,
+        metavar="N",
+        help="try N random settings on folds of train and val, successive halving up to --epochs, and write best.args",
     )
+    g.add_argument(
+        "--search-over",
+        nargs="+",
+        default=SEARCH_OVER,
+        metavar="NAME=RANGE",
+        help="LOW:HIGH (by ratios where HIGH is 10 times LOW or more), or A,B,C",
+    )
+    g.add_argument("--search-folds", type=int, default=3, help="each setting is judged by its mean over so many folds")
     g = p.add_argument_group("distillation")
     g.add_argument(
         "--teacher",
@@ -211,18 +216,56 @@ def build_parser():
         default=0.95,
         help="the threshold is the largest that reaches it on validation",
     )
+    g.add_argument(
+        "--label-fraction",
+        type=float,
+        default=1.0,
+        help="learn from this share of the training split alone, drawn by the seed, no group divided",
+    )
+    add_run_arguments(p)
+    return p
+
+
+def add_optimiser_arguments(g):
+    g.add_argument("--epochs", type=int, default=30, help="passes over the training images, of each network")
+    g.add_argument("--batch", type=int, default=16, help="images a step")
+    g.add_argument(
+        "--steps-per-epoch",
+        type=int,
+        default=0,
+        metavar="N",
+        help="an epoch is N steps, however many images there are; 0 = one pass over them",
+    )
+    g.add_argument(
+        "--lr", type=float, default=3e-4, help="peak learning rate of AdamW: linear warm-up, then cosine to 0"
+    )
+    g.add_argument("--warmup", type=float, default=0.1, help="share of the steps")
+    g.add_argument("--weight-decay", type=float, default=0.02, help="on matrices, not on biases and norms")
+    g.add_argument("--clip", type=float, default=5.0, help="largest norm of the gradient")
+    g.add_argument(
+        "--augment",
+        type=float,
+        default=1.0,
+        help="strength of the augmentation, 0 = none (what 1 means stands in data.py)",
+    )
+    g.add_argument(
+        "--amp", choices=["auto", "on", "off"], default="auto", help="bfloat16 autocast; auto: on GPUs that have it"
+    )
+
+
+def add_run_arguments(p):
     g = p.add_argument_group("run")
     g.add_argument("--runs", default="runs", help="folder of the run folders")
     g.add_argument("--name", help="of the run folder; default: from data and model")
     g.add_argument("--resume", metavar="DIR", help="go on with a run that was stopped, with its own options")
     g.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 ...")
+    g.add_argument("--workers", type=int, default=1, help="processes of --search and of al_loop.py")
     g.add_argument(
         "--tensorboard", action="store_true", help="write what log.jsonl holds for TensorBoard too, into the run folder"
     )
     g.add_argument(
         "--save-seconds", type=float, default=30, help="least time between two saves of last.pt; 0 = every epoch"
     )
-    return p
 
 
 def add_data_arguments(p):
@@ -286,13 +329,23 @@ def parse(argv=None, parser=None):
         ("repeats", 1, 1e9),
         ("lr", 1e-12, 1e3),
         ("target_sensitivity", 0, 1),
+        ("label_fraction", 1e-6, 1),
+        ("search", 0, 1e6),
+        ("search_folds", 2, 1e3),
+        ("workers", 1, 1e3),
         ("label_smoothing", 0, 0.99),
         ("dropout", 0, 0.99),
         ("ema", 0, 0.99999),
         ("augment", 0, 3),
     ):
-        if not low <= getattr(args, name) <= high:
+        if name in args and not low <= getattr(args, name) <= high:
             raise InputError(f"--{name.replace('_', '-')} {getattr(args, name):g}: must lie in {low:g} ... {high:g}")
+    if args.tensorboard and importlib.util.find_spec("tensorboard") is None:
+        raise InputError(
+            "--tensorboard: the package is not installed: pip install tensorboard; or leave it out, log.jsonl holds the same"
+        )
+    if "pos_weight" not in args:  # pretrain.py: no labels, no heads
+        return args
     if args.pos_weight not in ("auto", "none"):
         try:
             float(args.pos_weight)
@@ -300,10 +353,6 @@ def parse(argv=None, parser=None):
             raise InputError(f"--pos-weight {args.pos_weight}: give auto, none, or a number") from None
     if args.roi not in ("none", "mask", "dnet", "none,mask", "none,dnet"):
         raise InputError(f"--roi {args.roi}: give none, mask, dnet, or none,dnet for a member on each")
-    if args.tensorboard and importlib.util.find_spec("tensorboard") is None:
-        raise InputError(
-            "--tensorboard: the package is not installed: pip install tensorboard; or leave it out, log.jsonl holds the same"
-        )
     if args.nets == "dnet" and args.roi != "none":
         raise InputError("--roi is what C-Net sees; with --nets dnet there is none")
     return args
@@ -1124,6 +1173,150 @@ def print_report(report):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Search: many settings for a short time, the better third for longer, and so on (successive halving, Jamieson &
+# Talwalkar 2016, over random settings, Bergstra & Bengio 2012). The test split is not touched
+
+HALVING = 3
+
+
+def search_ranges(args):
+    """{option: (low, high) or [choices]} from NAME=RANGE. InputError for an unknown name, or a range with nothing in it."""
+    ranges = {}
+    for text in args.search_over:
+        name, _, values = text.partition("=")
+        key = name.strip().replace("-", "_")
+        if not isinstance(getattr(args, key, None), (int, float)) or isinstance(getattr(args, key), bool):
+            raise InputError(f"--search-over {text}: no option --{name} that takes a number")
+        kind = type(getattr(args, key))
+        try:
+            found = [kind(float(v)) for v in values.replace(":", ",").split(",") if v.strip()]
+        except ValueError:
+            raise InputError(f"--search-over {text}: give LOW:HIGH or A,B,C in numbers") from None
+        if not found or (":" in values and not (len(found) == 2 and found[0] < found[1])):
+            raise InputError(f"--search-over {text}: an empty range; give LOW:HIGH with LOW < HIGH, or A,B,C")
+        ranges[key] = tuple(found) if ":" in values else found
+    return ranges
+
+
+def draw_setting(ranges, generator):
+    """One random setting: {option: value}."""
+    setting = {}
+    for key, values in ranges.items():
+        u = float(torch.rand((), generator=generator, dtype=torch.double))
+        if isinstance(values, list):
+            setting[key] = values[int(u * len(values))]
+            continue
+        low, high = values
+        value = low * (high / low) ** u if by_ratio(values) else low + (high - low) * u
+        setting[key] = round(value) if isinstance(low, int) else float(f"{value:.3g}")
+    return setting
+
+
+def by_ratio(values):
+    """Whether a range is wide enough to be drawn, and shown, by its logarithm."""
+    return isinstance(values, tuple) and 0 < 10 * values[0] <= values[1]
+
+
+def try_setting(images, number, setting, epochs, fold, args, folder):
+    """Train one setting on all folds but one, without choosing an epoch, and judge it on that one: {"trial", "epochs",
+    "fold", "score"}, AUC, or IoU for a D-Net alone. A setting that can't be trained scores nothing."""
+    done = Path(folder) / f"trial{number}-{epochs}-{fold}.json"
+    if done.exists():
+        return json.loads(done.read_text())
+    args = argparse.Namespace(**{**vars(args), **setting, "epochs": epochs, "save_seconds": math.inf})
+    if "size" in setting:
+        images = load_images(args, log=lambda _: None)
+    rows = torch.cat([images.rows("train"), images.rows("val")])
+    part = partition(images.labels[rows], images.groups[rows], [1] * args.search_folds, args.seed)
+    result = {"trial": number, "epochs": epochs, "fold": fold, **setting, "score": math.nan}
+    work = Path(tempfile.mkdtemp(dir=folder))
+    try:
+        with open(work / "output.txt", "w") as file, contextlib.redirect_stdout(file):
+            model, look, _ = train_model(images, rows[part != fold], rows[:0], args, work, args.seed)
+        held_out = rows[part == fold]
+        if model.members:
+            answers = model.combine(predict(model, images, held_out, look))
+            result["score"] = float(metrics.evaluate(answers, images.labels[held_out])["auc"])
+        else:
+            found = metrics.paired_iou(locate(model, images, held_out), images.boxes[held_out])
+            result["score"] = float(metrics.localisation(found)["iou"])
+    except InputError as e:
+        if "loss is not finite" not in str(e):
+            raise
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    write_atomically(done, json.dumps(clean(result)).encode())
+    return result
+
+
+def search(images, args, folder):
+    """Successive halving; writes search.csv, search.png and best.args into the run folder."""
+    ranges = search_ranges(args)
+    args = argparse.Namespace(**{**vars(args), "nets": "dnet" if args.nets == "dnet" else "cnet"})
+    generator = torch.Generator().manual_seed(args.seed)
+    settings = [draw_setting(ranges, generator) for _ in range(args.search)]
+    stages = 1 + int(math.log(args.search, HALVING)) if args.search > 1 else 1
+    alive, tried, start = list(range(args.search)), [], time.time()
+    for stage in range(stages):
+        epochs = max(1, round(args.epochs / HALVING ** (stages - 1 - stage)))
+        jobs = [(i, settings[i], epochs, f, args, folder) for i in alive for f in range(args.search_folds)]
+        scores = {i: [] for i in alive}
+        for result in run_jobs(try_setting, jobs, images, args, args.workers):
+            value = result["score"]
+            scores[result["trial"]].append(math.nan if value is None else value)
+            finished = scores[result["trial"]]
+            if len(finished) == args.search_folds:
+                print(f"{epochs:4d} epochs  trial {result['trial']:3d}  {describe(settings[result['trial']])}  {sum(finished) / len(finished):.4f}", flush=True)  # fmt: skip
+        rows = [
+            {"trial": i, "epochs": epochs, **settings[i], "mean": sum(v) / len(v), "sd": float(torch.tensor(v).std())}
+            for i, v in scores.items()
+        ]
+        rows.sort(key=lambda r: -r["mean"] if math.isfinite(r["mean"]) else math.inf)
+        tried += rows
+        alive = [r["trial"] for r in rows[: max(1, len(rows) // HALVING)]]
+    best = rows[0]
+    if not math.isfinite(best["mean"]):
+        raise InputError("--search: not one setting could be trained; try lower learning rates")
+    lines = [",".join(tried[0]), *(",".join(str(v) for v in row.values()) for row in tried)]
+    write_atomically(folder / "search.csv", "".join(f"{line}\n" for line in lines).encode())
+    panels, means = [], [r["mean"] for r in tried if math.isfinite(r["mean"])]
+    span = (max(0.0, min(means) - 0.02), min(1.0, max(means) + 0.02))
+    for key, values in ranges.items():
+        label, some = f"log10 {key}" if by_ratio(values) else key, {}
+        for row in tried:
+            xs, ys = some.setdefault(f"{row['epochs']} epochs", ([], []))
+            xs.append(math.log10(row[key]) if by_ratio(values) else row[key])
+            ys.append(row["mean"])
+        panels.append(plots.line_chart(some, key, label, "score", None, span, points=True, lines=False))
+    title = f"{images.source}: {describe_model(args)}, {args.search} settings, mean of {args.search_folds} folds of train and val"
+    plots.save_png(plots.page(panels, min(3, len(panels)), title), folder / "search.png")
+    write_best(folder / "best.args", settings[best["trial"]], best, args)
+    print(f"\nbest: {describe(settings[best['trial']])}: {best['mean']:.4f} +- {best['sd']:.4f} over the folds")
+    print("chosen as the best of many, so it flatters itself; the test split was not touched")
+    print(f"{folder}: search.csv, search.png, best.args   ({time.time() - start:.0f} s)")
+    print(f"then: python train.py @{folder / 'best.args'}")
+
+
+def describe(setting):
+    return "  ".join(f"{k} {v:g}" for k, v in setting.items())
+
+
+def write_best(path, setting, best, args):
+    """An option file: what the user set, and over it the best setting."""
+    parser = build_parser()
+    values = {**vars(args), **setting}
+    lines = [f"# --search {args.search}: {best['mean']:.4f} +- {best['sd']:.4f}, mean of {args.search_folds} folds"]
+    for action in parser._actions:
+        value = values.get(action.dest)
+        skipped = ("search", "search_over", "search_folds", "name", "runs", "resume", "workers", "help")
+        if action.dest in skipped or value == action.default:
+            continue
+        given = value if isinstance(value, list) else [] if value is True else [value]
+        lines.append(" ".join([action.option_strings[-1], *(shlex.quote(str(v)) for v in given)]))
+    write_atomically(path, "".join(f"{line}\n" for line in lines).encode())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Folds, repeats, and the command line
 
 
@@ -1143,6 +1336,11 @@ def plan(images, args):
             runs.append(
                 (f"{prefix}{'-' if prefix else ''}fold{k + 1}", rest[~is_val], rest[is_val], labelled[fold == k], seed)
             )
+    if args.label_fraction < 1:
+        shares = [args.label_fraction, 1 - args.label_fraction]
+        for i, (name, train, val, test, seed) in enumerate(runs):
+            kept = partition(images.labels[train], images.groups[train], shares, seed) == 0
+            runs[i] = name, train[kept], val, test, seed
     for name, train, val, test, _ in runs:
         for rows, what in ((train, "train"), (val, "val"), (test, "test")):
             check_split(images, rows, f"{name} {what}".strip())
@@ -1235,8 +1433,16 @@ def main(argv=None):
         )  # a wrong name or file is said before a run begins
     for run in runs if args.teacher else []:
         load_teacher(images, args, run[0])
-    folder = prepare_folder(args)
+    if args.search:
+        search_ranges(args)
+    folder = prepare_folder(args, "search-" if args.search else "")
     print(f"run folder: {folder}")
+    if args.search:
+        try:
+            return search(images, args, folder)
+        except KeyboardInterrupt:
+            print(f"stopped; go on with: python train.py --resume {folder}")
+            sys.exit(130)
     start, results = time.time(), []
     try:
         with Interrupt():

@@ -1,0 +1,147 @@
+"""Learning without labels: a backbone that knows the images before anyone has labelled one, SimCLR or BYOL.
+
+    python pretrain.py --data FOLDER --method byol                           any layout that data.py reads; minutes to hours
+    python train.py --data FOLDER --weights runs/pretrain-FOLDER-small_cnn/backbone.pt
+
+Two augmentations of one image should be embedded alike. SimCLR also pushes all other images away; BYOL has a slowly
+moving copy of itself as its target instead. Labels are not looked at, and images of the test split are left out, so that
+a test stays one (with the same --data and --seed, and without --folds). What is saved is a state_dict with
+torchvision's own names: a file for --weights."""
+
+import argparse
+import copy
+import sys
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import train
+from data import InputError, augment, choose_device, run_main
+from models import BACKBONES, build_backbone, save_checkpoint, standardise, torchvision_state
+
+
+class Projected(nn.Module):
+    """Backbone, pooling and projector: images (N, C, S, S) to (N, 128)."""
+
+    def __init__(self, model, channels, normalise, weights):
+        super().__init__()
+        self.normalise = normalise
+        self.features, width = build_backbone(model, channels, weights)
+        self.projector = mlp(width, 2 * width, 128)
+
+    def forward(self, images):
+        return self.projector(self.features(standardise(images, self.normalise)).mean((2, 3)))
+
+
+def mlp(inputs, hidden, outputs):
+    return nn.Sequential(nn.Linear(inputs, hidden), nn.BatchNorm1d(hidden), nn.ReLU(), nn.Linear(hidden, outputs))
+
+
+class SimCLR(nn.Module):
+    """Chen et al., A Simple Framework for Contrastive Learning of Visual Representations, 2020."""
+
+    def __init__(self, args, **options):
+        super().__init__()
+        self.online, self.temperature = Projected(args.model, **options), args.temperature
+
+    def loss(self, a, b):
+        return nt_xent(self.online(a), self.online(b), self.temperature)
+
+
+def nt_xent(a, b, temperature):
+    """Normalised temperature-scaled cross-entropy of two views' projections (N, D): each of the 2 N has to find its
+    other view among the 2 N - 1 others."""
+    z = F.normalize(torch.cat([a, b]).float(), dim=1)
+    similarity = (z @ z.T / temperature).fill_diagonal_(-torch.inf)
+    n = len(a)
+    partner = torch.arange(2 * n, device=z.device).roll(n)
+    return F.cross_entropy(similarity, partner)
+
+
+class BYOL(nn.Module):
+    """Grill et al., Bootstrap Your Own Latent, 2020: predict, from one view, what a moving average of oneself makes of
+    the other view."""
+
+    def __init__(self, args, **options):
+        super().__init__()
+        self.online, self.decay = Projected(args.model, **options), args.decay
+        self.predictor = mlp(128, 256, 128)
+        self.target = copy.deepcopy(self.online).requires_grad_(False)
+
+    def loss(self, a, b):
+        train.update_average(self.target, self.online, self.decay)  # of the weights as the last step left them
+        with torch.no_grad():
+            target_a, target_b = self.target(a), self.target(b)
+        return (
+            regression(self.predictor(self.online(a)), target_b) + regression(self.predictor(self.online(b)), target_a)
+        ) / 2
+
+
+def regression(predicted, target):
+    """Mean squared distance of the normalised vectors (N, D): 2 - 2 cos."""
+    return (2 - 2 * F.cosine_similarity(predicted.float(), target.float())).mean()
+
+
+METHODS = {"simclr": SimCLR, "byol": BYOL}
+
+
+def build_parser():
+    p = train.OptionFile(
+        description=__doc__.split("\n\n")[0],
+        fromfile_prefix_chars="@",
+        allow_abbrev=False,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    train.add_data_arguments(p)
+    g = p.add_argument_group("model")
+    g.add_argument("--model", default="small_cnn", help=f"backbone: {', '.join(BACKBONES[1:])}")
+    g.add_argument("--weights", default="none", metavar="W", help="start from none, imagenet, or a state_dict file")
+    g.add_argument(
+        "--normalise", choices=["auto", "image", "fixed"], default="auto", help="as train.py, and the same there"
+    )
+    g = p.add_argument_group("learning")
+    g.add_argument("--method", choices=list(METHODS), default="simclr", help="what two views of an image are asked for")
+    g.add_argument("--temperature", type=float, default=0.2, help="of simclr's softmax")
+    g.add_argument("--decay", type=float, default=0.99, help="of byol's target, a moving average of the network")
+    train.add_optimiser_arguments(g)
+    g.add_argument("--seed", type=int, default=0, help="of the split, weights, shuffling and augmentation")
+    train.add_run_arguments(p)
+    p.set_defaults(epochs=100, batch=64, lr=1e-3, ema=0.0, patience=0, roi="none", ensemble=None)
+    return p
+
+
+def main(argv=None):
+    args = train.parse(argv, build_parser())
+    device = choose_device(args.device)
+    if args.model == "none":
+        raise InputError("--model none has nothing to learn")
+    images = train.load_images(args)
+    rows = torch.tensor([i for i, split in enumerate(images.splits) if split != "test"])
+    options = train.network_options(images, args)
+    folder = train.prepare_folder(args, "pretrain-")
+    print(f"run folder: {folder}; {len(rows)} images, the test split left out")
+    torch.manual_seed(args.seed)
+    net = METHODS[args.method](args, **options)
+    pixels = images.pixels if device.type == "cpu" else images.pixels.to(device)
+
+    def loss_of(net, view, boxes, index):
+        other, _ = augment(pixels[index.to(pixels.device)].to(device), args.augment, size=args.size)
+        return net.loss(view, other.contiguous(memory_format=torch.channels_last))
+
+    try:
+        with train.Interrupt():
+            best, history = train.fit(
+                net, images, rows, loss_of, None, args, name=args.method, folder=folder, seed=args.seed
+            )
+    except (train.Stopped, KeyboardInterrupt):
+        print(f"stopped; go on with: python pretrain.py --resume {folder}")
+        sys.exit(130)
+    net.load_state_dict(best)
+    save_checkpoint(folder / "backbone.pt", torchvision_state(args.model, net.online.features))
+    print(f"\n{folder / 'backbone.pt'}: loss {history[0]['loss']:.3f} -> {history[-1]['loss']:.3f}")
+    print(f"then: python train.py --model {args.model} --weights {folder / 'backbone.pt'} ...")
+
+
+if __name__ == "__main__":
+    run_main(main)
