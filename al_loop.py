@@ -124,7 +124,7 @@ def k_center_greedy(embeddings, k, centers=None):
         before = len(picks)
         while (farthest := float(distance[best := int(distance.argmax())])) > outside:
             if len(picks) == k:  # the one that would come next is a covering radius away
-                return torch.tensor(picks, device=device), farthest
+                return torch.tensor(picks, dtype=torch.long, device=device), farthest
             picks.append(int(work[best]))
             distance = torch.minimum(distance, nearest_distance(rows, rows[best : best + 1]))
             distance[best] = -1.0
@@ -344,11 +344,10 @@ def ask(strategy, model, images, pool, labelled, free, k, generator, boxes=None)
     return STRATEGIES[strategy](context, k)
 
 
-def first_labels(images, pool, seed, args):
+def first_labels(images, pool, groups, seed, args):
     """Indices into the pool of the start set, the same for every strategy; chosen, if not at random, on the embeddings
     of the initial network: there is no label to learn from yet."""
     generator = torch.Generator().manual_seed(seed)
-    groups = torch.arange(len(pool)) if args.ignore_groups else images.groups[pool]
     nothing = torch.empty(0, dtype=torch.long)
     free = candidates(groups, nothing, args.start)
     if args.start_by == "random":
@@ -360,70 +359,77 @@ def first_labels(images, pool, seed, args):
     return ask(args.start_by, model, images, pool, nothing, free, args.start, generator)
 
 
+def self_teacher(before, known, rows, args):
+    """Soft answers (N, K) of the last round's C-Net on the images `rows`; what it is not asked stays undecided."""
+    boxes = None if args.roi == "none" else train.locate(before, known, torch.arange(len(known)))
+    answers = torch.full((len(known), len(known.classes)), 1 / len(known.classes))
+    answers[rows] = before.combine(train.predict(before, known, rows, boxes))
+    return answers
+
+
+def judge(model, images, test, look):
+    """{"auc"} of C-Net and {"iou", "iou_at_50"} of D-Net, whichever there is, on the test images."""
+    result = {}
+    if len(model.members):
+        answers = model.combine(train.predict(model, images, test, look))
+        result["auc"] = metrics.evaluate(answers, images.labels[test])["auc"]
+    if model.dnet is not None:
+        found = metrics.paired_iou(train.locate(model, images, test), images.boxes[test])
+        result |= metrics.localisation(found)
+    return {name: float(value) for name, value in result.items()}
+
+
 def run_chain(images, strategy, seed, args, folder):
     """All rounds of one strategy and seed, or with strategy "all" the one training on the whole pool. Returns
-    {"strategy", "seed", "rounds": [{"labels", "auc", "iou", "picks", "seconds", ...}]}.
+    {"strategy", "seed", "rounds": [{"labels", "picks", "auc", "iou", "seconds", ...}]}.
 
     The state is saved after every round; a chain that was killed goes on from there to the same result."""
-    pool, test = images.rows("train"), images.rows("test")
-    folder = Path(folder) / f"{strategy}-{seed}"
-    state = read_checkpoint(folder / "state.pt", str(folder)) if (folder / "state.pt").exists() else None
-    rounds = state["rounds"] if state else []
-    last = 0 if strategy == "all" else args.rounds
-    if state:
-        labelled = state["labelled"]
+    pool, test, folder = images.rows("train"), images.rows("test"), Path(folder) / f"{strategy}-{seed}"
+    groups = torch.arange(len(pool)) if args.ignore_groups else images.groups[pool]
+    if (folder / "state.pt").exists():
+        state = read_checkpoint(folder / "state.pt", str(folder / "state.pt"))
+        rounds, labelled = state["rounds"], state["labelled"]
     else:
-        labelled = torch.arange(len(pool)) if strategy == "all" else first_labels(images, pool, seed, args)
+        rounds = []
+        labelled = torch.arange(len(pool)) if strategy == "all" else first_labels(images, pool, groups, seed, args)
+    last = 0 if strategy == "all" else args.rounds
     own = (args.ensemble or args.model).split(",")
     asked = own * args.committee if strategy == "committee" and len(own) == 1 else own
-    evaluated = len(own) * len(args.roi.split(","))
-    follows = args.warm_start or args.distill != "none"  # a round that needs the last round's model
+    judged = len(own) * len(args.roi.split(","))  # of a committee that was only trained to be asked, one is judged
+    follows = args.warm_start or args.distill != "none"  # every round needs the model of the last one
     while len(rounds) <= last:
-        began, number, work = time.time(), len(rounds), folder / f"round{len(rounds)}"
-        known = reveal(images, pool[labelled])
-        before = load(folder / f"round{number - 1}.pt", choose_device(args.device)) if number and follows else None
-        teacher = unlabelled = None
+        number, began = len(rounds), time.time()
+        known, rows = reveal(images, pool[labelled]), pool[labelled]
+        before = teacher = unlabelled = None
+        if number and follows:
+            before = load(folder / f"round{number - 1}.pt", choose_device(args.device))
         if number and args.distill != "none":
             if args.distill == "pool":
                 unlabelled = pool[~torch.isin(torch.arange(len(pool)), labelled)]
-            rows = pool[labelled] if unlabelled is None else pool
-            around = None if args.roi == "none" else train.locate(before, known, torch.arange(len(images)))
-            one = Ensemble(before.members[:evaluated], **before.info)
-            teacher = torch.full((len(images), len(images.classes)), 1 / len(images.classes))
-            teacher[rows] = one.combine(train.predict(one, known, rows, around))
-        work.mkdir(parents=True, exist_ok=True)
+            one = Ensemble(before.members[:judged], dnet=before.dnet, **before.info)
+            teacher = self_teacher(one, known, rows if unlabelled is None else pool, args)
         settings = argparse.Namespace(**{**vars(args), "ensemble": ",".join(asked if number < last else own)})
+        work = folder / f"round{number}"
+        work.mkdir(parents=True, exist_ok=True)
         with open(work / "output.txt", "a") as file, contextlib.redirect_stdout(file):
-            model, look, _ = train.train_model(
-                known, pool[labelled], pool[:0], settings, work, seed, teacher, unlabelled,
-                before if args.warm_start else None,
-            )  # fmt: skip
-        result = {"labels": len(labelled), "picks": [images.names[i] for i in pool[labelled].tolist()]}
-        result["picks"] = result["picks"][rounds[-1]["labels"] if rounds else 0 :]
-        judged = Ensemble(model.members[:evaluated], dnet=model.dnet, **model.info)
-        if len(judged.members):
-            answers = judged.combine(train.predict(judged, images, test, look))
-            result["auc"] = float(metrics.evaluate(answers, images.labels[test])["auc"])
-        if model.dnet is not None:
-            found = metrics.localisation(metrics.paired_iou(train.locate(model, images, test), images.boxes[test]))
-            result |= {name: float(v) for name, v in found.items()}
+            start = before if args.warm_start else None
+            model, look, _ = train.train_model(known, rows, pool[:0], settings, work, seed, teacher, unlabelled, start)
+        new = rows[rounds[-1]["labels"] if rounds else 0 :].tolist()
+        result = {"labels": len(rows), "picks": [images.names[i] for i in new]}
+        result |= judge(Ensemble(model.members[:judged], dnet=model.dnet, **model.info), images, test, look)
         if number < last:
-            groups = torch.arange(len(pool)) if args.ignore_groups else images.groups[pool]
             free = candidates(groups, labelled, args.query)
             generator = torch.Generator().manual_seed(1000 * seed + number + 1)
             picks = ask(strategy, model, known, pool, labelled, free, args.query, generator, look)
             labelled = torch.cat([labelled, picks])
             if follows:
                 save(folder / f"round{number}.pt", model)
-        result["seconds"] = round(time.time() - began, 1)
-        rounds.append(result)
+        rounds.append(result | {"seconds": round(time.time() - began, 1)})
         save_checkpoint(folder / "state.pt", {"rounds": rounds, "labelled": labelled})
         shutil.rmtree(work)
         (folder / f"round{number - 1}.pt").unlink(missing_ok=True)
         values = "  ".join(f"{k} {result[k]:.3f}" for k in ("auc", "iou") if k in result)
-        print(
-            f"{strategy:10s} seed {seed}  {result['labels']:5d} labels  {values}  {result['seconds']:.0f} s", flush=True
-        )
+        print(f"{strategy:10s} seed {seed}  {len(rows):5d} labels  {values}  {time.time() - began:.0f} s", flush=True)
     return {"strategy": strategy, "seed": seed, "rounds": rounds}
 
 

@@ -2946,7 +2946,18 @@ def test_learn_trains_with_the_answers_and_says_what_changed(tmp_path, helper, f
     rows = suggestion(helper, tmp_path / "out")
     answers = fill_in(tmp_path / "out" / "to_label.csv", rows, label={0: ""}, box={0: ""})
     written = answers.read_bytes()
-    command = ["--labels", answers, "--partial", "--data", folders, "--positive", "malignant", *TINY, "--runs", tmp_path]
+    command = [
+        "--labels",
+        answers,
+        "--partial",
+        "--data",
+        folders,
+        "--positive",
+        "malignant",
+        *TINY,
+        "--runs",
+        tmp_path,
+    ]
     result = run(HERE / "al_loop.py", "learn", *command, "--name", "l", "--cache", tmp_path / "c")
     assert result.returncode == 0, result.stderr
     assert answers.read_bytes() == written
