@@ -51,15 +51,16 @@ from models import (
 # k-center: CoreSet's engine, written to be copied
 
 
+DIRECT = "donot_use_mm_for_euclid_dist"
+
+
 def nearest_distance(points, centers):
     """Euclidean distance (N,) of each of `points` (N, D) to the nearest of `centers` (M, D), in blocks.
 
     By direct differences, not by |x|^2 - 2 x.c + |c|^2: that one rounds to negative squares, and gives two copies of a
     point a distance. Here it is exactly 0, and a pair's distance does not depend on who else is in the call."""
     block = max(1, 2**20 // max(len(centers), 1))
-    return torch.cat(
-        [torch.cdist(p, centers, compute_mode="donot_use_mm_for_euclid_dist").amin(1) for p in points.split(block)]
-    )
+    return torch.cat([torch.cdist(p, centers, compute_mode=DIRECT).amin(1) for p in points.split(block)])
 
 
 def k_center_greedy_plain(embeddings, k, centers=None):
@@ -88,21 +89,25 @@ def k_center_greedy(embeddings, k, centers=None):
 
     The distance to the nearest center only shrinks as picks are added, so an old distance is an upper bound. We keep
     the few farthest points up to date and pick among them as long as the best of them is above every bound outside;
-    only then the next few are brought up to date, with all picks that they missed at once (lazy greedy, Minoux 1978)."""
+    only then the next few are brought up to date, with all picks that they missed at once (lazy greedy, Minoux 1978).
+    One matrix product, a hundredth taken off for its rounding, tells which of those picks can be nearer than the bound
+    at all; only these few are measured."""
     n, device = len(embeddings), embeddings.device
     if not 0 <= k <= n:
         raise ValueError(f"k = {k} of {n} points")
     if n == 0:
         return torch.empty(0, dtype=torch.long, device=device), 0.0
-    picks, started = [], centers is not None and len(centers) > 0
-    first = centers.to(embeddings) if started else embeddings.mean(0, keepdim=True)
-    bound = nearest_distance(embeddings, first)
-    if not bound.isfinite().all():
+    picks, mean = [], embeddings.mean(0)
+    off_centre = nearest_distance(embeddings, mean[None])
+    started = centers is not None and len(centers) > 0
+    bound = nearest_distance(embeddings, centers.to(embeddings)) if started else off_centre
+    if not (bound.isfinite() & off_centre.isfinite()).all():
         raise ValueError("embeddings or centers hold NaN or infinity")
     if not started and k:
-        picks.append(int(bound.argmin()))
+        picks.append(int(off_centre.argmin()))
         bound = nearest_distance(embeddings, embeddings[picks])
         bound[picks] = -1.0  # a point that is taken is never the farthest
+    square = off_centre.square()
     seen = torch.full((n,), len(picks), device=device)  # how many picks each bound has heard of
 
     def refresh(index, rows):
@@ -110,11 +115,17 @@ def k_center_greedy(embeddings, k, centers=None):
         stale = seen[index] < len(picks)
         if stale.any():
             index, rows = index[stale], rows[stale]
-            missed = embeddings[picks[int(seen[index].min()) :]]
-            bound[index] = torch.minimum(bound[index], nearest_distance(rows, missed))
+            missed = torch.tensor(picks[int(seen[index].min()) :], device=device)
+            centers = embeddings[missed]
+            product = (rows - mean) @ (centers - mean).T  # about the mean, where it rounds least
+            at_least = 0.99 * (square[index][:, None] + square[missed]) - 2 * product
+            pairs = torch.nonzero(at_least < bound[index].square()[:, None])
+            for i, j in (block.T for block in pairs.split(4096)):
+                measured = torch.cdist(rows[i, None], centers[j, None], compute_mode=DIRECT)[:, 0, 0]
+                bound.scatter_reduce_(0, index[i], measured, "amin")
         seen[index] = len(picks)
 
-    size = min(n, 64 + n // 128)
+    size = min(n, 128 + n // 64)
     while True:
         work = bound.topk(size).indices.sort().values  # sorted, so that the first maximum has the lowest index
         rows = embeddings[work]
