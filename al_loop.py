@@ -510,6 +510,23 @@ def verdict(name, row):
     return f"{name}: {'better' if row['gain'] > 0 else 'WORSE'} than random ({change})"
 
 
+def compare_runs(report, other):
+    """Each strategy's mean AUC in one al.json against its own in another, with the same seeds and numbers of labels:
+    {strategy: {"gain", "low", "high", "p"}}, paired over the seeds. It tells what distillation, or the groups, are worth."""
+    areas = []
+    for some in (report, other):
+        labels = torch.tensor(some["labels"], dtype=torch.double)
+        chains = {(c["strategy"], c["seed"]): [r["auc"] for r in c["rounds"]] for c in some["chains"]}
+        curves = {k: torch.tensor([v], dtype=torch.double) for k, v in chains.items() if k[0] != "all"}
+        areas.append({k: float(area(v, labels)) for k, v in curves.items()})
+    if report["labels"] != other["labels"] or not areas[0].keys() & areas[1].keys():
+        raise InputError("--against: that run has other numbers of labels, or no strategy and seed in common")
+    gains = {}
+    for strategy, seed in sorted(areas[0].keys() & areas[1].keys()):
+        gains.setdefault(strategy, []).append(areas[0][strategy, seed] - areas[1][strategy, seed])
+    return {n: dict(zip(("gain", "low", "high", "p"), metrics.mean_interval(v), strict=True)) for n, v in gains.items()}
+
+
 def write_al_report(images, chains, args, folder, seconds):
     """al.json and curves.png from the chains. Returns the report."""
     names = ["random", *(s for s in args.strategies if s != "random")]
@@ -548,6 +565,8 @@ def write_al_report(images, chains, args, folder, seconds):
             n: [dict(zip(("mean", "low", "high"), point[:3], strict=True)) for point in v] for n, v in points.items()
         }
         columns.append(curve_panels(points, labels.tolist(), metric, title))
+    if args.against:
+        report["against"] = compare_runs(report, json.loads((Path(args.against) / "al.json").read_text()))
     write_atomically(folder / "al.json", json.dumps(train.clean(report), indent=1).encode())
     note = f"{images.source}: {report['model']}, mean of {args.repeats} seeds with its 95 % t band"
     note += "   PLACEHOLDER BOXES: localisation means nothing" if images.placeholder_boxes else ""
@@ -600,6 +619,9 @@ def print_al_report(report):
         print(f"{name:11s} {row['area']:.4f}  {cells}")
     for line in report["words"]:
         print(line)
+    for name, row in report.get("against", {}).items():
+        change = f"{row['gain']:+.4f} [{row['low']:+.4f}, {row['high']:+.4f}], p {row['p']:.3f}"
+        print(f"{name}: mean AUC against its own in the other run {change}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -623,6 +645,11 @@ def build_parser():
     g.add_argument("--ignore-groups", action="store_true", help="offer near-duplicates of labelled images too")
     g.add_argument("--warm-start", action="store_true", help="go on from the last round's weights, not from the first")
     g.add_argument(
+        "--against",
+        metavar="DIR",
+        help="an earlier run of the same seeds: compare each strategy with its own curve there",
+    )
+    g.add_argument(
         "--distill",
         choices=["none", "labelled", "pool"],
         default="none",
@@ -633,6 +660,9 @@ def build_parser():
 
 def parse(argv=None):
     args = train.parse(argv, build_parser())
+    args.against = build_parser().parse_args(argv).against  # also of a run that is finished, with --resume
+    if args.against and not (Path(args.against) / "al.json").is_file():
+        raise InputError(f"--against {args.against}: no al.json there; give the folder of a finished run")
     if isinstance(args.strategies, str):
         args.strategies = list(STRATEGIES) if args.strategies == "all" else args.strategies.split(",")
     for name in args.strategies:

@@ -198,6 +198,22 @@ def test_colour_has_no_up_and_grey_has():
         assert len(edges.argmax(0).unique()) == sides
 
 
+def test_join_groups_near_duplicates_over_both_sets():
+    a, b = data.phantoms(8, 32, seed=1), data.phantoms(6, 32, seed=2)
+    b.pixels = b.pixels.clone()
+    b.pixels[4] = a.pixels[2].flip(2)  # the mirror image of one of a's
+    both = data.join(a, b)
+    assert len(both) == 14
+    assert both.groups[12] == both.groups[2]
+    assert len(both.groups.unique()) == 13
+    assert torch.equal(both.pixels[8:], b.pixels)
+    assert torch.equal(both.labels, torch.cat([a.labels, b.labels]))
+    assert torch.equal(both.masks[8:], b.masks)
+    assert both.names == a.names + b.names
+    b.masks = None
+    assert data.join(a, b).masks is None
+
+
 def test_clahe_of_one_tile_without_a_limit_is_histogram_equalisation():
     x = torch.randint(30, 90, (2, 1, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     out = data.clahe(x, tiles=1, clip=1e9)
@@ -1005,6 +1021,22 @@ def test_the_temperature_that_was_put_in_is_found():
     assert metrics.fit_temperature(logits.softmax(1), labels) == pytest.approx(1.0, rel=0.05)
 
 
+def test_the_t_interval_is_that_of_the_tables():
+    # quantiles and tail areas as printed in tables of Student's t
+    for n, quantile in ((2, 12.706), (3, 4.303), (5, 2.776), (11, 2.228), (31, 2.042)):
+        values = torch.arange(n).double()
+        mean, low, high, _ = metrics.mean_interval(values)
+        error = float(values.std()) / math.sqrt(n)
+        assert mean == pytest.approx(float(values.mean()))
+        assert (high - mean) / error == pytest.approx(quantile, abs=6e-4)
+        assert (mean - low) / error == pytest.approx(quantile, abs=6e-4)
+        shifted = values - values.mean() + quantile * error  # just at the edge: p is 0.05
+        assert metrics.mean_interval(shifted)[3] == pytest.approx(0.05, abs=1e-4)
+    assert metrics.mean_interval([0.0, 0.0, 0.0]) == (0, 0, 0, 1)
+    assert metrics.mean_interval([0.5, 0.5])[3] == 0
+    assert all(math.isnan(v) for v in metrics.mean_interval([0.3])[1:])
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # plots.py
 
@@ -1024,6 +1056,18 @@ def test_a_chart_draws_its_line_where_the_data_is():
     middle = np.median(blue[0])
     assert middle == pytest.approx((40 + 400 - 50) / 2, abs=3)  # half way between the top and the bottom of the axes
     assert plots.line_chart({}).size == plots.line_chart({"nan": ([1, 2], [math.nan, 1.0])}).size
+
+
+def test_a_band_shades_what_lies_between_its_bounds():
+    bands = {"a": ([0, 10], [0.4, 0.4], [0.6, 0.6])}
+    chart = {"series": {"a": ([0, 10], [0.5, 0.5])}, "y_range": (0, 1)}
+    with_band, without = (np.asarray(plots.line_chart(**chart, bands=b)).astype(int) for b in (bands, None))
+    rows = np.flatnonzero((with_band != without).any(2).sum(1) > 200)
+    top, bottom = 40, 400 - 50  # where y is 1 and 0
+    assert rows.min() == pytest.approx(bottom - 0.6 * (bottom - top), abs=2)
+    assert rows.max() == pytest.approx(bottom - 0.4 * (bottom - top), abs=2)
+    dots = np.asarray(plots.line_chart(**chart, points=True, lines=False)).astype(int)
+    assert (dots != without).any(2)[:, 150:400].sum() > 200  # no line between the dots
 
 
 def test_boxes_and_sheets():
@@ -2697,6 +2741,24 @@ def test_every_strategy_returns_distinct_unlabelled_images():
             assert torch.equal(query(again, k), picks), name
 
 
+def test_the_pool_is_seen_as_it_is_by_every_member(tmp_path):
+    """No augmentation, no dropout, no batch statistics: embeddings and answers image by image."""
+    torch.manual_seed(0)
+    model = small_model(roi="dnet")
+    images = data.phantoms(9, 32)
+    rows, boxes = torch.tensor([8, 0, 3]), torch.rand(9, 4).sort(1).values
+    embeddings, probabilities = al_loop.observe(model, images, rows, boxes, batch=2)
+    assert embeddings.shape == (3, model.members[0].width)
+    with torch.no_grad():
+        for i, row in enumerate(rows.tolist()):
+            pixels = images.pixels[row : row + 1]
+            region = data.crop_regions(boxes[row : row + 1], model.info["margin"])
+            expected = model.members[0].embed(data.crop(pixels, region, 32))[0]
+            torch.testing.assert_close(embeddings[i], expected, atol=1e-5, rtol=1e-4)
+            each = model.member_probabilities(pixels, boxes[row : row + 1])[:, 0]
+            torch.testing.assert_close(probabilities[:, i], each, atol=1e-5, rtol=1e-4)
+
+
 def test_one_image_of_each_unlabelled_group_is_offered():
     groups = torch.tensor([7, 3, 3, 7, 5, 5, 9])
     assert al_loop.candidates(groups, torch.tensor([1]), 2).tolist() == [0, 4, 6]  # 2 shows what 1 shows
@@ -2863,6 +2925,27 @@ def test_warm_start_and_cold_start(tmp_path, folders):
     assert first[0]["picks"] == second[0]["picks"] != {c["strategy"]: c["rounds"] for c in by_chance["chains"]}["random"][0]["picks"]  # fmt: skip
     assert first[0]["auc"] == second[0]["auc"]
     assert [r["auc"] for r in first[1:]] != [r["auc"] for r in second[1:]]
+
+
+def test_a_run_is_compared_with_another_seed_by_seed(tmp_path, folders):
+    options = ("--strategies", "coreset", "--repeats", "2", "--nets", "cnet")
+    plain, _ = loop(tmp_path, *options, "--name", "plain", data_folder=folders)
+    other, _ = loop(tmp_path, *options, "--distill", "pool", "--alpha", "0.1", "--name", "d", data_folder=folders)
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):  # afterwards, of two finished runs
+        al_loop.main(["--resume", str(tmp_path / "d"), "--against", str(tmp_path / "plain")])
+    report = json.loads((tmp_path / "d" / "al.json").read_text())
+    assert report["chains"] == other["chains"]
+    means = []
+    for some in (other, plain):
+        chains = [[r["auc"] for r in c["rounds"]] for c in some["chains"] if c["strategy"] == "coreset"]
+        means.append([(a / 2 + b + c / 2) / 2 for a, b, c in chains])  # trapezoids over 8, 12, 16 labels
+    expected = sum(a - b for a, b in zip(*means, strict=True)) / 2
+    assert report["against"]["coreset"]["gain"] == pytest.approx(expected)
+    assert set(report["against"]) == {"random", "coreset"}
+    assert "coreset: mean AUC against its own in the other run" in out.getvalue()
+    wrong = run(HERE / "al_loop.py", "--data", folders, *LOOP, "--against", tmp_path / "nowhere")
+    assert "no al.json there" in error_of(wrong)
 
 
 def test_what_the_loop_refuses(folders):
