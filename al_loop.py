@@ -568,10 +568,11 @@ def write_al_report(images, chains, args, folder, seconds):
     if args.against:
         report["against"] = compare_runs(report, json.loads((Path(args.against) / "al.json").read_text()))
     write_atomically(folder / "al.json", json.dumps(train.clean(report), indent=1).encode())
-    note = f"{images.source}: {report['model']}, mean of {args.repeats} seeds with its 95 % t band"
+    note = f"{Path(images.source).name}: {report['model']}, mean of {args.repeats} seeds with its 95 % t band"
     note += "   PLACEHOLDER BOXES: localisation means nothing" if images.placeholder_boxes else ""
     panels = [panel for row in zip(*columns, strict=True) for panel in row]
-    plots.save_png(plots.page(panels, len(columns), note), folder / "curves.png")
+    wide = len(columns) if len(columns) > 1 else min(3, len(panels))
+    plots.save_png(plots.page(panels, wide, note), folder / "curves.png")
     return report
 
 

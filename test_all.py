@@ -1236,6 +1236,24 @@ def test_at_high_temperature_distillation_matches_logits(classes):
     torch.testing.assert_close(gradient, expected[:, 1:] if classes == 2 else expected, atol=2e-3, rtol=0.02)
 
 
+def test_the_report_tells_what_each_member_does_alone(tmp_path, folders):
+    folder, said = quick(tmp_path, "--positive", "malignant", "--ensemble", "small_cnn,small_cnn,small_cnn", "--nets", "cnet", "--folds", "2", "--name", "e", data_folder=folders)  # fmt: skip
+    members = json.loads((folder / "report.json").read_text())["members"]
+    images = quiet_load(folders, 32, positive="malignant")
+    parts = []
+    for fold in ("fold1", "fold2"):
+        model, rows = models.load(folder / fold), torch.load(folder / fold / "test.pt", weights_only=True)["rows"]
+        parts.append((train.predict(model, images, rows), images.labels[rows]))
+    labels = torch.cat([label for _, label in parts])
+    for i, member in enumerate(members):
+        scores = torch.cat([p[i, :, 1] for p, _ in parts])
+        assert member["auc"]["value"] == pytest.approx(float(metrics.auc(scores, labels)), abs=1e-6)
+        assert member["auc"]["low"] <= member["auc"]["value"] <= member["auc"]["high"]
+    assert len({m["auc"]["value"] for m in members}) > 1
+    assert said.count("member small_cnn, roi none: auc") >= 3
+    assert "best on validation" in said
+
+
 def test_an_ensemble_teaches_one_small_model(tmp_path, folders):
     quick(tmp_path, "--positive", "malignant", "--ensemble", "small_cnn,small_cnn", "--folds", "2", "--nets", "cnet", "--name", "teacher", data_folder=folders)  # fmt: skip
     options = ["--positive", "malignant", "--folds", "2", "--nets", "cnet", "--teacher", str(tmp_path / "teacher")]

@@ -793,10 +793,11 @@ def one_run(images, train, val, test, args, folder, seed, teacher=None):
     boxes = None if model.dnet is None else locate(model, images, test)
     result = {"rows": test, "probabilities": None, "threshold": None, "boxes": boxes}
     if len(model.members):
-        result["probabilities"] = model.combine(predict(model, images, test, look))
+        result["members"], chosen = (predict(model, images, rows, look) for rows in (test, val))
+        result["probabilities"] = model.combine(result["members"])
         result["threshold"] = model.info["threshold"] if len(images.classes) == 2 else None
-        chosen = model.combine(predict(model, images, val, look))
-        result["val_auc"] = float(metrics.evaluate(chosen, images.labels[val])["auc"])
+        areas = [float(metrics.evaluate(p, images.labels[val])["auc"]) for p in [model.combine(chosen), *chosen]]
+        result["val_auc"], result["members_val_auc"] = areas[0], areas[1:]
     if model.dnet is not None:
         result["val_iou"] = max(h["val_iou"] for h in histories[0])
     result.update(temperature=model.info["temperature"], weights=model.weights.tolist(), histories=histories)
@@ -1037,6 +1038,8 @@ def write_report(images, results, args, folder, seconds, splits):
     if classify and len(images.classes) == 2:  # what most papers call accuracy: without a chosen threshold
         hits = [(r["probabilities"][:, 1] >= 0.5).long() == images.labels[r["rows"]] for r in results]
         report["accuracy_at_half"] = [float(h.double().mean()) for h in hits]
+    if classify and len(results[0].get("members", [])) > 1:
+        report["members"] = describe_members(results, labels, groups, args)
     if len(results) > 1:
         runs = [point_metrics(images, r) for r in results]
         report["runs"] = runs
@@ -1062,6 +1065,17 @@ def write_report(images, results, args, folder, seconds, splits):
             mistakes_sheet(images, rows, probabilities, threshold, boxes, note), Path(folder) / "mistakes.png"
         )
     return report
+
+
+def describe_members(results, labels, groups, args):
+    """What each member of the ensemble would do by itself: its AUC on validation (mean of the runs) and on test, pooled."""
+    names = itertools.product((args.ensemble or args.model).split(","), args.roi.split(","))
+    members = []
+    for i, (backbone, roi) in enumerate(names):
+        alone = metrics.with_intervals(torch.cat([r["members"][i] for r in results], 0), labels, groups)["auc"]
+        chosen = sum(r["members_val_auc"][i] for r in results) / len(results)
+        members.append({"model": backbone, "roi": roi, "val_auc": chosen, "auc": alone})
+    return members
 
 
 def describe_model(args):
@@ -1164,6 +1178,11 @@ def print_report(report):
         )
         values = [float("nan") if v is None else v for v in (m["value"], m["low"], m["high"])]
         print(f"  {name:18s} {values[0]:.3f}  [{values[1]:.3f}, {values[2]:.3f}]{spread}")
+    members = report.get("members", [])
+    best = max((m["val_auc"] for m in members), default=None)
+    for m in members:
+        star = "   best on validation" if m["val_auc"] == best else ""
+        print(f"  member {m['model']}, roi {m['roi']}: auc {interval(m['auc'])}{star}")
     if "accuracy_at_half" in report:
         values = torch.tensor(report["accuracy_at_half"])
         spread = f" +- {values.std():.3f} (sd of the runs)" if len(values) > 1 else ""
