@@ -23,7 +23,6 @@ from torch import nn
 from data import InputError, crop, crop_regions, to_float
 
 BACKBONES = [
-    "none",
     "small_cnn",
     "resnet18",
     "resnet34",
@@ -75,10 +74,10 @@ def build_backbone(name, channels=3, weights="none"):
     """(features, width): a Sequential from images (N, channels, S, S) to maps (N, width, s, s). "none" sees nothing.
 
     weights: "none", "imagenet" (torchvision downloads its own), or a file: a state_dict with torchvision's names."""
-    if name not in BACKBONES:
-        raise InputError(f"--model {name}: no such network (there are: {', '.join(BACKBONES)})")
     if name == "none":
         return nn.Sequential(Blind()), 0
+    if name not in BACKBONES:
+        raise InputError(f"--model {name}: no such network (there are: {', '.join(BACKBONES)})")
     if name == "small_cnn":
         if weights == "imagenet":
             raise InputError(

@@ -95,7 +95,7 @@ def build_parser():
     )
     train.add_data_arguments(p)
     g = p.add_argument_group("model")
-    g.add_argument("--model", default="small_cnn", help=f"backbone: {', '.join(BACKBONES[1:])}")
+    g.add_argument("--model", default="small_cnn", help=f"backbone: {', '.join(BACKBONES)}")
     g.add_argument("--weights", default="none", metavar="W", help="start from none, imagenet, or a state_dict file")
     g.add_argument(
         "--normalise", choices=["auto", "image", "fixed"], default="auto", help="as train.py, and the same there"

@@ -1676,8 +1676,8 @@ def test_search_refuses_what_can_not_be_searched(folders):
         ("model=1:2", "no option --model that takes a number"),
         ("lr=a:b", "in numbers"),
     ]:
-        result = run(HERE / "train.py", "--data", folders, *TINY, "--search", "2", "--search-over", over)
-        assert why in error_of(result)
+        with pytest.raises(InputError, match=why):
+            train.main(["--data", str(folders), *TINY, "--search", "2", "--search-over", over])
 
 
 def test_search_finds_the_setting_that_learns():
@@ -2469,7 +2469,7 @@ def test_byol_moves_its_target_slowly_and_sends_it_no_gradient():
     torch.testing.assert_close(pretrain.regression(x, y), expected)
 
 
-@pytest.mark.parametrize("name", models.BACKBONES[1:])
+@pytest.mark.parametrize("name", models.BACKBONES)
 def test_a_backbone_is_saved_under_torchvisions_names(tmp_path, name, capsys):
     torch.manual_seed(0)
     features, _ = models.build_backbone(name, 1)
@@ -2974,8 +2974,9 @@ def test_what_the_loop_refuses(folders):
         (["--committee", "1"], "--committee 1: at least 2"),
         (["--folds", "3"], "--folds"),
     ]:
-        result = run(HERE / "al_loop.py", "--data", folders, "--positive", "malignant", *LOOP, *options)
-        assert why in error_of(result)
+        with pytest.raises(InputError, match=why):
+            al_loop.main(["--data", str(folders), "--positive", "malignant", *LOOP, *options])
+    assert "no such strategy" in error_of(run(HERE / "al_loop.py", *LOOP, "--strategies", "luck"))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -3100,7 +3101,8 @@ def test_learn_names_the_row_that_it_can_not_use(tmp_path, helper, folders):
             fill_in(answers, rows, **columns)
         else:
             answers.write_text(answers.read_text().replace(rows[4]["image"], columns["image"][4]))
-        assert why in error_of(run(HERE / "al_loop.py", "learn", "--labels", answers, *base))
+        with pytest.raises(InputError, match=re.escape(why)):
+            al_loop.main(["learn", "--labels", str(answers), *map(str, base)])
     images = quiet_load(folders, 32, positive="malignant")
     fill_in(answers, rows, label={2: ""}, box={2: ""})
     entries = al_loop.read_answers(answers, images.classes, partial=True)

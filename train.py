@@ -102,7 +102,11 @@ def build_parser():
         default="both",
         help="what to train; both trains D-Net only where boxes are known",
     )
-    g.add_argument("--model", default="mobilenet_v2", help=f"backbone of both networks: {', '.join(BACKBONES)}")
+    g.add_argument(
+        "--model",
+        default="mobilenet_v2",
+        help=f"backbone of both networks: {', '.join(BACKBONES)}; none: patient data alone",
+    )
     g.add_argument(
         "--ensemble",
         metavar="A,B,C",
