@@ -632,6 +632,7 @@ def print_al_report(report):
 def build_parser():
     p = train.build_parser()
     p.description = __doc__.split("\n\n")[0] + " Also: al_loop.py suggest -h, al_loop.py learn -h."
+    p.set_defaults(steps_per_epoch=5)  # rounds of few and of many labels train alike
     g = p.add_argument_group("active learning")
     g.add_argument(
         "--strategies", default="random,coreset", metavar="A,B", help=f"all, or some of: {', '.join(STRATEGIES)}"
