@@ -598,6 +598,14 @@ def curve_panels(points, x, metric, title):
     return shown if len(shown) == 1 else [chart(lines, None, title), *shown]
 
 
+def needed_text(needed, most):
+    """As in "84  0.72 [0.55, 0.93]": labels, and the ratio to random's with its interval where there is one."""
+    text = f"> {most}" if needed["labels"] is None else f"{needed['labels']:.0f}"
+    if math.isfinite(needed["ratio"]):
+        text += f"  {needed['ratio']:.2f}"
+    return text + (f" [{needed['low']:.2f}, {needed['high']:.2f}]" if math.isfinite(needed["low"]) else "")
+
+
 def print_al_report(report):
     if "table" not in report:
         return
@@ -606,18 +614,8 @@ def print_al_report(report):
     print("labels needed for a share of it, and as a ratio to random's [95 %, bootstrap over the seeds]")
     print(f"{'':11s} mean AUC" + "".join(f"{f'{100 * s:.0f} %':>30s}" for s in SHARES))
     for name, row in report["table"].items():
-        cells = ""
-        for share in SHARES:
-            needed = row["needed"][f"{share:.2f}"]
-            count = f"> {report['labels'][-1]}" if needed["labels"] is None else f"{needed['labels']:.0f}"
-            ratio = (
-                "not known"
-                if needed["ratio"] is None or not math.isfinite(needed["ratio"])
-                else f"{needed['ratio']:.2f}"
-            )
-            ratio += f" [{needed['low']:.2f}, {needed['high']:.2f}]" if needed["low"] is not None else ""
-            cells += f"{count + ('' if name == 'random' else '  ' + ratio):>30s}"
-        print(f"{name:11s} {row['area']:.4f}  {cells}")
+        cells = [needed_text(row["needed"][f"{share:.2f}"], report["labels"][-1]) for share in SHARES]
+        print(f"{name:11s} {row['area']:.4f}  " + "".join(f"{cell:>30s}" for cell in cells))
     for line in report["words"]:
         print(line)
     for name, row in report.get("against", {}).items():
