@@ -651,8 +651,9 @@ def hotspots(images, pairs, method, out, ring):
 # One picture, and the command line
 
 
-def explain_file(model, path, methods, meta=None):
-    """(PIL image, maps {method: (L, L)}, box in pixels or None, placement, caption) of an image file."""
+def explain_file(model, path, methods, meta=None, target=None):
+    """(PIL image, maps {method: (L, L)}, box in pixels or None, placement, caption) of an image file.
+    target: index of the class whose evidence is asked for, None = the predicted one."""
     info = model.info
     try:
         picture = read_image(path, info["channels"])
@@ -666,10 +667,12 @@ def explain_file(model, path, methods, meta=None):
         boxes = model.locate(x)
         p = model(x, boxes, patient)[0]
     two = len(info["classes"]) == 2
-    target = int(p[1] >= info["threshold"]) if two else int(p.argmax())
+    if target is None:
+        target = int(p[1] >= info["threshold"]) if two else int(p.argmax())
     maps = {name: explain(model, x, name, target, patient, boxes)[0].cpu() for name in methods}
     box = None if boxes is None else original_box(boxes[0].tolist(), placement, info["load_size"], picture.size)
-    caption = f"evidence for {info['classes'][target]}\np({info['classes'][-1]}) = {float(p[-1]):.3f}"
+    asked = len(p) - 1 if two else target
+    caption = f"evidence for {info['classes'][target]}\np({info['classes'][asked]}) = {float(p[asked]):.3f}"
     return picture, maps, box, placement, caption
 
 
@@ -680,16 +683,21 @@ def unletterbox(heat, placement, size):
     return np.asarray(heat)[top : top + h, left : left + w]
 
 
-def draw(model, path, methods, meta=None):
-    """The picture of the explanation, a PIL image; several methods are laid side by side."""
+def draw(model, path, methods, meta=None, target=None):
+    """The picture of the explanation, a PIL image; several methods, and with target "all" the classes, side by side."""
     import plots
 
-    picture, maps, box, placement, caption = explain_file(model, path, methods, meta)
-    last = f"\n{DISCLAIMER}" if len(maps) == 1 else ""  # a page carries its own
-    tiles = [
-        plots.overlay(picture, box, f"{name}: {caption}{last}", unletterbox(heat, placement, picture.size))
-        for name, heat in maps.items()
-    ]
+    classes, tiles = model.info["classes"], []
+    if target not in (None, "all", *classes):
+        raise InputError(f"--target {target}: the model knows {', '.join(classes)}; or give all")
+    wanted = range(len(classes)) if target == "all" else [None if target is None else classes.index(target)]
+    for one in wanted:
+        picture, maps, box, placement, caption = explain_file(model, path, methods, meta, one)
+        last = f"\n{DISCLAIMER}" if len(maps) * len(wanted) == 1 else ""  # a page carries its own
+        tiles += [
+            plots.overlay(picture, box, f"{name}: {caption}{last}", unletterbox(heat, placement, picture.size))
+            for name, heat in maps.items()
+        ]
     return tiles[0] if len(tiles) == 1 else plots.page(tiles, min(4, len(tiles)))
 
 
@@ -700,6 +708,9 @@ def main(argv=None):
     p.add_argument("image", nargs="?", help="a picture to explain")
     p.add_argument("--model", help="model file; with --evaluate and --hotspots a run folder, with all its folds")
     p.add_argument("--method", default="gradcam", help=f"{', '.join(METHODS)}, or all")
+    p.add_argument(
+        "--target", metavar="CLASS", help="the class whose evidence is shown, or all; default: the predicted"
+    )
     p.add_argument("--out", help="the picture to write; with --evaluate and --hotspots a folder (default: the run's)")
     p.add_argument(
         "--evaluate", action="store_true", help="hold every method against the lesions of the held-out images"
@@ -722,10 +733,8 @@ def main(argv=None):
 
         meta = parse_meta(args.meta)
         out = Path(args.out or f"{Path(args.image).stem}_{'all' if len(methods) > 1 else methods[0]}.png")
-        plots.save_png(
-            draw(load_classifier(args.model or newest_model(), choose_device(args.device)), args.image, methods, meta),
-            out,
-        )
+        model = load_classifier(args.model or newest_model(), choose_device(args.device))
+        plots.save_png(draw(model, args.image, methods, meta, args.target), out)
         print(f"{out}\n{DISCLAIMER}")
         return
     if not (args.evaluate or args.hotspots):

@@ -2196,6 +2196,22 @@ def test_randomised_weights_are_new_and_the_old_ones_stay():
     assert not torch.equal(other.head.weight, net.head.weight)
 
 
+def test_the_evidence_for_each_class_is_shown(tmp_path):
+    model = small_model(classes=["benign", "malignant", "normal"])
+    models.save(tmp_path / "m.pt", model)
+    picture(50, 40, 1).save(tmp_path / "i.png")
+    maps = [explain.explain_file(model, tmp_path / "i.png", ["ig"], target=k)[1]["ig"] for k in range(3)]
+    assert not torch.equal(maps[0], maps[1])
+    predicted = int(model(torch.from_numpy(data.letterbox(picture(50, 40, 1), 32)[0])[None]).argmax())
+    torch.testing.assert_close(explain.explain_file(model, tmp_path / "i.png", ["ig"])[1]["ig"], maps[predicted])
+    base = [HERE / "explain.py", tmp_path / "i.png", "--model", tmp_path / "m.pt", "--out", tmp_path / "o.png"]
+    assert run(*base, "--target", "all").returncode == 0
+    wide = Image.open(tmp_path / "o.png").width
+    assert run(*base, "--target", "normal").returncode == 0
+    assert wide == 3 * Image.open(tmp_path / "o.png").width
+    assert "the model knows benign, malignant, normal; or give all" in error_of(run(*base, "--target", "cyst"))
+
+
 def test_explanations_from_the_command_line(tmp_path, folders, capsys):
     folder, _ = quick(
         tmp_path,
