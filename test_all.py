@@ -1239,17 +1239,22 @@ def test_at_high_temperature_distillation_matches_logits(classes):
 def test_the_report_tells_what_each_member_does_alone(tmp_path, folders):
     folder, said = quick(tmp_path, "--positive", "malignant", "--ensemble", "small_cnn,small_cnn,small_cnn", "--nets", "cnet", "--folds", "2", "--name", "e", data_folder=folders)  # fmt: skip
     members = json.loads((folder / "report.json").read_text())["members"]
+    args = train.parse(["--data", str(folders), "--positive", "malignant", "--size", "32", "--folds", "2"])
     images = quiet_load(folders, 32, positive="malignant")
-    parts = []
-    for fold in ("fold1", "fold2"):
-        model, rows = models.load(folder / fold), torch.load(folder / fold / "test.pt", weights_only=True)["rows"]
-        parts.append((train.predict(model, images, rows), images.labels[rows]))
-    labels = torch.cat([label for _, label in parts])
     for i, member in enumerate(members):
-        scores = torch.cat([p[i, :, 1] for p, _ in parts])
-        assert member["auc"]["value"] == pytest.approx(float(metrics.auc(scores, labels)), abs=1e-6)
-        assert member["auc"]["low"] <= member["auc"]["value"] <= member["auc"]["high"]
-    assert len({m["auc"]["value"] for m in members}) > 1
+        scores, labels, hits = [], [], []
+        for name, _, val, test, _ in train.plan(images, args):
+            model = models.load(folder / name)
+            alone = models.Ensemble([model.members[i]], **model.info)
+            train.calibrate(alone, train.predict(alone, images, val), images.labels[val], args)
+            scores.append(alone.combine(train.predict(alone, images, test))[:, 1])
+            labels.append(images.labels[test])
+            hits.append(scores[-1][labels[-1] == 1] >= alone.info["threshold"])
+        expected = {"auc": metrics.auc(torch.cat(scores), torch.cat(labels)), "sensitivity": torch.cat(hits).float().mean()}  # fmt: skip
+        for what, value in expected.items():
+            assert member["test"][what]["value"] == pytest.approx(float(value), abs=1e-6)
+        assert member["test"]["auc"]["low"] <= member["test"]["auc"]["value"] <= member["test"]["auc"]["high"]
+    assert len({m["test"]["auc"]["value"] for m in members}) > 1
     assert said.count("member small_cnn, roi none: auc") >= 3
     assert "best on validation" in said
 

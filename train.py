@@ -797,11 +797,13 @@ def one_run(images, train, val, test, args, folder, seed, teacher=None):
     boxes = None if model.dnet is None else locate(model, images, test)
     result = {"rows": test, "probabilities": None, "threshold": None, "boxes": boxes}
     if len(model.members):
-        result["members"], chosen = (predict(model, images, rows, look) for rows in (test, val))
-        result["probabilities"] = model.combine(result["members"])
-        result["threshold"] = model.info["threshold"] if len(images.classes) == 2 else None
-        areas = [float(metrics.evaluate(p, images.labels[val])["auc"]) for p in [model.combine(chosen), *chosen]]
-        result["val_auc"], result["members_val_auc"] = areas[0], areas[1:]
+        on_test, on_val = (predict(model, images, rows, look) for rows in (test, val))
+        result |= opinion(model, on_test, on_val, images.labels[val])
+        result["members"] = []
+        for i, member in enumerate(model.members):
+            alone = Ensemble([member], **model.info)
+            calibrate(alone, on_val[i, None], images.labels[val], args)
+            result["members"].append(opinion(alone, on_test[i, None], on_val[i, None], images.labels[val]))
     if model.dnet is not None:
         result["val_iou"] = max(h["val_iou"] for h in histories[0])
     result.update(temperature=model.info["temperature"], weights=model.weights.tolist(), histories=histories)
@@ -810,6 +812,15 @@ def one_run(images, train, val, test, args, folder, seed, teacher=None):
     for path in [*Path(folder).glob("cnet*.pt"), Path(folder) / "dnet.pt"]:
         path.unlink(missing_ok=True)
     return result
+
+
+def opinion(model, on_test, on_val, labels):
+    """What a calibrated model says on test (M, N, K), with what it was judged by on validation."""
+    return {
+        "probabilities": model.combine(on_test),
+        "threshold": model.info["threshold"] if len(model.info["classes"]) == 2 else None,
+        "val_auc": float(metrics.evaluate(model.combine(on_val), labels)["auc"]),
+    }
 
 
 def train_model(images, train, val, args, folder, seed, teacher=None, unlabelled=None, start=None):
@@ -1013,10 +1024,7 @@ def write_report(images, results, args, folder, seconds, splits):
     rows = torch.cat([r["rows"] for r in results])
     labels, groups = images.labels[rows], images.groups[rows]
     classify = results[0]["probabilities"] is not None
-    probabilities = torch.cat([r["probabilities"] for r in results]) if classify else None
-    threshold = torch.cat(
-        [torch.full((len(r["rows"]),), r["threshold"] if r["threshold"] is not None else 0.5) for r in results]
-    )
+    probabilities, threshold = pooled(results) if classify else (None, None)
     boxes = torch.cat([r["boxes"] for r in results]) if results[0]["boxes"] is not None else None
     iou = None if boxes is None else metrics.paired_iou(boxes, images.boxes[rows])
     if iou is not None and not iou.isfinite().any():
@@ -1071,14 +1079,24 @@ def write_report(images, results, args, folder, seconds, splits):
     return report
 
 
+def pooled(results):
+    """Probabilities (N, K) of several runs together, and the threshold (N,) that each image is held against: its run's."""
+    thresholds = [0.5 if r["threshold"] is None else r["threshold"] for r in results]
+    counts = torch.tensor([len(r["probabilities"]) for r in results])
+    return torch.cat([r["probabilities"] for r in results]), torch.tensor(thresholds).repeat_interleave(counts)
+
+
 def describe_members(results, labels, groups, args):
-    """What each member of the ensemble would do by itself: its AUC on validation (mean of the runs) and on test, pooled."""
+    """What each member of the ensemble would do by itself, with a temperature and a threshold of its own: its AUC on
+    validation (mean of the runs), and the test metrics, pooled."""
     names = itertools.product((args.ensemble or args.model).split(","), args.roi.split(","))
     members = []
     for i, (backbone, roi) in enumerate(names):
-        alone = metrics.with_intervals(torch.cat([r["members"][i] for r in results], 0), labels, groups)["auc"]
-        chosen = sum(r["members_val_auc"][i] for r in results) / len(results)
-        members.append({"model": backbone, "roi": roi, "val_auc": chosen, "auc": alone})
+        alone = [r["members"][i] for r in results]
+        probabilities, threshold = pooled(alone)
+        test = metrics.with_intervals(probabilities, labels, groups, threshold)
+        chosen = sum(r["val_auc"] for r in alone) / len(alone)
+        members.append({"model": backbone, "roi": roi, "val_auc": chosen, "test": test})
     return members
 
 
@@ -1186,7 +1204,8 @@ def print_report(report):
     best = max((m["val_auc"] for m in members), default=None)
     for m in members:
         star = "   best on validation" if m["val_auc"] == best else ""
-        print(f"  member {m['model']}, roi {m['roi']}: auc {interval(m['auc'])}{star}")
+        values = ", ".join(f"{name} {interval(m['test'][name])}" for name in ("auc", "sensitivity", "specificity"))
+        print(f"  member {m['model']}, roi {m['roi']}: {values}{star}")
     if "accuracy_at_half" in report:
         values = torch.tensor(report["accuracy_at_half"])
         spread = f" +- {values.std():.3f} (sd of the runs)" if len(values) > 1 else ""
