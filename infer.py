@@ -3,6 +3,7 @@
     python infer.py image.png                                   the newest model under runs/
     python infer.py scans/ more.png --model runs/busi/model.pt --tta 5 --save-overlay out/
     python infer.py scans/ --json > results.jsonl               one JSON object a line
+    python infer.py --model runs/busi --evaluate                what more views are worth, on the held-out images
 
     from infer import BreastCancerDetector
     BreastCancerDetector("runs/busi/model.pt").predict("image.png")["probability"]
@@ -16,6 +17,7 @@ import json
 import math
 import os
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -40,7 +42,7 @@ from data import (
     warp,
     whole_regions,
 )
-from models import DISCLAIMER, disagreement, load_classifier, newest_model
+from models import DISCLAIMER, disagreement, load_classifier, newest_model, write_atomically
 
 REFER_ODDS = 2.0  # refer when the odds lie within this factor of the threshold's
 REFER_UNCERTAINTY = 0.15  # or when the opinions' standard deviation is above this
@@ -62,16 +64,64 @@ def tta_views(images, regions=None, size=None, views=5):
     return warp(images.repeat(len(scale), 1, 1, 1), matrices, size or images.shape[-1])
 
 
+def all_opinions(model, pixels, boxes=None, meta=None, views=5, scales=(1.0,)):
+    """Probabilities (M, V, N, K): of every member, of every view at every scale (V), of every image. See Ensemble."""
+    meta = None if meta is None else meta.repeat(views, 1)
+    found = []
+    for scale in scales:
+
+        def look(x, regions, size, scale=scale):
+            return tta_views(x, regions, round(size * scale), views)
+
+        found.append(model.member_probabilities(pixels, boxes, meta, look).unflatten(1, (views, len(pixels))))
+    return torch.cat(found, 1)
+
+
+def conclude(model, opinions):
+    """From opinions (M, V, N, K): calibrated probabilities (N, K), and the uncertainty (N,), their spread."""
+    return model.combine(opinions.mean(1)).cpu(), disagreement(opinions.flatten(0, 1)).cpu()
+
+
+def answer(probabilities, uncertainty, info):
+    """One image's K probabilities and uncertainty in words: the dict's part that needs no picture."""
+    classes, p = info["classes"], probabilities[-1]
+    if len(classes) == 2:
+        threshold = info["threshold"]
+        predicted = int(p >= threshold)
+        near = abs(log_odds(p) - log_odds(threshold)) < math.log(REFER_ODDS)
+    else:
+        predicted = int(np.argmax(probabilities))
+        best, second = sorted(probabilities)[:-3:-1]
+        near = best < REFER_ODDS * second
+    return {
+        "prediction": classes[predicted],
+        "probability": round(p, 6),
+        "confidence": round(probabilities[predicted], 6),
+        "probabilities": {c: round(v, 6) for c, v in zip(classes, probabilities, strict=True)},
+        "uncertainty": round(uncertainty, 6),
+        "refer": near or uncertainty > REFER_UNCERTAINTY,
+    }
+
+
+def check_views(views, scales):
+    if not 1 <= views <= len(VIEWS):
+        raise InputError(f"--tta {views}: give 1 to {len(VIEWS)} views")
+    if not scales or not all(0.25 <= s <= 4 for s in scales):
+        raise InputError(f"--scales {' '.join(f'{s:g}' for s in scales)}: give one or more of 0.25 to 4")
+
+
+def log_odds(p):
+    p = min(max(p, 1e-6), 1 - 1e-6)
+    return math.log(p / (1 - p))
+
+
 class BreastCancerDetector:
     """A model file, ready to predict. model: path, or None for the newest under runs/. device: auto, cpu, cuda.
     tta: number of views, 1 to 8. scales: of the resolution that C-Net sees, every view at each (multi-scale inference).
     Raises InputError if the file is missing, damaged, or no model."""
 
     def __init__(self, model=None, device="auto", tta=5, scales=(1.0,)):
-        if not 1 <= tta <= len(VIEWS):
-            raise InputError(f"--tta {tta}: give 1 to {len(VIEWS)} views")
-        if not scales or not all(0.25 <= s <= 4 for s in scales):
-            raise InputError(f"--scales {' '.join(f'{s:g}' for s in scales)}: give one or more of 0.25 to 4")
+        check_views(tta, scales)
         self.path = Path(model) if model else newest_model()
         self.device = choose_device(device)
         self.model = load_classifier(self.path, self.device)
@@ -124,23 +174,15 @@ class BreastCancerDetector:
             known = [s["column"] for s in info["meta_spec"]]
             if unknown := set(row) - set(known):
                 raise InputError(f"--meta {sorted(unknown)[0]}: the model knows {', '.join(known)}")
-            patient = encode_meta([row], None, info["meta_spec"])[0].to(self.device).expand(len(good) * self.tta, -1)
+            patient = encode_meta([row], None, info["meta_spec"])[0].to(self.device).expand(len(good), -1)
         elif meta:
             raise InputError("--meta: this model was trained on images alone")
 
         boxes = self.model.locate(pixels)
-        opinions = []
-        for scale in self.scales:
-
-            def look(x, regions, size, scale=scale):
-                return tta_views(x, regions, round(size * scale), self.tta)
-
-            opinions.append(self.model.member_probabilities(pixels, boxes, patient, look))
-        opinions = torch.cat([o.unflatten(1, (self.tta, len(good))) for o in opinions], 1)
-        probabilities = self.model.combine(opinions.mean(1)).cpu()
-        uncertainty = disagreement(opinions.flatten(0, 1)).cpu()
+        opinions = all_opinions(self.model, pixels, boxes, patient, self.tta, self.scales)
+        probabilities, uncertainty = conclude(self.model, opinions)
         for k, i in enumerate(good):
-            results[i].update(self._answer(probabilities[k].tolist(), float(uncertainty[k])))
+            results[i].update(answer(probabilities[k].tolist(), float(uncertainty[k]), info))
             if boxes is not None:
                 box = original_box(boxes[k].tolist(), opened[i][2], info["load_size"], opened[i][3])
                 results[i]["box"] = [round(v, 1) for v in box]
@@ -161,25 +203,6 @@ class BreastCancerDetector:
         except InputError as e:
             return name, None, None, None, str(e)
 
-    def _answer(self, probabilities, uncertainty):
-        classes, p = self.info["classes"], probabilities[-1]
-        if len(classes) == 2:
-            threshold = self.info["threshold"]
-            predicted = int(p >= threshold)
-            near = abs(log_odds(p) - log_odds(threshold)) < math.log(REFER_ODDS)
-        else:
-            predicted = int(np.argmax(probabilities))
-            best, second = sorted(probabilities)[:-3:-1]
-            near = best < REFER_ODDS * second
-        return {
-            "prediction": classes[predicted],
-            "probability": round(p, 6),
-            "confidence": round(probabilities[predicted], 6),
-            "probabilities": {c: round(v, 6) for c, v in zip(classes, probabilities, strict=True)},
-            "uncertainty": round(uncertainty, 6),
-            "refer": near or uncertainty > REFER_UNCERTAINTY,
-        }
-
     def describe(self):
         """Where the model comes from, in one line."""
         made = self.info["made"]
@@ -191,11 +214,6 @@ class BreastCancerDetector:
         )
         warning += "; PLACEHOLDER BOXES" if made.get("placeholder_boxes") else ""
         return f"model {self.path}: {members} of {made.get('data')}, {self.info['size']} px{warning}"
-
-
-def log_odds(p):
-    p = min(max(p, 1e-6), 1 - 1e-6)
-    return math.log(p / (1 - p))
 
 
 def array_image(array):
@@ -237,7 +255,7 @@ def main(argv=None):
     p = argparse.ArgumentParser(
         description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False
     )
-    p.add_argument("images", nargs="+", help="image files and folders")
+    p.add_argument("images", nargs="*", help="image files and folders")
     p.add_argument("--model", help="model file; default: the newest under runs/")
     p.add_argument("--tta", type=int, default=5, help=f"views of each image, 1 to {len(VIEWS)}")
     p.add_argument(
@@ -249,7 +267,24 @@ def main(argv=None):
     p.add_argument("--json", action="store_true", help="one JSON object a line on stdout, nothing else")
     p.add_argument("--save-overlay", metavar="DIR", help="write each picture with its box and answer into DIR")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda")
+    p.add_argument(
+        "--evaluate",
+        action="store_true",
+        help="what --tta and --scales are worth on the held-out images of a run folder",
+    )
+    p.add_argument("--data", help="with --evaluate: where the run's images lie, if not where they lay at training")
+    p.add_argument("--cache", default="runs/cache", help="with --evaluate: folder of decoded images")
     args = p.parse_args(argv)
+    if args.evaluate:
+        check_views(args.tta, args.scales)
+        run = Path(args.model or newest_model().parent)
+        table = evaluate(run, args.tta, args.scales, args.data, args.cache, choose_device(args.device))
+        out = (run if run.is_dir() else run.parent) / "views.json"
+        write_atomically(out, json.dumps(table, indent=1).encode())
+        print(f"{out}\n{DISCLAIMER}")
+        return
+    if not args.images:
+        raise InputError("give an image, or --evaluate (see -h)")
     meta = parse_meta(args.meta)
 
     detector = BreastCancerDetector(args.model, args.device, args.tta, args.scales)
@@ -293,6 +328,70 @@ def save_overlay(result, detector, folder, meta=None):
     caption = f"{answer}{', refer' if result['refer'] else ''}\n{DISCLAIMER}"
     sheet = plots.overlay(picture, result["box"], caption, heat)
     plots.save_png(sheet, Path(folder) / f"{path.parent.name}_{path.stem}_overlay.png")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What more views are worth
+
+
+@torch.inference_mode()
+def look_again(images, pairs, views, scales, device, batch=32):
+    """(probabilities (N, K), thresholds (N,), referred (N,)) of held-out images, each from the model that never saw it."""
+    found = []
+    for model, rows in pairs:
+        model = model.to(device)
+        for index in rows.split(batch):
+            pixels = images.pixels[index].to(device)
+            meta = None if images.meta is None else images.meta[index].to(device)
+            opinions = all_opinions(model, pixels, model.locate(pixels), meta, views, scales)
+            probabilities, uncertainty = conclude(model, opinions)
+            both = zip(probabilities.tolist(), uncertainty.tolist(), strict=True)
+            referred = torch.tensor([answer(p, u, model.info)["refer"] for p, u in both])
+            found.append((probabilities, torch.full((len(index),), model.info["threshold"]), referred))
+    return [torch.cat(column) for column in zip(*found, strict=True)]
+
+
+def worth(weights, labels, first, probabilities, threshold, referred):
+    """{metric: (B,)} of one setting beside the probabilities of the `first`, see evaluate. weights (B, N) or None."""
+    import metrics  # here and not above: a plain prediction starts without them
+
+    values = metrics.evaluate(probabilities, labels, threshold, weights)
+    wrong = (metrics.decide(probabilities, threshold) != labels).double()
+    weights = torch.ones(1, len(labels), dtype=torch.double) if weights is None else weights.double()
+    return {
+        "auc": values["auc"],
+        "change": values["auc"] - metrics.evaluate(first, labels, threshold, weights)["auc"],
+        "sensitivity": values["sensitivity"],
+        "specificity": values["specificity"],
+        "referred": weights @ referred / weights.sum(1),
+        "caught": weights @ (referred * wrong) / (weights @ wrong),
+    }
+
+
+def evaluate(run, views, scales, data_path, cache, device):
+    """{setting: {metric: {"value", "low", "high"}}}: one view, `views`, and those at `scales`, on images that the run's
+    models never saw. "change": of the AUC against one view, in pairs; "referred": the share of the images; "caught":
+    the share of the wrong answers that are among them."""
+    from explain import held_out
+    from metrics import resample
+
+    images, pairs = held_out(run, data_path, cache)
+    rows = torch.cat([rows for _, rows in pairs])
+    table, first = {}, None
+    for k, s in dict.fromkeys([(1, (1.0,)), (views, (1.0,)), (views, tuple(scales))]):
+        probabilities, threshold, referred = look_again(images, pairs, k, s, device)
+        first = probabilities if first is None else first
+        measure = partial(
+            worth, labels=images.labels[rows], first=first,
+            probabilities=probabilities, threshold=threshold, referred=referred.double(),
+        )  # fmt: skip
+        name = f"{k} view{'s' if k > 1 else ''}" + ("" if s == (1.0,) else f" x {', '.join(f'{v:g}' for v in s)}")
+        table[name] = resample(measure, images.groups[rows])
+        if len(table) == 1:
+            print(f"{len(rows)} held-out images\n{'':24s}" + "".join(f"{m:>24s}" for m in table[name]))
+        cells = [f"{m['value']:.3f} [{m['low']:.3f}, {m['high']:.3f}]" for m in table[name].values()]
+        print(f"{name:24s}" + "".join(f"{cell:>24s}" for cell in cells), flush=True)
+    return table
 
 
 if __name__ == "__main__":

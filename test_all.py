@@ -2380,14 +2380,13 @@ def test_a_batch_equals_its_images_one_by_one(tmp_path):
 
 
 def test_what_is_not_clear_is_referred():
-    detector = infer.BreastCancerDetector.__new__(infer.BreastCancerDetector)
-    detector.info = {"classes": ["benign", "malignant"], "threshold": 0.2}
-    assert detector._answer([0.8, 0.2], 0.0)["prediction"] == "malignant"
-    assert detector._answer([0.81, 0.19], 0.0)["prediction"] == "benign"
-    assert detector._answer([0.75, 0.25], 0.0)["refer"]  # near the threshold
-    assert not detector._answer([0.3, 0.7], 0.0)["refer"]
-    assert not detector._answer([0.95, 0.05], 0.0)["refer"]
-    assert detector._answer([0.3, 0.7], 0.3)["refer"]  # the opinions differ
+    info = {"classes": ["benign", "malignant"], "threshold": 0.2}
+    assert infer.answer([0.8, 0.2], 0.0, info)["prediction"] == "malignant"
+    assert infer.answer([0.81, 0.19], 0.0, info)["prediction"] == "benign"
+    assert infer.answer([0.75, 0.25], 0.0, info)["refer"]  # near the threshold
+    assert not infer.answer([0.3, 0.7], 0.0, info)["refer"]
+    assert not infer.answer([0.95, 0.05], 0.0, info)["refer"]
+    assert infer.answer([0.3, 0.7], 0.3, info)["refer"]  # the opinions differ
 
 
 def test_the_command_line_answers_what_it_can(tmp_path, phantom_run):
@@ -2447,6 +2446,41 @@ def test_multi_scale_inference_is_the_mean_over_resolutions(tmp_path):
     assert json.loads(said.stdout)["probability"] == together["probability"]
     wrong = run(HERE / "infer.py", tmp_path / "i.png", "--model", tmp_path / "m.pt", "--scales", "0")
     assert "--scales 0: give one or more of 0.25 to 4" in error_of(wrong)
+
+
+def test_the_worth_of_views_is_that_of_the_detectors_answers(tmp_path, folders):
+    folder, _ = quick(tmp_path, "--positive", "malignant", "--nets", "cnet", "--folds", "2", "--name", "v", data_folder=folders)  # fmt: skip
+    said = run(
+        HERE / "infer.py", "--model", folder, "--evaluate", "--tta", "3", "--scales", "1", "1.5",
+        "--data", folders, "--cache", tmp_path / "cache", "--device", "cpu",
+    ).stdout  # fmt: skip
+    table = json.loads((folder / "views.json").read_text())
+    assert list(table) == ["1 view", "3 views", "3 views x 1, 1.5"]
+    report = json.loads((folder / "report.json").read_text())
+    images = quiet_load(folders, 32, positive="malignant")
+    base = None
+    for (name, row), (views, scales) in zip(table.items(), [(1, [1.0]), (3, [1.0]), (3, [1.0, 1.5])], strict=True):
+        answers, labels = [], []
+        for fold in ("fold1", "fold2"):
+            rows = torch.load(folder / fold / "test.pt", weights_only=True)["rows"]
+            detector = infer.BreastCancerDetector(folder / fold, "cpu", views, scales)
+            answers += detector.predict([images.names[i] for i in rows.tolist()])
+            labels += images.labels[rows].tolist()
+        scores = torch.tensor([a["probability"] for a in answers])
+        wrong = [(a["prediction"] == "malignant") != bool(y) for a, y in zip(answers, labels, strict=True)]
+        area = float(metrics.auc(scores, torch.tensor(labels)))
+        base = area if base is None else base
+        referred = [a["refer"] for a in answers]
+        caught = sum(r and w for r, w in zip(referred, wrong, strict=True)) / sum(wrong)
+        expected = {"auc": area, "change": area - base, "referred": sum(referred) / len(referred), "caught": caught}
+        for what, value in expected.items():
+            assert row[what]["value"] == pytest.approx(value, abs=0.01), (name, what)  # the answers are rounded
+        assert row["auc"]["low"] <= row["auc"]["value"] <= row["auc"]["high"]
+        assert f"{row['auc']['value']:.3f} [" in said
+    assert table["1 view"]["auc"]["value"] == pytest.approx(report["test"]["auc"]["value"], abs=2e-3)
+    assert table["1 view"]["change"] == {"value": 0, "low": 0, "high": 0}
+    assert "give an image, or --evaluate" in error_of(run(HERE / "infer.py", "--model", folder))
+    assert "no run of train.py" in error_of(run(HERE / "infer.py", "--model", tmp_path, "--evaluate"))
 
 
 def test_prediction_imports_no_more_than_it_needs(tmp_path, phantom_run):
