@@ -1,0 +1,20 @@
+# Learning without labels, the table of the README:
+#   sh recipes/pretrained.sh busi --data data/BUSI --positive malignant
+#   sh recipes/pretrained.sh breastmnist --data breastmnist
+# IMAGENET=FILE takes the ImageNet weights from a file instead of torchvision's download.
+set -e
+name=$1
+shift
+for method in simclr byol; do
+    python pretrain.py --method $method --model mobilenet_v2 --size 64 --epochs 60 --name $name-$method "$@"
+done
+for share in 0.1 0.25 1; do
+    for start in none simclr byol imagenet; do
+        case $start in
+            none) weights=none ;;
+            imagenet) weights=${IMAGENET:-imagenet} ;;
+            *) weights=runs/$name-$start/backbone.pt ;;
+        esac
+        python train.py @recipes/pretrained.args --weights "$weights" --label-fraction $share --name $name-$start-$share "$@"
+    done
+done
