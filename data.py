@@ -831,7 +831,8 @@ def load(
     """Any data set as an ImageSet, split and grouped. See the top of the file for the layouts.
 
     source: a path, "breastmnist", or None for the phantoms. size: S in pixels. positive, drop: see resolve_classes.
-    channels: 1, 3, or None to look. split_by_image: every image is a group of its own. equalise: CLAHE. columns: {"image": "image_id", "meta": ["age"], ...} for a CSV.
+    channels: 1, 3, or None to look. equalise: CLAHE. columns: {"image": "image_id", "meta": ["age"], ...} for a CSV.
+    split_by_image: every image is a group of its own, to show what that would wrongly claim.
     dummy_boxes: give every image without a box the central placeholder box. Raises InputError."""
     if source is None or source == "phantoms":
         images = phantoms(size=size, seed=seed)

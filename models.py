@@ -241,8 +241,8 @@ ATTENTION = {"none": nn.Identity, "se": SqueezeExcitation, "condenser": Attentio
 class CNet(nn.Module):
     """Classifier. Two classes: one logit (N, 1), of the positive class; K classes: K logits (N, K).
 
-    meta: number of metadata columns, 0 for images alone. attention: of ATTENTION, before the pooling. roi: "none" if it was trained on whole images, "mask" or
-    "dnet" if on crops. `config` holds the arguments that build it again."""
+    meta: number of metadata columns, 0 for images alone. attention: of ATTENTION, before the pooling. roi: "none" if it
+    was trained on whole images, "mask" or "dnet" if on crops. `config` holds the arguments that build it again."""
 
     def __init__(
         self,

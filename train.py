@@ -580,7 +580,8 @@ def fit(net, images, rows, loss_of, validate, args, *, name, folder, seed, regio
 
     validate(net) -> {"score": [first, second, ...], ...}: the higher list is better; the rest is logged. The score of
     an epoch is the mean over the last few: on a small validation split a single one is luck. None: there is nothing to
-    choose by, and the last epoch is kept. Every epoch can be resumed bit for bit (CPU): last.pt holds every tensor and random state that the next one depends on."""
+    choose by, and the last epoch is kept. Every epoch can be resumed bit for bit (CPU): last.pt holds every tensor and
+    random state that the next one depends on."""
     device = choose_device(args.device)
     net = net.to(device, memory_format=torch.channels_last)
     optimizer, scheduler = build_optimizer(
