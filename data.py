@@ -729,12 +729,12 @@ class Progress:
 
 
 def decode(entries, size, channels, equalise=False, cache=None, skip_bad=False):
-    """Decode all entries in threads: (pixels uint8 (N, C, S, S), masks bool (N, S, S), boxes (N, 4), kept rows).
+    """Decode all entries in threads: (pixels uint8 (N, C, S, S), masks bool (N, S, S) or None, boxes (N, 4), kept rows).
 
     With a `cache` folder the result is memory-mapped from there: the second start is immediate, and a set larger than
     memory works. The key is the files' names, sizes and times, and the size. All bad files are reported at once."""
-    shape = (channels, size, size)
-    folder = None
+    shape, masked = (channels, size, size), any(e.masks for e in entries)
+    folder, masks = None, None
     if cache and not isinstance(entries[0].image, np.ndarray):
         key = hashlib.sha256(json.dumps(["v1", size, channels, equalise]).encode())
         for e in entries:
@@ -759,7 +759,8 @@ def decode(entries, size, channels, equalise=False, cache=None, skip_bad=False):
                 part.mkdir(parents=True)
                 pixel_file, mask_file = open(part / "pixels.u8", "wb"), open(part / "masks.u8", "wb")
             else:
-                pixels, masks = np.empty((len(entries), *shape), np.uint8), np.empty((len(entries), size, size), bool)
+                pixels = np.empty((len(entries), *shape), np.uint8)
+                masks = np.empty((len(entries), size, size), bool) if masked else None
             progress = Progress("decoding", len(entries))
             with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
                 for start in range(0, len(entries), 1024):  # in pieces: a large set never waits in memory as a whole
@@ -772,9 +773,11 @@ def decode(entries, size, channels, equalise=False, cache=None, skip_bad=False):
                         boxes.append(result[2])
                         if part:
                             pixel_file.write(result[0].tobytes())
-                            mask_file.write(result[1].tobytes())
+                            mask_file.write(result[1].tobytes() if masked else b"")
                         else:
-                            pixels[len(kept) - 1], masks[len(kept) - 1] = result[:2]
+                            pixels[len(kept) - 1] = result[0]
+                            if masked:
+                                masks[len(kept) - 1] = result[1]
             boxes = np.array(boxes, np.float32).reshape(-1, 4)
             if part:
                 pixel_file.close()
@@ -807,9 +810,10 @@ def decode(entries, size, channels, equalise=False, cache=None, skip_bad=False):
         pixels = np.memmap(
             folder / "pixels.u8", np.uint8, "c", shape=(len(kept), *shape)
         )  # "c": no write reaches the file
-        masks = np.memmap(folder / "masks.u8", bool, "c", shape=(len(kept), size, size))
+        masks = np.memmap(folder / "masks.u8", bool, "c", shape=(len(kept), size, size)) if masked else None
         boxes = np.load(folder / "boxes.npy")
-    return torch.from_numpy(pixels[: len(kept)]), torch.from_numpy(masks[: len(kept)]), torch.from_numpy(boxes), kept
+    masks = None if masks is None else torch.from_numpy(masks[: len(kept)])
+    return torch.from_numpy(pixels[: len(kept)]), masks, torch.from_numpy(boxes), kept
 
 
 def load(
@@ -884,7 +888,7 @@ def load(
         pixels,
         labels,
         boxes,
-        masks if any(e.masks for e in entries) else None,
+        masks,
         groups,
         complete_splits(splits, labels, groups, seed),
         meta,
