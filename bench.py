@@ -185,14 +185,14 @@ def bench_data(source):
             print(f"{what} start: {len(images)} images, {seconds:.2f} s, peak memory of the process {peak:.0f} MB")
 
 
-def main():
+def main(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--data", help="also time the loading of this data set")
     p.add_argument("--weights", default="none", help="mobilenet_v2's for the k-center: imagenet, none, or a file")
     p.add_argument("--runs", type=int, default=5, help="counted runs of each (default: 5)")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda (default: auto)")
     p.add_argument("--quick", action="store_true", help="small sizes: only to see that it works")
-    args = p.parse_args()
+    args = p.parse_args(argv)
     device = data.choose_device(args.device)
     print(
         f"torch {torch.__version__}, {device}, {torch.get_num_threads()} threads, median of {args.runs} [least, most]"
