@@ -276,11 +276,15 @@ def main(argv=None):
     p.add_argument("--cache", default="runs/cache", help="with --evaluate: folder of decoded images")
     args = p.parse_args(argv)
     if args.evaluate:
+        from train import clean
+
+        if args.images or args.json or args.meta or args.save_overlay:
+            raise InputError("--evaluate takes the held-out images of the run, and no images or options for them")
         check_views(args.tta, args.scales)
         run = Path(args.model or newest_model().parent)
         table = evaluate(run, args.tta, args.scales, args.data, args.cache, choose_device(args.device))
         out = (run if run.is_dir() else run.parent) / "views.json"
-        write_atomically(out, json.dumps(table, indent=1).encode())
+        write_atomically(out, json.dumps(clean(table), indent=1).encode())
         print(f"{out}\n{DISCLAIMER}")
         return
     if not args.images:
@@ -335,25 +339,27 @@ def save_overlay(result, detector, folder, meta=None):
 
 
 @torch.inference_mode()
-def look_again(images, pairs, views, scales, device, batch=32):
-    """(probabilities (N, K), thresholds (N,), referred (N,)) of held-out images, each from the model that never saw it."""
+def look_again(model, images, rows, views, scales, batch=32):
+    """Opinions (M, V, N, K), see all_opinions, on the images in `rows`."""
     found = []
-    for model, rows in pairs:
-        model = model.to(device)
-        for index in rows.split(batch):
-            pixels = images.pixels[index].to(device)
-            meta = None if images.meta is None else images.meta[index].to(device)
-            opinions = all_opinions(model, pixels, model.locate(pixels), meta, views, scales)
-            probabilities, uncertainty = conclude(model, opinions)
-            both = zip(probabilities.tolist(), uncertainty.tolist(), strict=True)
-            referred = torch.tensor([answer(p, u, model.info)["refer"] for p, u in both])
-            found.append((probabilities, torch.full((len(index),), model.info["threshold"]), referred))
-    return [torch.cat(column) for column in zip(*found, strict=True)]
+    for index in rows.split(batch):
+        pixels = images.pixels[index].to(model.device)
+        meta = None if images.meta is None else images.meta[index].to(model.device)
+        found.append(all_opinions(model, pixels, model.locate(pixels), meta, views, scales).cpu())
+    return torch.cat(found, 2)
+
+
+def verdicts(model, opinions):
+    """What the opinions (M, V, N, K) come to: probabilities (N, K), thresholds (N,), and who is referred (N,)."""
+    probabilities, uncertainty = conclude(model, opinions)
+    both = zip(probabilities.tolist(), uncertainty.tolist(), strict=True)
+    referred = torch.tensor([answer(p, u, model.info)["refer"] for p, u in both])
+    return probabilities, torch.full((len(referred),), model.info["threshold"]), referred.double()
 
 
 def worth(weights, labels, first, probabilities, threshold, referred):
     """{metric: (B,)} of one setting beside the probabilities of the `first`, see evaluate. weights (B, N) or None."""
-    import metrics  # here and not above: a plain prediction starts without them
+    import metrics
 
     values = metrics.evaluate(probabilities, labels, threshold, weights)
     wrong = (metrics.decide(probabilities, threshold) != labels).double()
@@ -372,18 +378,22 @@ def evaluate(run, views, scales, data_path, cache, device):
     """{setting: {metric: {"value", "low", "high"}}}: one view, `views`, and those at `scales`, on images that the run's
     models never saw. "change": of the AUC against one view, in pairs; "referred": the share of the images; "caught":
     the share of the wrong answers that are among them."""
-    from explain import held_out
+    from explain import held_out  # here and not above: a plain prediction starts without them
     from metrics import resample
 
     images, pairs = held_out(run, data_path, cache)
-    rows = torch.cat([rows for _, rows in pairs])
+    rows, scales = torch.cat([rows for _, rows in pairs]), tuple(scales)
+    looked = tuple(dict.fromkeys((1.0, *scales)))  # scale by scale, `views` each; the first is the picture as it is
+    found = [(m, look_again(m.to(device), images, r, views, looked)) for m, r in pairs]
     table, first = {}, None
-    for k, s in dict.fromkeys([(1, (1.0,)), (views, (1.0,)), (views, tuple(scales))]):
-        probabilities, threshold, referred = look_again(images, pairs, k, s, device)
+    for k, s in dict.fromkeys([(1, (1.0,)), (views, (1.0,)), (views, scales)]):
+        kept = [looked.index(scale) * views + i for scale in s for i in range(k)]
+        judged = zip(*(verdicts(model, opinions[:, kept]) for model, opinions in found), strict=True)
+        probabilities, threshold, referred = (torch.cat(column) for column in judged)
         first = probabilities if first is None else first
         measure = partial(
             worth, labels=images.labels[rows], first=first,
-            probabilities=probabilities, threshold=threshold, referred=referred.double(),
+            probabilities=probabilities, threshold=threshold, referred=referred,
         )  # fmt: skip
         name = f"{k} view{'s' if k > 1 else ''}" + ("" if s == (1.0,) else f" x {', '.join(f'{v:g}' for v in s)}")
         table[name] = resample(measure, images.groups[rows])

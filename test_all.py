@@ -485,6 +485,11 @@ def test_the_second_start_reads_the_cache(tmp_path, monkeypatch):
     third = quiet_load(source, 32, cache=tmp_path / "cache")
     assert (third.pixels[third.names.index(str(changed))] == 77).all()
     assert not list((tmp_path / "cache").glob("*.part"))
+    (tmp_path / "pool").mkdir()
+    picture().save(tmp_path / "pool" / "i.png")
+    for _ in range(2):  # a source without masks costs no room for them
+        assert quiet_load(tmp_path / "pool", 32, cache=tmp_path / "plain").masks is None
+    assert sum(p.stat().st_size for p in (tmp_path / "plain").rglob("masks.u8")) == 0
 
 
 def test_a_cache_that_can_not_be_written_is_one_line(tmp_path):
@@ -2490,7 +2495,13 @@ def test_the_worth_of_views_is_that_of_the_detectors_answers(tmp_path, folders):
     assert table["1 view"]["auc"]["value"] == pytest.approx(report["test"]["auc"]["value"], abs=2e-3)
     assert table["1 view"]["change"] == {"value": 0, "low": 0, "high": 0}
     assert "give an image, or --evaluate" in error_of(run(HERE / "infer.py", "--model", folder))
-    assert "no run of train.py" in error_of(run(HERE / "infer.py", "--model", tmp_path, "--evaluate"))
+    for options, why in [
+        (["--model", str(tmp_path)], "no run of train.py"),
+        (["--model", str(folder), "i.png"], "takes the held-out images"),
+        (["--model", str(folder), "--scales", "9"], "--scales 9: give"),
+    ]:
+        with pytest.raises(InputError, match=why):
+            infer.main(["--evaluate", *options])
 
 
 def test_prediction_imports_no_more_than_it_needs(tmp_path, phantom_run):

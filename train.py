@@ -1051,7 +1051,7 @@ def write_report(images, results, args, folder, seconds, splits):
     if classify and len(images.classes) == 2:  # what most papers call accuracy: without a chosen threshold
         hits = [(r["probabilities"][:, 1] >= 0.5).long() == images.labels[r["rows"]] for r in results]
         report["accuracy_at_half"] = [float(h.double().mean()) for h in hits]
-    if classify and len(results[0].get("members", [])) > 1:
+    if classify and len(results[0]["members"]) > 1:
         report["members"] = describe_members(results, labels, groups, args)
     if len(results) > 1:
         runs = [point_metrics(images, r) for r in results]

@@ -1,4 +1,4 @@
-# Learning without labels, the table of the README:
+# Learning without labels: what each kind of starting weights is worth with 10, 25 and 100 % of the labels.
 #   sh recipes/pretrained.sh busi --data data/BUSI --positive malignant
 #   sh recipes/pretrained.sh breastmnist --data breastmnist
 # IMAGENET=FILE takes the ImageNet weights from a file instead of torchvision's download.
