@@ -645,11 +645,6 @@ def build_parser():
     g.add_argument("--ignore-groups", action="store_true", help="offer near-duplicates of labelled images too")
     g.add_argument("--warm-start", action="store_true", help="go on from the last round's weights, not from the first")
     g.add_argument(
-        "--against",
-        metavar="DIR",
-        help="an earlier run of the same seeds: compare each strategy with its own curve there",
-    )
-    g.add_argument(
         "--distill",
         choices=["none", "labelled", "pool"],
         default="none",
@@ -660,7 +655,6 @@ def build_parser():
 
 def parse(argv=None):
     args = train.parse(argv, build_parser())
-    args.against = build_parser().parse_args(argv).against  # also of a run that is finished, with --resume
     if args.against and not (Path(args.against) / "al.json").is_file():
         raise InputError(f"--against {args.against}: no al.json there; give the folder of a finished run")
     if isinstance(args.strategies, str):
@@ -887,8 +881,8 @@ def learn(argv):
     args = train.parse(argv, learn_parser())
     if not args.labels:
         raise InputError("learn: give the filled-in to_label.csv with --labels")
-    if args.folds > 1 or args.repeats > 1 or args.nets == "dnet":
-        raise InputError("learn: --folds, --repeats and --nets dnet have no meaning here; leave them out")
+    if args.folds > 1 or args.repeats > 1 or args.nets == "dnet" or args.against:
+        raise InputError("learn: --folds, --repeats, --against and --nets dnet have no meaning here; leave them out")
     images = train.load_images(args)
     entries = [e for path in args.labels for e in read_answers(path, images.classes, args.partial)]
     more, rows = add_answers(images, entries, args)
@@ -913,40 +907,12 @@ def learn(argv):
     except (train.Stopped, KeyboardInterrupt):
         print(f"stopped; go on with: python al_loop.py learn --resume {folder}")
         sys.exit(130)
-    change = what_changed(more, results["before"], results["after"])
+    change = train.compare(more, [results["before"]], [results["after"]])
     write_atomically(folder / "change.json", json.dumps(train.clean(change), indent=1).encode())
-    print(f"\n{'test':18s} before   after   change [95 %, resampled by group]")
-    for name, m in change["test"].items():
-        print(
-            f"{name:18s} {m['before']:.3f}    {m['after']:.3f}   {m['value']:+.3f} [{m['low']:+.3f}, {m['high']:+.3f}]"
-        )
-    print(
-        f"{change['flipped']} of {len(test)} test images got another answer, {change['righted']} of them the right one"
-    )
+    print()
+    train.print_change(change)
     print(f"\n{folder}: before/model.pt, after/model.pt, change.json")
     print(DISCLAIMER)
-
-
-def what_changed(images, before, after):
-    """{"test": {metric: {"before", "after", "value", "low", "high"}}, "flipped", "righted"} of two results on one test split."""
-    rows, threshold = before["rows"], lambda r: 0.5 if r["threshold"] is None else r["threshold"]
-    labels = images.labels[rows]
-
-    def measure(result, weights):
-        values = metrics.evaluate(result["probabilities"], labels, threshold(result), weights)
-        if result["boxes"] is None:
-            return values
-        return values | metrics.localisation(metrics.paired_iou(result["boxes"], images.boxes[rows]), weights)
-
-    def difference(weights):
-        old, new = measure(before, weights), measure(after, weights)
-        return {name: new[name] - old[name] for name in old if name in new}
-
-    test = metrics.resample(difference, images.groups[rows])
-    for name in test:
-        test[name] |= {"before": float(measure(before, None)[name]), "after": float(measure(after, None)[name])}
-    old, new = (metrics.decide(r["probabilities"], threshold(r)) for r in (before, after))
-    return {"test": test, "flipped": int((old != new).sum()), "righted": int(((old != new) & (new == labels)).sum())}
 
 
 if __name__ == "__main__":

@@ -131,16 +131,35 @@ def bootstrap_weights(groups, replicates=2000, seed=0):
     return torch.zeros(replicates, count).scatter_add_(1, drawn, torch.ones(replicates, count))[:, groups]
 
 
+def measure(probabilities, labels, threshold=0.5, iou=None, weights=None):
+    """All metrics of a classification, a localisation, or both: {name: (B,)}. probabilities or iou may be None."""
+    values = {} if probabilities is None else evaluate(probabilities, labels, threshold, weights)
+    return values if iou is None else values | localisation(iou, weights)
+
+
 def with_intervals(probabilities, labels, groups, threshold=0.5, iou=None):
     """{metric: {"value", "low", "high"}} with 95 % percentile intervals, resampled by group.
 
     probabilities (N, K) and labels (N,), or None, None for a detector alone; iou (N,) or None."""
+    return resample(lambda weights: measure(probabilities, labels, threshold, iou, weights), groups)
 
-    def measure(weights):
-        values = {} if probabilities is None else evaluate(probabilities, labels, threshold, weights)
-        return values if iou is None else {**values, **localisation(iou, weights)}
 
-    return resample(measure, groups)
+def change_with_intervals(before, after, labels, groups):
+    """{metric: {"before", "after", "value", "low", "high"}} of two models on the same images. value: after minus before,
+    and its interval is that of the pairs, which is narrower than the two intervals let expect: both models meet the
+    same easy and hard images in a resample.
+
+    before, after: (probabilities (N, K) or None, threshold, iou (N,) or None) each."""
+
+    def both(weights):
+        return (measure(p, labels, threshold, iou, weights) for p, threshold, iou in (before, after))
+
+    def change(weights):
+        old, new = both(weights)
+        return {name: new[name] - old[name] for name in old if name in new}
+
+    report, (old, new) = resample(change, groups), both(None)
+    return {name: {"before": float(old[name]), "after": float(new[name]), **m} for name, m in report.items()}
 
 
 def resample(measure, groups):

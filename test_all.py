@@ -1275,9 +1275,53 @@ def test_the_report_tells_what_each_member_does_alone(tmp_path, folders):
         for what, value in expected.items():
             assert member["test"][what]["value"] == pytest.approx(float(value), abs=1e-6)
         assert member["test"]["auc"]["low"] <= member["test"]["auc"]["value"] <= member["test"]["auc"]["high"]
+        together = json.loads((folder / "report.json").read_text())["test"]["auc"]["value"]
+        assert member["ensemble"]["auc"]["value"] == pytest.approx(together - member["test"]["auc"]["value"])
     assert len({m["test"]["auc"]["value"] for m in members}) > 1
     assert said.count("member small_cnn, roi none: auc") >= 3
     assert "best on validation" in said
+
+
+def test_two_runs_are_compared_in_pairs(tmp_path, folders):
+    options = ["--positive", "malignant", "--folds", "2", "--nets", "both"]
+    one, _ = quick(tmp_path, *options, "--name", "one", data_folder=folders)
+    two, said = quick(tmp_path, *options, "--epochs", "3", "--against", str(one), "--name", "two", data_folder=folders)
+    reports = [json.loads((folder / "report.json").read_text()) for folder in (one, two)]
+    change = reports[1]["against"]
+    assert change["run"] == str(one)
+    assert set(change["test"]) == set(reports[0]["test"])
+    images, answers = quiet_load(folders, 32, positive="malignant"), []
+    for folder in (one, two):
+        found = [torch.load(folder / f"fold{k}" / "test.pt", weights_only=True) for k in (1, 2)]
+        rows = torch.cat([r["rows"] for r in found])
+        answers.append(torch.cat([(r["probabilities"][:, 1] >= r["threshold"]).long() for r in found]))
+    assert change["flipped"] == int((answers[0] != answers[1]).sum())
+    assert change["righted"] == int(((answers[0] != answers[1]) & (answers[1] == images.labels[rows])).sum())
+    hits = (answers[1] == images.labels[rows]).double() - (answers[0] == images.labels[rows]).double()
+    names, owner = torch.unique(images.groups[rows], return_inverse=True)
+    rng, draws = np.random.default_rng(0), []
+    for _ in range(2000):  # the interval by another generator, group by group
+        drawn = np.bincount(rng.integers(len(names), size=len(names)), minlength=len(names))[owner.numpy()]
+        draws.append(float((hits.numpy() * drawn).sum() / drawn.sum()))
+    for metric, m in change["test"].items():
+        before, after = (r["test"][metric]["value"] for r in reports)
+        assert (m["before"], m["after"], m["value"]) == pytest.approx((before, after, after - before))
+    m = change["test"]["accuracy"]
+    assert (m["low"], m["high"]) == pytest.approx(np.quantile(draws, [0.025, 0.975]), abs=0.03)
+    assert f"before: {one}, after: this run" in said
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):  # afterwards, of two finished runs; a run is no better than itself
+        train.main(["--resume", str(one), "--against", str(one)])
+    change = json.loads((one / "report.json").read_text())["against"]
+    assert change["flipped"] == 0
+    assert {(m["low"], m["value"], m["high"]) for m in change["test"].values()} == {(0.0, 0.0, 0.0)}
+    for wrong, why in [
+        (["--against", str(tmp_path / "nowhere")], "give the folder of a finished run"),
+        (["--against", str(one), "--seed", "1"], "has other test images or classes"),
+        (["--against", str(one), "--search", "2"], "which --search does not touch"),
+    ]:
+        with pytest.raises(data.InputError, match=why):
+            quick(tmp_path, *options, *wrong, data_folder=folders)
 
 
 def test_an_ensemble_teaches_one_small_model(tmp_path, folders):

@@ -226,7 +226,10 @@ def build_parser():
         default=1.0,
         help="learn from this share of the training split alone, drawn by the seed, no group divided",
     )
-    add_run_arguments(p)
+    g = add_run_arguments(p)
+    g.add_argument(
+        "--against", metavar="DIR", help="a finished run to compare this one with, in pairs; with --resume too"
+    )
     return p
 
 
@@ -270,6 +273,7 @@ def add_run_arguments(p):
     g.add_argument(
         "--save-seconds", type=float, default=30, help="least time between two saves of last.pt; 0 = every epoch"
     )
+    return g
 
 
 def add_data_arguments(p):
@@ -317,6 +321,8 @@ def parse(argv=None, parser=None):
         if not config.is_file():
             raise InputError(f"--resume {args.resume}: no config.json there, so nothing to resume; check the path")
         stored = json.loads(config.read_text())["args"]
+        if getattr(args, "against", None):  # a finished run may be compared afterwards
+            stored["against"] = args.against
         return argparse.Namespace(**{**vars(args), **stored, "resume": args.resume})
     if args.data in (None, "phantoms"):
         parser.set_defaults(**PHANTOM_DEFAULTS)
@@ -359,6 +365,8 @@ def parse(argv=None, parser=None):
         raise InputError(f"--roi {args.roi}: give none, mask, dnet, or none,dnet for a member on each")
     if args.nets == "dnet" and args.roi != "none":
         raise InputError("--roi is what C-Net sees; with --nets dnet there is none")
+    if args.search and args.against:
+        raise InputError("--against compares on the test split, which --search does not touch; leave it out")
     return args
 
 
@@ -1020,17 +1028,15 @@ def check_size(net, size, meta):
 # The report
 
 
-def write_report(images, results, args, folder, seconds, splits):
-    """report.json, report.png and mistakes.png of one run, or of all folds and repeats pooled. Returns the dict."""
+def write_report(images, results, args, folder, seconds, splits, other=None):
+    """report.json, report.png and mistakes.png of one run, or of all folds and repeats pooled, compared with the
+    results of an `other` run, see compare. Returns the dict."""
     rows = torch.cat([r["rows"] for r in results])
     labels, groups = images.labels[rows], images.groups[rows]
-    classify = results[0]["probabilities"] is not None
-    probabilities, threshold = pooled(results) if classify else (None, None)
+    probabilities, threshold, iou = pooled(images, results)
+    classify = probabilities is not None
     boxes = torch.cat([r["boxes"] for r in results]) if results[0]["boxes"] is not None else None
-    iou = None if boxes is None else metrics.paired_iou(boxes, images.boxes[rows])
-    if iou is not None and not iou.isfinite().any():
-        iou = None
-    test = metrics.with_intervals(probabilities, labels if classify else None, groups, threshold, iou)
+    test = metrics.with_intervals(probabilities, labels, groups, threshold, iou)
     report = {
         "data": {
             "source": images.source,
@@ -1052,12 +1058,14 @@ def write_report(images, results, args, folder, seconds, splits):
         hits = [(r["probabilities"][:, 1] >= 0.5).long() == images.labels[r["rows"]] for r in results]
         report["accuracy_at_half"] = [float(h.double().mean()) for h in hits]
     if classify and len(results[0]["members"]) > 1:
-        report["members"] = describe_members(results, labels, groups, args)
+        report["members"] = describe_members(images, results, args)
     if len(results) > 1:
         runs = [point_metrics(images, r) for r in results]
         report["runs"] = runs
         values = {k: torch.tensor([run[k] for run in runs]) for k in runs[0]}
         report["mean"] = {k: {"mean": float(v.mean()), "sd": float(v.std())} for k, v in values.items()}
+    if other:
+        report["against"] = {"run": args.against, **compare(images, other, results)}
     write_atomically(Path(folder) / "report.json", json.dumps(clean(report), indent=1).encode())
 
     note = "   PLACEHOLDER BOXES: localisation means nothing" if images.placeholder_boxes else ""
@@ -1080,24 +1088,39 @@ def write_report(images, results, args, folder, seconds, splits):
     return report
 
 
-def pooled(results):
-    """Probabilities (N, K) of several runs together, and the threshold (N,) that each image is held against: its run's."""
-    thresholds = [0.5 if r["threshold"] is None else r["threshold"] for r in results]
-    counts = torch.tensor([len(r["probabilities"]) for r in results])
-    return torch.cat([r["probabilities"] for r in results]), torch.tensor(thresholds).repeat_interleave(counts)
+def pooled(images, results):
+    """Several runs together: probabilities (N, K) or None, the threshold (N,) that each image is held against (its
+    run's), and the IoU (N,) or None."""
+    probabilities = thresholds = iou = None
+    if results[0]["probabilities"] is not None:
+        probabilities = torch.cat([r["probabilities"] for r in results])
+        counts = torch.tensor([len(r["probabilities"]) for r in results])
+        thresholds = torch.tensor([0.5 if r["threshold"] is None else r["threshold"] for r in results])
+        thresholds = thresholds.repeat_interleave(counts)
+    if results[0]["boxes"] is not None:
+        iou = torch.cat([metrics.paired_iou(r["boxes"], images.boxes[r["rows"]]) for r in results])
+        iou = iou if iou.isfinite().any() else None
+    return probabilities, thresholds, iou
 
 
-def describe_members(results, labels, groups, args):
+def describe_members(images, results, args):
     """What each member of the ensemble would do by itself, with a temperature and a threshold of its own: its AUC on
-    validation (mean of the runs), and the test metrics, pooled."""
+    validation (mean of the runs), the test metrics, pooled, and how the ensemble changes them."""
     names = itertools.product((args.ensemble or args.model).split(","), args.roi.split(","))
     members = []
     for i, (backbone, roi) in enumerate(names):
-        alone = [r["members"][i] for r in results]
-        probabilities, threshold = pooled(alone)
-        test = metrics.with_intervals(probabilities, labels, groups, threshold)
-        chosen = sum(r["val_auc"] for r in alone) / len(alone)
-        members.append({"model": backbone, "roi": roi, "val_auc": chosen, "test": test})
+        alone = [{"rows": r["rows"], "boxes": None, **r["members"][i]} for r in results]
+        probabilities, threshold, _ = pooled(images, alone)
+        rows = torch.cat([r["rows"] for r in alone])
+        members.append(
+            {
+                "model": backbone,
+                "roi": roi,
+                "val_auc": sum(r["val_auc"] for r in alone) / len(alone),
+                "test": metrics.with_intervals(probabilities, images.labels[rows], images.groups[rows], threshold),
+                "ensemble": compare(images, alone, results)["test"],
+            }
+        )
     return members
 
 
@@ -1116,16 +1139,49 @@ def clean(value):
 
 def point_metrics(images, result):
     """The metrics of one run without intervals: {name: number}."""
-    values = {}
-    if result["probabilities"] is not None:
-        values = metrics.evaluate(
-            result["probabilities"],
-            images.labels[result["rows"]],
-            0.5 if result["threshold"] is None else result["threshold"],
-        )
-    if result["boxes"] is not None:
-        values |= metrics.localisation(metrics.paired_iou(result["boxes"], images.boxes[result["rows"]]))
+    probabilities, threshold, iou = pooled(images, [result])
+    values = metrics.measure(probabilities, images.labels[result["rows"]], threshold, iou)
     return {k: float(v) for k, v in values.items()}
+
+
+def finished_run(folder, images, runs):
+    """The results of a finished run on the test images of `runs`, see plan. Raises InputError where it has others."""
+    results = []
+    for name, _, _, test, _ in runs:
+        file, report = (Path(folder) / name / f for f in ("test.pt", "report.json"))
+        if not file.is_file():
+            raise InputError(
+                f"--against {folder}: no {file} there; give the folder of a finished run, of as many folds"
+            )
+        results.append(read_checkpoint(file, str(file)))
+        data = json.loads(report.read_text())["data"]
+        same = torch.equal(results[-1]["rows"], test) and data["images"] == len(images)
+        if not same or data["classes"] != images.classes:
+            raise InputError(f"--against {folder}: {name or 'it'} has other test images or classes: nothing to compare")
+    return results
+
+
+def compare(images, before, after):
+    """{"test": {metric: {"before", "after", "value", "low", "high"}}, "flipped", "righted"} of the results of two models
+    (or of two sets of folds) on the same test images, in pairs. flipped: how many answers differ; righted: how many of
+    these are right now."""
+    rows = torch.cat([r["rows"] for r in before])
+    labels, old, new = images.labels[rows], pooled(images, before), pooled(images, after)
+    change = {"test": metrics.change_with_intervals(old, new, labels, images.groups[rows])}
+    if old[0] is not None and new[0] is not None:
+        was, now = (metrics.decide(probabilities, threshold) for probabilities, threshold, _ in (old, new))
+        change |= {"flipped": int((was != now).sum()), "righted": int(((was != now) & (now == labels)).sum())}
+    return change
+
+
+def print_change(change):
+    print(f"{'test':18s} before   after   change [95 %, in pairs, resampled by group]")
+    for name, m in change["test"].items():
+        print(
+            f"{name:18s} {m['before']:.3f}    {m['after']:.3f}   {m['value']:+.3f} [{m['low']:+.3f}, {m['high']:+.3f}]"
+        )
+    if "flipped" in change:
+        print(f"{change['flipped']} test images got another answer, {change['righted']} of them the right one")
 
 
 def interval(m):
@@ -1207,12 +1263,17 @@ def print_report(report):
         star = "   best on validation" if m["val_auc"] == best else ""
         values = ", ".join(f"{name} {interval(m['test'][name])}" for name in ("auc", "sensitivity", "specificity"))
         print(f"  member {m['model']}, roi {m['roi']}: {values}{star}")
+        change = m["ensemble"]["auc"]
+        print(f"    the ensemble's auc is {change['value']:+.3f} [{change['low']:+.3f}, {change['high']:+.3f}] to it")
     if "accuracy_at_half" in report:
         values = torch.tensor(report["accuracy_at_half"])
         spread = f" +- {values.std():.3f} (sd of the runs)" if len(values) > 1 else ""
         print(f"  accuracy at a threshold of 0.5: {values.mean():.3f}{spread}")
     if report["data"]["placeholder_boxes"]:
         print("  placeholder boxes: iou and iou_at_50 say nothing about lesions")
+    if "against" in report:
+        print(f"\nbefore: {report['against']['run']}, after: this run")
+        print_change(report["against"])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1459,7 +1520,7 @@ def write_example(images, results, folder):
 def main(argv=None):
     args = parse(argv)
     choose_device(args.device)
-    if args.resume and (Path(args.resume) / "report.json").exists():
+    if args.resume and not args.against and (Path(args.resume) / "report.json").exists():
         print(f"{args.resume} is complete:")
         print_report(json.loads((Path(args.resume) / "report.json").read_text()))
         print(DISCLAIMER)
@@ -1476,6 +1537,7 @@ def main(argv=None):
         )  # a wrong name or file is said before a run begins
     for run in runs if args.teacher else []:
         load_teacher(images, args, run[0])
+    other = finished_run(args.against, images, runs) if args.against else None
     if args.search:
         search_ranges(args)
     folder = prepare_folder(args, "search-" if args.search else "")
@@ -1512,7 +1574,7 @@ def main(argv=None):
         sys.exit(130)
     seconds = sum(h["seconds"] for r in results for history in r["histories"] for h in history)
     splits = {what: sum(len(run[i]) for run in runs) for i, what in ((1, "train"), (2, "val"), (3, "test"))}
-    report = write_report(images, results, args, folder, seconds, splits)
+    report = write_report(images, results, args, folder, seconds, splits, other)
     print_report(report)
     model = folder / (runs[0][0] or ".") / "model.pt"
     print(f"\n{folder}: model.pt, report.json, report.png, mistakes.png   ({time.time() - start:.0f} s)")
