@@ -2,11 +2,12 @@
 
     python bench.py                       epochs, Grad-CAM, k-center and the start of infer.py: minutes on two cores
     python bench.py --data BUSI           also the first and the second start on real files
+    python bench.py --models A.pt B.pt    model files alone: what they weigh, what an answer costs
 
 The floor of an epoch is the bare forward, backward and AdamW step on one fixed batch, as often as the epoch has steps:
 no shuffling, no augmentation, no logging. The floor of Grad-CAM is one forward pass and a backward pass that stops at
 the last layer; that of the k-center greedy selection of k points is k products of the embedding matrix with a vector;
-that of `infer.py image.png` is `import torchvision`."""
+that of `infer.py image.png` is `import torchvision`; that of an answer is the networks' bare forward passes."""
 
 import argparse
 import resource
@@ -15,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -23,6 +25,7 @@ import torch.nn.functional as F
 import al_loop
 import data
 import explain
+import infer
 import models
 import train
 
@@ -174,6 +177,27 @@ def bench_start(runs):
             compare(f"infer.py image.png, {name}, 5 views", ours, process("-c", "import torchvision"), runs)
 
 
+def bench_models(paths, runs, device):
+    """The detector on 32 pictures in memory, one view each, in one batch."""
+    for path in paths:
+        detector = infer.BreastCancerDetector(path, device, tta=1)
+        nets = [net for net in (*detector.model.members, detector.model.dnet) if net is not None]
+        weights = sum(p.numel() for net in nets for p in net.parameters())
+        info = detector.info
+        x = torch.rand(32, info["channels"], info["size"], info["size"], device=device)
+        spec = info["meta_spec"]
+        meta = data.encode_meta([{}], None, spec)[0].to(device).expand(32, -1) if spec else None
+        pictures = [p.movedim(0, 2).squeeze(2).mul(255).byte().cpu().numpy() for p in x]
+
+        def forward(nets=nets, x=x, meta=meta):
+            with torch.inference_mode():
+                return [net(x, meta) if isinstance(net, models.CNet) else net(x) for net in nets]
+
+        size = Path(detector.path).stat().st_size / 1e6
+        print(f"{path}: {len(nets)} networks, {weights / 1e6:.1f} M weights, {size:.1f} MB")
+        compare("  32 answers", partial(detector.predict, pictures), forward, runs)
+
+
 def bench_data(source):
     """The first and the second start on real files, and the memory that it takes."""
     with tempfile.TemporaryDirectory() as cache:
@@ -192,11 +216,14 @@ def main(argv=None):
     p.add_argument("--runs", type=int, default=5, help="counted runs of each (default: 5)")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda (default: auto)")
     p.add_argument("--quick", action="store_true", help="small sizes: only to see that it works")
+    p.add_argument("--models", nargs="+", default=[], metavar="FILE", help="time these model files, and nothing else")
     args = p.parse_args(argv)
     device = data.choose_device(args.device)
     print(
         f"torch {torch.__version__}, {device}, {torch.get_num_threads()} threads, median of {args.runs} [least, most]"
     )
+    if args.models:
+        return bench_models(args.models, args.runs, device)
     if args.data:
         bench_data(args.data)
     for amp in ("off", "on"):

@@ -3256,6 +3256,21 @@ def test_the_benchmark_prints_ours_the_floor_and_the_ratio(tmp_path):
         assert re.search(rf"{line}.*ours +\d+\.\d+ s   floor +\d+\.\d+ s   ratio \d+\.\d+", result.stdout)
 
 
+def test_the_benchmark_weighs_model_files(tmp_path):
+    spec = [{"column": "age", "mean": 50.0, "sd": 10.0}]
+    nets = [models.CNet("small_cnn", 3, 1, meta=2), models.CNet("small_cnn", 3, 1, meta=2)]
+    classes = ["a", "b", "c"]
+    ensemble = models.Ensemble(nets, dnet=models.DNet("small_cnn", 1), classes=classes, size=32, load_size=32, channels=1, meta_spec=spec)  # fmt: skip
+    models.save(tmp_path / "m.pt", ensemble)
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        bench.main(["--models", str(tmp_path / "m.pt"), "--runs", "1", "--device", "cpu"])
+    weights = sum(v.numel() for net in (*nets, ensemble.dnet) for v in net.parameters())
+    size = (tmp_path / "m.pt").stat().st_size
+    assert f"3 networks, {weights / 1e6:.1f} M weights, {size / 1e6:.1f} MB" in out.getvalue()
+    assert re.search(r"32 answers .*ours +\d+\.\d+ s   floor", out.getvalue())
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Real data
 
