@@ -12,6 +12,8 @@ import math
 import torch
 
 BINS = 10  # of the calibration error and its plot
+REPLICATES = 2000  # of the bootstrap
+WEIGHTS_AT_ONCE = 10_000_000  # of replicates x images: what bounds the memory on large test splits
 
 
 def auc(scores, labels, weights=None):
@@ -123,11 +125,11 @@ def localisation(iou, weights=None):
     return {"iou": (weights @ iou) / total, "iou_at_50": (weights @ (iou >= 0.5).double()) / total}
 
 
-def bootstrap_weights(groups, replicates=2000, seed=0):
+def bootstrap_weights(groups, replicates=REPLICATES, generator=None):
     """(B, N) how often each image is drawn when whole groups are drawn with replacement (Efron & Tibshirani 1993)."""
     _, groups = torch.unique(groups, return_inverse=True)
     count = int(groups.max()) + 1
-    drawn = torch.randint(count, (replicates, count), generator=torch.Generator().manual_seed(seed))
+    drawn = torch.randint(count, (replicates, count), generator=generator or torch.Generator().manual_seed(0))
     return torch.zeros(replicates, count).scatter_add_(1, drawn, torch.ones(replicates, count))[:, groups]
 
 
@@ -164,10 +166,13 @@ def change_with_intervals(before, after, labels, groups):
 
 def resample(measure, groups):
     """{metric: {"value", "low", "high"}} of measure(weights) -> {metric: (B,)}, weights (B, N) or None for the point."""
-    point, spread = measure(None), measure(bootstrap_weights(groups))
+    generator, most = torch.Generator().manual_seed(0), max(1, WEIGHTS_AT_ONCE // len(groups))
+    counts = [min(most, REPLICATES - done) for done in range(0, REPLICATES, most)]
+    point, parts = measure(None), [measure(bootstrap_weights(groups, n, generator)) for n in counts]
     report = {}
     for name, value in point.items():
-        draws = spread[name][spread[name].isfinite()]  # a resample without positives has no AUC
+        draws = torch.cat([part[name] for part in parts])
+        draws = draws[draws.isfinite()]  # a resample without positives has no AUC
         low, high = (
             torch.quantile(draws, torch.tensor([0.025, 0.975], dtype=torch.double)).tolist()
             if len(draws)

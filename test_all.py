@@ -1004,7 +1004,7 @@ def test_the_bootstrap_draws_whole_groups():
     assert float(weights.mean()) == pytest.approx(1, abs=0.1)
 
 
-def test_intervals_have_the_textbook_width_and_grow_with_groups():
+def test_intervals_have_the_textbook_width_and_grow_with_groups(monkeypatch):
     generator = torch.Generator().manual_seed(0)
     y = torch.arange(400) % 2
     right = torch.rand(400, generator=generator) < 0.8
@@ -1016,6 +1016,8 @@ def test_intervals_have_the_textbook_width_and_grow_with_groups():
     assert m["high"] - m["low"] == pytest.approx(normal, rel=0.15)
     double = metrics.with_intervals(p.repeat(2, 1), y.repeat(2), torch.arange(400).repeat(2))["accuracy"]
     assert double["high"] - double["low"] == pytest.approx(normal, rel=0.15)  # copies of an image are no new evidence
+    monkeypatch.setattr(metrics, "WEIGHTS_AT_ONCE", 400 * 300)  # as of a large split: in seven parts
+    assert metrics.with_intervals(p, y, torch.arange(400))["accuracy"] == m
 
 
 def test_iou_by_counting_pixels():
