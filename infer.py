@@ -369,6 +369,7 @@ def worth(weights, labels, first, probabilities, threshold, referred):
         "change": values["auc"] - metrics.evaluate(first, labels, threshold, weights)["auc"],
         "sensitivity": values["sensitivity"],
         "specificity": values["specificity"],
+        "balanced_accuracy": values["balanced_accuracy"],
         "referred": weights @ referred / weights.sum(1),
         "caught": weights @ (referred * wrong) / (weights @ wrong),
     }
@@ -398,9 +399,9 @@ def evaluate(run, views, scales, data_path, cache, device):
         name = f"{k} view{'s' if k > 1 else ''}" + ("" if s == (1.0,) else f" x {', '.join(f'{v:g}' for v in s)}")
         table[name] = resample(measure, images.groups[rows])
         if len(table) == 1:
-            print(f"{len(rows)} held-out images\n{'':24s}" + "".join(f"{m:>24s}" for m in table[name]))
+            print(f"{len(rows)} held-out images\n{'':24s}" + "".join(f"{m:>22s}" for m in table[name]))
         cells = [f"{m['value']:.3f} [{m['low']:.3f}, {m['high']:.3f}]" for m in table[name].values()]
-        print(f"{name:24s}" + "".join(f"{cell:>24s}" for cell in cells), flush=True)
+        print(f"{name:24s}" + "".join(f"{cell:>22s}" for cell in cells), flush=True)
     return table
 
 

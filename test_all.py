@@ -2533,7 +2533,14 @@ def test_the_worth_of_views_is_that_of_the_detectors_answers(tmp_path, folders):
         base = area if base is None else base
         referred = [a["refer"] for a in answers]
         caught = sum(r and w for r, w in zip(referred, wrong, strict=True)) / sum(wrong)
-        expected = {"auc": area, "change": area - base, "referred": sum(referred) / len(referred), "caught": caught}
+        recall = [1 - np.mean([w for w, y in zip(wrong, labels, strict=True) if y == c]) for c in (0, 1)]
+        expected = {
+            "auc": area,
+            "change": area - base,
+            "balanced_accuracy": sum(recall) / 2,
+            "referred": sum(referred) / len(referred),
+            "caught": caught,
+        }
         for what, value in expected.items():
             assert row[what]["value"] == pytest.approx(value, abs=0.01), (name, what)  # the answers are rounded
         assert row["auc"]["low"] <= row["auc"]["value"] <= row["auc"]["high"]

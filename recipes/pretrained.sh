@@ -15,6 +15,7 @@ for share in 0.1 0.25 1; do
             imagenet) weights=${IMAGENET:-imagenet} ;;
             *) weights=runs/$name-$start/backbone.pt ;;
         esac
-        python train.py @recipes/pretrained.args --weights "$weights" --label-fraction $share --name $name-$start-$share "$@"
+        against=$([ $start = none ] || echo --against runs/$name-none-$share)
+        python train.py @recipes/pretrained.args --weights "$weights" --label-fraction $share $against --name $name-$start-$share "$@"
     done
 done
