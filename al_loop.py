@@ -838,14 +838,14 @@ def read_answers(path, classes, partial=False):
 def add_answers(images, entries, args):
     """The ImageSet with the answered images joined to it, and their rows. Those that show the same as an image of the
     validation or test split are left out: the test would not be one any more."""
-    pixels, _, boxes, kept = data.decode(
+    pixels, _, boxes, thumbnails, kept = data.decode(
         entries, images.pixels.shape[-1], images.pixels.shape[1], args.clahe, args.cache, args.skip_bad
     )
     entries, count = [entries[i] for i in kept], len(images)
     meta = None if images.meta is None else encode_meta([{}] * len(entries), None, images.meta_spec)[0]
     new = ImageSet(
         pixels, torch.tensor([e.label for e in entries]), boxes, None, torch.arange(len(entries)),
-        ["train"] * len(entries), meta, [e.image for e in entries], images.classes,
+        ["train"] * len(entries), meta, [e.image for e in entries], images.classes, thumbnails=thumbnails,
     )  # fmt: skip
     everything = data.join(images, new)
     held_out = [i for i in range(count) if images.splits[i] in ("val", "test")]

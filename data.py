@@ -97,6 +97,7 @@ class ImageSet:
     meta_spec: list[dict] = dataclasses.field(default_factory=list)  # how to encode a new patient: see encode_meta
     placeholder_boxes: bool = False  # the boxes are dummies: every report says so
     source: str = ""
+    thumbnails: torch.Tensor | None = None  # uint8 (N, 1, 28, 28): what near-duplicates are found by; None: too many
 
     def __len__(self):
         return len(self.labels)
@@ -178,6 +179,13 @@ def letterbox(image, size):
     square[:] = np.rint(small.mean((1, 2))).astype(np.uint8)[:, None, None]
     square[:, top : top + h, left : left + w] = small
     return square, (w / width, h / height, left, top)
+
+
+def thumbnail(image):
+    """What near-duplicates are found by: uint8 (1, 28, 28), grey, squashed into the square, so that one picture cut in
+    two ways still lies feature upon feature. Made of the file and nothing else: no option of a run may change its splits.
+    28 px are the smallest images that are published (MedMNIST), so nothing is enlarged."""
+    return np.asarray(image.convert("L").resize((28, 28), Image.Resampling.BILINEAR, reducing_gap=3.0))[None]
 
 
 def original_box(box, placement, side, size):
@@ -580,16 +588,12 @@ def parse_meta(text):
 MOST_COMPARED = 20_000  # images among which near-duplicates are looked for: the cost grows with the square
 
 
-def near_duplicates(pixels, threshold=0.95):
+def near_duplicates(thumbnails, threshold=0.95):
     """Pairs of images that show the same picture: (P, 2) indices i < j, and their similarity (P,).
 
-    Each image is averaged down to 32 x 32 grey values and standardised; two images are near-duplicates if the
-    correlation of these thumbnails, or of one with the other's mirror image, reaches `threshold`. Costs N^2 / 2
-    correlations, in blocks. pixels: uint8 (N, C, S, S)."""
-    side = min(32, pixels.shape[-1])
-    thumbs = torch.cat(
-        [F.adaptive_avg_pool2d(chunk.float().mean(1, keepdim=True), side) for chunk in pixels.split(512)]
-    )
+    Two images are near-duplicates if the correlation of their thumbnails, or of one with the other's mirror image,
+    reaches `threshold`. Costs N^2 / 2 correlations, in blocks. thumbnails: uint8 (N, 1, T, T), see thumbnail."""
+    thumbs = thumbnails.float()
     thumbs = thumbs - thumbs.mean((2, 3), keepdim=True)
     mirrored = F.normalize(thumbs.flip(3).flatten(1), dim=1)
     thumbs = F.normalize(thumbs.flatten(1), dim=1)
@@ -672,7 +676,7 @@ def complete_splits(splits, labels, groups, seed):
 
 
 def decode_entry(entry, size, channels, equalise):
-    """One entry as uint8 (C, S, S), its mask bool (S, S), and its box float32 (4,) in [0, 1] of the square."""
+    """One entry as uint8 (C, S, S), its mask bool (S, S), its box float32 (4,) in [0, 1] of the square, its thumbnail."""
     if isinstance(entry.image, np.ndarray):
         image = to_mode(Image.fromarray(entry.image), channels)
     else:
@@ -692,7 +696,8 @@ def decode_entry(entry, size, channels, equalise):
         mask[top : top + h, left : left + w] |= np.asarray(m.resize((w, h), Image.Resampling.BILINEAR)) > 127
     if entry.box is not None:
         box = np.array(entry.box, np.float32)
-    return pixels, mask, np.clip((box * [sx, sy, sx, sy] + [left, top, left, top]) / size, 0, 1).astype(np.float32)
+    box = np.clip((box * [sx, sy, sx, sy] + [left, top, left, top]) / size, 0, 1).astype(np.float32)
+    return pixels, mask, box, thumbnail(image)
 
 
 def looks_grey(entries):
@@ -729,14 +734,15 @@ class Progress:
 
 
 def decode(entries, size, channels, equalise=False, cache=None, skip_bad=False):
-    """Decode all entries in threads: (pixels uint8 (N, C, S, S), masks bool (N, S, S) or None, boxes (N, 4), kept rows).
+    """Decode all entries in threads: (pixels uint8 (N, C, S, S), masks bool (N, S, S) or None, boxes (N, 4), thumbnails
+    uint8 (N, 1, 28, 28) or None where there are too many to compare, kept rows).
 
     With a `cache` folder the result is memory-mapped from there: the second start is immediate, and a set larger than
     memory works. The key is the files' names, sizes and times, and the size. All bad files are reported at once."""
     shape, masked = (channels, size, size), any(e.masks for e in entries)
     folder, masks = None, None
     if cache and not isinstance(entries[0].image, np.ndarray):
-        key = hashlib.sha256(json.dumps(["v1", size, channels, equalise]).encode())
+        key = hashlib.sha256(json.dumps(["v2", size, channels, equalise]).encode())
         for e in entries:
             for p in [e.image, *e.masks]:
                 stat = os.stat(p) if os.path.exists(p) else None
@@ -745,7 +751,7 @@ def decode(entries, size, channels, equalise=False, cache=None, skip_bad=False):
     if folder and (folder / "cache.json").exists():
         kept, bad = json.loads((folder / "cache.json").read_text()).values()
     else:
-        kept, bad, boxes = [], [], []
+        kept, bad, boxes, thumbs = [], [], [], []
         part = Path(f"{folder}.{os.getpid()}.part") if folder else None
 
         def attempt(entry):
@@ -771,6 +777,8 @@ def decode(entries, size, channels, equalise=False, cache=None, skip_bad=False):
                             continue
                         kept.append(i)
                         boxes.append(result[2])
+                        if len(entries) <= MOST_COMPARED:
+                            thumbs.append(result[3])
                         if part:
                             pixel_file.write(result[0].tobytes())
                             mask_file.write(result[1].tobytes() if masked else b"")
@@ -779,10 +787,12 @@ def decode(entries, size, channels, equalise=False, cache=None, skip_bad=False):
                             if masked:
                                 masks[len(kept) - 1] = result[1]
             boxes = np.array(boxes, np.float32).reshape(-1, 4)
+            thumbs = np.array(thumbs, np.uint8)
             if part:
                 pixel_file.close()
                 mask_file.close()
                 np.save(part / "boxes.npy", boxes)
+                np.save(part / "thumbs.npy", thumbs)
                 if kept and not (bad and not skip_bad):
                     (part / "cache.json").write_text(json.dumps({"kept": kept, "bad": bad}))
                     try:
@@ -811,9 +821,10 @@ def decode(entries, size, channels, equalise=False, cache=None, skip_bad=False):
             folder / "pixels.u8", np.uint8, "c", shape=(len(kept), *shape)
         )  # "c": no write reaches the file
         masks = np.memmap(folder / "masks.u8", bool, "c", shape=(len(kept), size, size)) if masked else None
-        boxes = np.load(folder / "boxes.npy")
+        boxes, thumbs = np.load(folder / "boxes.npy"), np.load(folder / "thumbs.npy")
     masks = None if masks is None else torch.from_numpy(masks[: len(kept)])
-    return torch.from_numpy(pixels[: len(kept)]), masks, torch.from_numpy(boxes), kept
+    thumbs = torch.from_numpy(thumbs) if len(thumbs) else None
+    return torch.from_numpy(pixels[: len(kept)]), masks, torch.from_numpy(boxes), thumbs, kept
 
 
 def load(
@@ -849,7 +860,7 @@ def load(
     if not entries:
         raise InputError(f"--data {source}: no image is left")
     channels = channels or (1 if looks_grey(entries) else 3)
-    pixels, masks, boxes, kept = decode(entries, size, channels, equalise, cache, skip_bad)
+    pixels, masks, boxes, thumbnails, kept = decode(entries, size, channels, equalise, cache, skip_bad)
     entries = [entries[i] for i in kept]
     labels = torch.tensor([e.label for e in entries])
     native = max(entries[0].image.shape[:2]) if isinstance(entries[0].image, np.ndarray) else size
@@ -864,10 +875,10 @@ def load(
         log(
             "SPLIT BY IMAGE: patients, lesions and near-duplicates may lie on both sides, so the result claims too much"
         )
-    elif len(entries) > MOST_COMPARED:
+    elif thumbnails is None:
         log(f"more than {MOST_COMPARED:,} images: near-duplicates are not looked for")
     elif not any(e.group for e in entries):  # a source that names patients or lesions knows better than a thumbnail
-        pairs, similarity = near_duplicates(pixels)
+        pairs, similarity = near_duplicates(thumbnails)
         groups = merge_groups(groups, pairs)
         if len(pairs):
             log(f"{len(pairs)} near-duplicate pairs (thumbnail correlation >= 0.95) share a group")
@@ -898,6 +909,7 @@ def load(
         spec,
         dummy_boxes and bool(unknown.any()),
         str(source),
+        thumbnails,
     )
     log(images.summary())
     return images
@@ -907,17 +919,17 @@ def join(a, b):
     """Two ImageSets of one size, channels and classes as one; near-duplicates over both share a group. What describes
     the set as a whole is that of `a`; metadata and masks are kept where both have them."""
     offset = int(a.groups.max()) + 1 if len(a) else 0
-    pixels = torch.cat([a.pixels, b.pixels])
-    pairs = near_duplicates(pixels)[0] if len(pixels) <= MOST_COMPARED else torch.empty(0, 2, dtype=torch.long)
     both = {
         name: torch.cat([getattr(a, name), getattr(b, name)])
         if getattr(a, name) is not None and getattr(b, name) is not None
         else None
-        for name in ("masks", "meta")
+        for name in ("masks", "meta", "thumbnails")
     }
+    compared = both["thumbnails"] is not None and len(a) + len(b) <= MOST_COMPARED
+    pairs = near_duplicates(both["thumbnails"])[0] if compared else torch.empty(0, 2, dtype=torch.long)
     return dataclasses.replace(
         a,
-        pixels=pixels,
+        pixels=torch.cat([a.pixels, b.pixels]),
         labels=torch.cat([a.labels, b.labels]),
         boxes=torch.cat([a.boxes, b.boxes]),
         groups=merge_groups(torch.cat([a.groups, b.groups + offset]), pairs),
@@ -1113,6 +1125,7 @@ def phantoms(n=800, size=128, seed=0):
         [f"phantom#{i}" for i in range(n)],
         ["benign", "malignant"],
         source="phantoms",
+        thumbnails=torch.from_numpy(np.stack([thumbnail(Image.fromarray(p[0])) for p in pixels.numpy()])),
     )
 
 
