@@ -510,6 +510,23 @@ def verdict(name, row):
     return f"{name}: {'better' if row['gain'] > 0 else 'WORSE'} than random ({change})"
 
 
+def finished_loop(images, args):
+    """The al.json of the run that --against names. Asked before any training: InputError where nothing can be compared."""
+    file = Path(args.against) / "al.json"
+    if not file.is_file():
+        raise InputError(f"--against {args.against}: no al.json there; give the folder of a finished run")
+    other = json.loads(file.read_text())
+    own = {"classes": images.classes, "pool": len(images.rows("train")), "test": len(images.rows("test"))}
+    if any(other["data"][k] != v for k, v in own.items()):
+        raise InputError(f"--against {args.against}: it has other classes, or another pool or test split")
+    if other["labels"] != [args.start + i * args.query for i in range(args.rounds + 1)]:
+        raise InputError(f"--against {args.against}: its rounds have other numbers of labels")
+    seeds = {c["seed"] for c in other["chains"]} & set(range(args.seed, args.seed + args.repeats))
+    if not seeds or args.nets == "dnet" or "auc" not in other:
+        raise InputError(f"--against {args.against}: no seed in common, or no C-Net: nothing to compare")
+    return other
+
+
 def compare_runs(report, other):
     """Each strategy's mean AUC in one al.json against its own in another, with the same seeds and numbers of labels:
     {strategy: {"gain", "low", "high", "p"}}, paired over the seeds. It tells what distillation, or the groups, are worth."""
@@ -519,16 +536,14 @@ def compare_runs(report, other):
         chains = {(c["strategy"], c["seed"]): [r["auc"] for r in c["rounds"]] for c in some["chains"]}
         curves = {k: torch.tensor([v], dtype=torch.double) for k, v in chains.items() if k[0] != "all"}
         areas.append({k: float(area(v, labels)) for k, v in curves.items()})
-    if report["labels"] != other["labels"] or not areas[0].keys() & areas[1].keys():
-        raise InputError("--against: that run has other numbers of labels, or no strategy and seed in common")
     gains = {}
     for strategy, seed in sorted(areas[0].keys() & areas[1].keys()):
         gains.setdefault(strategy, []).append(areas[0][strategy, seed] - areas[1][strategy, seed])
     return {n: dict(zip(("gain", "low", "high", "p"), metrics.mean_interval(v), strict=True)) for n, v in gains.items()}
 
 
-def write_al_report(images, chains, args, folder, seconds):
-    """al.json and curves.png from the chains. Returns the report."""
+def write_al_report(images, chains, args, folder, seconds, other=None):
+    """al.json and curves.png from the chains; other: see finished_loop. Returns the report."""
     names = ["random", *(s for s in args.strategies if s != "random")]
     by_name = {n: sorted((c for c in chains if c["strategy"] == n), key=lambda c: c["seed"]) for n in [*names, "all"]}
     labels = torch.tensor([r["labels"] for r in by_name["random"][0]["rounds"]], dtype=torch.double)
@@ -565,8 +580,8 @@ def write_al_report(images, chains, args, folder, seconds):
             n: [dict(zip(("mean", "low", "high"), point[:3], strict=True)) for point in v] for n, v in points.items()
         }
         columns.append(curve_panels(points, labels.tolist(), metric, title))
-    if args.against:
-        report["against"] = compare_runs(report, json.loads((Path(args.against) / "al.json").read_text()))
+    if other:
+        report["against"] = compare_runs(report, other)
     write_atomically(folder / "al.json", json.dumps(train.clean(report), indent=1).encode())
     note = f"{Path(images.source).name}: {report['model']}, mean of {args.repeats} seeds with its 95 % t band"
     note += "   PLACEHOLDER BOXES: localisation means nothing" if images.placeholder_boxes else ""
@@ -655,8 +670,6 @@ def build_parser():
 
 def parse(argv=None):
     args = train.parse(argv, build_parser())
-    if args.against and not (Path(args.against) / "al.json").is_file():
-        raise InputError(f"--against {args.against}: no al.json there; give the folder of a finished run")
     if isinstance(args.strategies, str):
         args.strategies = list(STRATEGIES) if args.strategies == "all" else args.strategies.split(",")
     for name in args.strategies:
@@ -686,6 +699,7 @@ def main(argv=None):
             f"--start {args.start} + --rounds {args.rounds} x --query {args.query}: more than the pool of {len(pool)} images"
         )
     train.build_backbone(args.model, images.pixels.shape[1], args.weights)  # a wrong name is said before a run begins
+    other = finished_loop(images, args) if args.against else None
     folder = train.prepare_folder(args, "al-")
     print(f"run folder: {folder}")
     names = ["random", *(s for s in args.strategies if s != "random")]
@@ -702,7 +716,7 @@ def main(argv=None):
         print(f"stopped; go on with: python al_loop.py --resume {folder}")
         sys.exit(130)
     seconds = sum(r["seconds"] for c in chains for r in c["rounds"])
-    print_al_report(write_al_report(images, chains, args, folder, seconds))
+    print_al_report(write_al_report(images, chains, args, folder, seconds, other))
     print(f"\n{folder}: al.json, curves.png   ({time.time() - start:.0f} s)")
     print(DISCLAIMER)
 

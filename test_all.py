@@ -3111,8 +3111,17 @@ def test_a_run_is_compared_with_another_seed_by_seed(tmp_path, folders):
     assert report["against"]["coreset"]["gain"] == pytest.approx(expected)
     assert set(report["against"]) == {"random", "coreset"}
     assert "coreset: mean AUC against its own in the other run" in out.getvalue()
-    wrong = run(HERE / "al_loop.py", "--data", folders, *LOOP, "--against", tmp_path / "nowhere")
-    assert "no al.json there" in error_of(wrong)
+    before = set(tmp_path.iterdir())
+    for against, wrong, why in (
+        ("nowhere", [], "no al.json there"),
+        ("plain", ["--query", "3"], "other numbers of labels"),
+        ("plain", ["--seed", "7"], "no seed in common"),
+        ("plain", ["--drop-class", "normal"], "other classes"),
+        ("plain", ["--nets", "dnet"], "no C-Net"),
+    ):
+        with pytest.raises(InputError, match=why):
+            loop(tmp_path, "--nets", "cnet", "--against", str(tmp_path / against), *wrong, data_folder=folders)
+    assert set(tmp_path.iterdir()) == before  # nothing was begun
 
 
 def test_what_the_loop_refuses(folders):
