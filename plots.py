@@ -87,7 +87,7 @@ def line_chart(
             shade = Image.new("L", image.size)
             ImageDraw.Draw(shade).polygon([place(x, np.clip(y, y0, y1)) for x, y in edge], fill=36)
             image.paste(COLOURS[i % len(COLOURS)], (0, 0), shade)
-    for i, (name, (xs, ys)) in enumerate(series.items()):
+    for i, (xs, ys) in enumerate(series.values()):
         colour = COLOURS[i % len(COLOURS)]
         dots = [place(x, y) for x, y in zip(xs, ys, strict=True) if np.isfinite(y)]
         if lines:
@@ -95,13 +95,9 @@ def line_chart(
         if points or len(dots) == 1:
             for x, y in dots:
                 draw.ellipse([x - 4 * SCALE, y - 4 * SCALE, x + 4 * SCALE, y + 4 * SCALE], fill=colour)
-        draw.text(
-            (width - right - 8 * SCALE, height - bottom - (len(series) - i) * 18 * SCALE),
-            name,
-            colour,
-            font(13 * SCALE),
-            anchor="ra",
-        )
+    for i, name in enumerate(series):  # last, with a white edge, so that no line or dot hides a name
+        corner = width - right - 8 * SCALE, height - bottom - (len(series) - i) * 18 * SCALE
+        draw.text(corner, name, COLOURS[i % len(COLOURS)], font(13 * SCALE), "ra", stroke_width=3 * SCALE, stroke_fill="white")  # fmt: skip
     draw.text((left, 12 * SCALE), title, "black", font(15 * SCALE))
     draw.text(((left + width - right) / 2, height - 8 * SCALE), x_label, GREY, small, anchor="mb")
     side = Image.new("RGB", (height - top - bottom, 18 * SCALE), "white")

@@ -1384,7 +1384,8 @@ def search(images, args, folder):
     lines = [",".join(tried[0]), *(",".join(str(v) for v in row.values()) for row in tried)]
     write_atomically(folder / "search.csv", "".join(f"{line}\n" for line in lines).encode())
     panels, means = [], [r["mean"] for r in tried if math.isfinite(r["mean"])]
-    span = (max(0.0, min(means) - 0.02), min(1.0, max(means) + 0.02))
+    room = max(means) - min(means) + 0.01
+    span = (max(0.0, min(means) - 0.4 * room), min(1.0, max(means) + 0.1 * room))  # the names stand below the dots
     for key, values in ranges.items():
         label, some = f"log10 {key}" if by_ratio(values) else key, {}
         for row in tried:
