@@ -3273,7 +3273,7 @@ def test_an_answer_that_shows_a_test_image_is_left_out(tmp_path, folders, capsys
     args = train.parse(["--data", str(folders), *TINY, "--cache", str(tmp_path)])
     test, known = (images.names[int(images.rows(s)[0])] for s in ("test", "train"))
     Image.open(test).save(tmp_path / "copy.png")
-    picture(70, 50, 77).save(tmp_path / "new.png")
+    picture(70, 50, 777).save(tmp_path / "new.png")
     entries = [data.Entry(str(p), str(p), 1) for p in (tmp_path / "copy.png", known, tmp_path / "new.png")]
     more, rows = al_loop.add_answers(images, entries, args)
     assert [more.names[i] for i in rows] == [str(tmp_path / "new.png")]
