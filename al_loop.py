@@ -1,6 +1,6 @@
 """Active learning: with how few labels does a detector become good, and which images should a person label next?
 
-    python al_loop.py --strategies random,coreset --repeats 3            phantoms: minutes on two cores, no data needed
+    python al_loop.py --strategies random,coreset --repeats 3            phantoms: no data needed, 25 minutes of one core
     python al_loop.py @recipes/al-busi.args --data BUSI                  the options of a published result
     python al_loop.py --resume runs/al-BUSI                              after a kill at any moment
     python al_loop.py suggest --model runs/busi/model.pt --pool FOLDER --query 20 --out to_label
