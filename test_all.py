@@ -1359,13 +1359,14 @@ def test_an_ensemble_teaches_one_small_model(tmp_path, folders):
     assert len(models.load(student / "fold1").members) == 1
     assert not same_model(student / "fold1" / "model.pt", plain / "fold1" / "model.pt")
     assert same_model(other / "fold1" / "model.pt", plain / "fold1" / "model.pt")  # alpha 1: the labels alone
-    base = ["--data", folders, *TINY, "--nets", "cnet", "--runs", tmp_path, "--cache", tmp_path / "cache"]
-    teacher = tmp_path / "teacher" / "fold1" / "model.pt"
-    wrong = run(HERE / "train.py", *base, "--teacher", teacher)
-    assert "its classes ['benign+normal', 'malignant'] are not those of the data" in error_of(wrong)
-    warned = run(HERE / "train.py", *base, "--positive", "malignant", "--seed", "5", "--teacher", teacher)
-    assert "it may know images of this test split" in warned.stdout
-    assert "no such file" in error_of(run(HERE / "train.py", *base, "--teacher", tmp_path / "nowhere.pt"))
+    base = ["--nets", "cnet", "--name", "again", "--teacher"]
+    teacher = str(tmp_path / "teacher" / "fold1" / "model.pt")
+    with pytest.raises(InputError, match=r"its classes \['benign\+normal', 'malignant'\] are not those of the data"):
+        quick(tmp_path, *base, teacher, data_folder=folders)
+    with pytest.raises(InputError, match="no such file"):
+        quick(tmp_path, *base, str(tmp_path / "nowhere.pt"), data_folder=folders)
+    _, warned = quick(tmp_path, *base, teacher, "--positive", "malignant", "--seed", "5", data_folder=folders)
+    assert "it may know images of this test split" in warned
 
 
 def test_the_teacher_also_teaches_on_images_without_labels(tmp_path, folders):
@@ -2294,12 +2295,13 @@ def test_the_evidence_for_each_class_is_shown(tmp_path):
     assert not torch.equal(maps[0], maps[1])
     predicted = int(model(torch.from_numpy(data.letterbox(picture(50, 40, 1), 32)[0])[None]).argmax())
     torch.testing.assert_close(explain.explain_file(model, tmp_path / "i.png", ["ig"])[1]["ig"], maps[predicted])
-    base = [HERE / "explain.py", tmp_path / "i.png", "--model", tmp_path / "m.pt", "--out", tmp_path / "o.png"]
-    assert run(*base, "--target", "all").returncode == 0
+    base = [str(tmp_path / "i.png"), "--model", str(tmp_path / "m.pt"), "--out", str(tmp_path / "o.png")]
+    explain.main([*base, "--target", "all"])
     wide = Image.open(tmp_path / "o.png").width
-    assert run(*base, "--target", "normal").returncode == 0
+    explain.main([*base, "--target", "normal"])
     assert wide == 3 * Image.open(tmp_path / "o.png").width
-    assert "the model knows benign, malignant, normal; or give all" in error_of(run(*base, "--target", "cyst"))
+    with pytest.raises(InputError, match="the model knows benign, malignant, normal; or give all"):
+        explain.main([*base, "--target", "cyst"])
 
 
 def test_explanations_from_the_command_line(tmp_path, folders, capsys):
