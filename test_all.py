@@ -1609,7 +1609,7 @@ def test_an_ensemble_on_crops_of_three_classes(tmp_path, folders, roi):
     assert set(result["probabilities"]) == {"benign", "normal", "malignant"}
 
 
-def test_metadata_alone_can_carry_the_answer(tmp_path):
+def test_metadata_alone_can_carry_the_answer(tmp_path, capsys):
     rows = []
     for i in range(60):
         picture(32, 32, i).save(tmp_path / f"{i}.png")
@@ -1638,11 +1638,15 @@ def test_metadata_alone_can_carry_the_answer(tmp_path):
     }
     assert p["male"] > p["female"]
     model = folder / "model.pt"
-    said = run(HERE / "infer.py", image, "--model", model, "--meta", "age=31,sex=male").stdout
-    assert "counted as missing" not in said
-    assert "counted as missing: age, sex" in run(HERE / "infer.py", image, "--model", model).stdout
-    assert "the model knows age, sex" in error_of(run(HERE / "infer.py", image, "--model", model, "--meta", "shoe=44"))
-    assert "not seen in training" in error_of(run(HERE / "infer.py", image, "--model", model, "--meta", "sex=x"))
+    command = [str(image), "--model", str(model)]
+    capsys.readouterr()
+    infer.main([*command, "--meta", "age=31,sex=male"])
+    assert "counted as missing" not in capsys.readouterr().out
+    infer.main(command)
+    assert "counted as missing: age, sex" in capsys.readouterr().out
+    for meta, why in (("shoe=44", "the model knows age, sex"), ("sex=x", "not seen in training")):
+        with pytest.raises(InputError, match=why):
+            infer.main([*command, "--meta", meta])
 
 
 def test_data_without_boxes(tmp_path):
@@ -2510,7 +2514,8 @@ def test_the_command_line_answers_what_it_can(tmp_path, phantom_run):
         (["--model", tmp_path / "x.pt"], "no such file"),
         (["--meta", "a=1"], "images alone"),
     ]:
-        assert why in error_of(run(HERE / "infer.py", scans / "grey.png", "--model", model, *options))
+        with pytest.raises(InputError, match=why):
+            infer.main([str(scans / "grey.png"), "--model", str(model), *map(str, options)])
     (tmp_path / "empty").mkdir()
     assert "no image in this folder" in error_of(run(HERE / "infer.py", tmp_path / "empty", "--model", model))
     assert "no model under runs/" in error_of(run(HERE / "infer.py", scans / "grey.png", cwd=tmp_path))
