@@ -1,6 +1,7 @@
 # Learning without labels: what each kind of starting weights is worth with 10, 25 and 100 % of the labels.
 #   sh recipes/pretrained.sh busi --data data/BUSI --positive malignant
 #   sh recipes/pretrained.sh breastmnist --data breastmnist
+# Two of its runs in pairs: python train.py --resume runs/busi-imagenet-1 --against runs/busi-simclr-1
 # IMAGENET=FILE takes the ImageNet weights from a file instead of torchvision's download.
 set -e
 name=$1
