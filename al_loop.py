@@ -7,8 +7,8 @@
     python al_loop.py learn --labels to_label/to_label.csv --data BUSI --positive malignant
 
 The loop: train on the labelled images, look at all others, choose the next ones to label, and again; each round from
-the initial weights, always tested on the same images, which are never queried. The chapters: k-center, the query
-strategies, a chain of rounds, what the chains show, the command line, a person in the loop.
+the initial weights, always tested on the same images, which are never queried. The strategies and
+k-center lie in query.py. The chapters: a chain of rounds, what the chains show, the command line, a person in the loop.
 
 What keeps it honest: labels and boxes of the pool are hidden until they are paid for. Nothing is chosen on a validation
 split, whose labels nobody would have counted: every training runs to its last epoch. All strategies share start sets
@@ -27,17 +27,19 @@ import time
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 
 import data
 import metrics
+import options
 import plots
 import train
-from data import ImageSet, InputError, choose_device, crop, encode_meta, run_main
+from augment import crop
+from data import ImageSet, encode_meta
 from models import (
     DISCLAIMER,
     CNet,
     Ensemble,
+    choose_device,
     load,
     load_classifier,
     read_checkpoint,
@@ -46,246 +48,10 @@ from models import (
     to_probabilities,
     write_atomically,
 )
-
-# ---------------------------------------------------------------------------------------------------------------------
-# k-center: CoreSet's engine, written to be copied
-
-
-DIRECT = "donot_use_mm_for_euclid_dist"
-
-
-def nearest_distance(points, centers):
-    """Euclidean distance (N,) of each of `points` (N, D) to the nearest of `centers` (M, D), in blocks.
-
-    By direct differences, not by |x|^2 - 2 x.c + |c|^2: that one rounds to negative squares, and gives two copies of a
-    point a distance. Here it is exactly 0, and a pair's distance does not depend on who else is in the call."""
-    block = max(1, 2**20 // max(len(centers), 1))
-    return torch.cat([torch.cdist(p, centers, compute_mode=DIRECT).amin(1) for p in points.split(block)])
-
-
-def k_center_greedy_plain(embeddings, k, centers=None):
-    """The idea of `k_center_greedy`, one pass over the matrix a pick: always take the point that is farthest from
-    everything taken so far."""
-    picks = []
-    if centers is None or not len(centers):
-        picks.append(int(nearest_distance(embeddings, embeddings.mean(0, keepdim=True)).argmin()))
-        centers = embeddings[picks]
-    distance = nearest_distance(embeddings, centers)
-    while len(picks) < k:
-        distance[picks] = -1.0
-        picks.append(int(distance.argmax()))
-        distance = torch.minimum(distance, nearest_distance(embeddings, embeddings[picks[-1:]]))
-    return torch.tensor(picks, dtype=torch.long), float(distance.amax()) if len(distance) else 0.0
-
-
-def k_center_greedy(embeddings, k, centers=None):
-    """Greedy k-center (Gonzalez 1985), the selection of CoreSet (Sener & Savarese, ICLR 2018): exact, and below its
-    floor of k passes over the matrix.
-
-    embeddings: (N, D) float32 or float64; centers: (M, D), what is labelled already, or None: then the point nearest
-    to the mean comes first. Returns the k distinct indices (int64, on the device of `embeddings`) in the order picked,
-    ties to the lowest index, and the covering radius: the largest distance of a point to its nearest center or pick.
-    Extra memory O(N). ValueError if k > N or a value is not finite.
-
-    The distance to the nearest center only shrinks as picks are added, so an old distance is an upper bound. We keep
-    the few farthest points up to date and pick among them as long as the best of them is above every bound outside;
-    only then the next few are brought up to date, with all picks that they missed at once (lazy greedy, Minoux 1978).
-    One matrix product, a hundredth taken off for its rounding, tells which of those picks can be nearer than the bound
-    at all; only these few are measured."""
-    n, device = len(embeddings), embeddings.device
-    if not 0 <= k <= n:
-        raise ValueError(f"k = {k} of {n} points")
-    if n == 0:
-        return torch.empty(0, dtype=torch.long, device=device), 0.0
-    picks, mean = [], embeddings.mean(0)
-    off_centre = nearest_distance(embeddings, mean[None])
-    started = centers is not None and len(centers) > 0
-    bound = nearest_distance(embeddings, centers.to(embeddings)) if started else off_centre
-    if not (bound.isfinite() & off_centre.isfinite()).all():
-        raise ValueError("embeddings or centers hold NaN or infinity")
-    if not started and k:
-        picks.append(int(off_centre.argmin()))
-        bound = nearest_distance(embeddings, embeddings[picks])
-        bound[picks] = -1.0  # a point that is taken is never the farthest
-    square = off_centre.square()
-    seen = torch.full((n,), len(picks), device=device)  # how many picks each bound has heard of
-
-    def refresh(index, rows):
-        """Bring the bounds of these points up to date."""
-        stale = seen[index] < len(picks)
-        if stale.any():
-            index, rows = index[stale], rows[stale]
-            missed = torch.tensor(picks[int(seen[index].min()) :], device=device)
-            centers = embeddings[missed]
-            product = (rows - mean) @ (centers - mean).T  # about the mean, where it rounds least
-            at_least = 0.99 * (square[index][:, None] + square[missed]) - 2 * product
-            pairs = torch.nonzero(at_least < bound[index].square()[:, None])
-            for i, j in (block.T for block in pairs.split(4096)):
-                measured = torch.cdist(rows[i, None], centers[j, None], compute_mode=DIRECT)[:, 0, 0]
-                bound.scatter_reduce_(0, index[i], measured, "amin")
-        seen[index] = len(picks)
-
-    size = min(n, 128 + n // 64)
-    while True:
-        work = bound.topk(size).indices.sort().values  # sorted, so that the first maximum has the lowest index
-        rows = embeddings[work]
-        refresh(work, rows)
-        distance = bound[work]
-        outside = float(bound.index_fill(0, work, -1.0).amax())
-        before = len(picks)
-        while (farthest := float(distance[best := int(distance.argmax())])) > outside:
-            if len(picks) == k:  # the one that would come next is a covering radius away
-                return torch.tensor(picks, dtype=torch.long, device=device), farthest
-            picks.append(int(work[best]))
-            distance = torch.minimum(distance, nearest_distance(rows, rows[best : best + 1]))
-            distance[best] = -1.0
-        bound[work], seen[work] = distance, len(picks)
-        if len(picks) == before and farthest == outside:  # a tie over the edge of the work set: settle all who share it
-            for index in torch.nonzero(bound == farthest)[:, 0].split(4096):
-                refresh(index, embeddings[index])
-            if len(picks) == k:
-                return torch.tensor(picks, dtype=torch.long, device=device), max(farthest, 0.0)
-            picks.append(int(bound.argmax()))
-            bound[picks[-1]] = -1.0
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Query strategies: from what is known of the pool to the k images that a person should label
-
-
-@dataclasses.dataclass
-class Context:
-    """What a strategy may know of a pool of P images: no label among it."""
-
-    embeddings: torch.Tensor  # (P, D), of C-Net, without augmentation
-    probabilities: torch.Tensor  # (P, K)
-    labelled: torch.Tensor  # (L,) int64, indices into the pool
-    unlabelled: torch.Tensor  # (U,) int64, those that may be asked for
-    generator: torch.Generator
-    members: torch.Tensor | None = None  # (M, P, K), the ensemble's members each by itself
-    sampled: torch.Tensor | None = None  # (V, P, K), Monte-Carlo dropout
-
-
-def highest(scores, context, k):
-    """The k unlabelled images of the highest scores (P,), ties to the lowest index."""
-    order = scores[context.unlabelled].argsort(descending=True, stable=True)
-    return context.unlabelled[order[:k]]
-
-
-def entropy(probabilities):
-    """Shannon entropy of the last dimension. For two classes its order is that of the least confident answer."""
-    return -(probabilities * (probabilities + 1e-12).log()).sum(-1)
-
-
-def mutual_information(opinions):
-    """How much several opinions (V, N, K) disagree, (N,): entropy of their mean minus their mean entropy."""
-    return entropy(opinions.mean(0)) - entropy(opinions).mean(0)
-
-
-def query_random(context, k):
-    order = torch.randperm(len(context.unlabelled), generator=context.generator)
-    return context.unlabelled[order[:k]]
-
-
-def query_entropy(context, k):
-    """Where the prediction is least sure (Lewis & Gale 1994)."""
-    return highest(entropy(context.probabilities), context, k)
-
-
-def query_committee(context, k):
-    """Query by committee (Seung et al. 1992): where the members differ, as the mean divergence from their consensus."""
-    return highest(mutual_information(context.members), context, k)
-
-
-def query_bald(context, k):
-    """BALD (Houlsby et al. 2011; Gal et al. 2017): a committee drawn by dropout at prediction time."""
-    return highest(mutual_information(context.sampled), context, k)
-
-
-def query_coreset(context, k):
-    """CoreSet (Sener & Savarese 2018): the images that leave no other far from a labelled one."""
-    known = context.embeddings[context.labelled]
-    return context.unlabelled[k_center_greedy(context.embeddings[context.unlabelled], k, known)[0]]
-
-
-def query_badge(context, k):
-    """BADGE (Ash et al. 2020): spread out in the space of the gradients that the predicted labels would cause, where
-    what is uncertain is long. The gradient of the last layer is (p - one-hot) x embedding; that product is never
-    built, its inner products are products of inner products."""
-    x, p = context.embeddings[context.unlabelled], context.probabilities[context.unlabelled]
-    a = p - F.one_hot(p.argmax(1), p.shape[1])
-    square = a.square().sum(1) * x.square().sum(1)
-
-    def distance_to(i):
-        return (square + square[i] - 2 * (a @ a[i]) * (x @ x[i])).clamp(min=0)
-
-    return context.unlabelled[spread(distance_to, int(square.argmax()), k, context.generator)]
-
-
-def query_typiclust(context, k):
-    """TypiClust (Hacohen et al. 2022), made for few labels: as many clusters as there will be labels; from the largest
-    clusters without a label the most typical image, whose 20 nearest neighbours in the cluster are nearest."""
-    rows = torch.cat([context.labelled, context.unlabelled])
-    x = F.normalize(context.embeddings[rows], dim=1)
-    free = torch.arange(len(rows)) >= len(context.labelled)
-    cluster = k_means(x, min(len(context.labelled) + k, len(rows)), context.generator)
-    sizes = torch.bincount(cluster)
-    labels = torch.bincount(cluster[~free], minlength=len(sizes))
-    picks = []
-    while len(picks) < k:
-        open_clusters = torch.bincount(cluster[free], minlength=len(sizes)) > 0
-        rank = torch.where(
-            open_clusters, labels.double() - sizes / (len(rows) + 1), math.inf
-        )  # fewest labels, then largest
-        chosen = int(rank.argmin())
-        members = torch.nonzero(cluster == chosen)[:, 0]
-        near = min(21, len(members))  # a point is its own nearest
-        away = torch.cat([torch.cdist(b, x[members]).topk(near, largest=False).values for b in x[members].split(1024)])
-        best = members[torch.where(free[members], away.mean(1), math.inf).argmin()]
-        picks.append(int(best))
-        free[best] = False
-        labels[chosen] += 1
-    return rows[picks]
-
-
-STRATEGIES = {
-    "random": query_random,
-    "entropy": query_entropy,
-    "committee": query_committee,
-    "bald": query_bald,
-    "coreset": query_coreset,
-    "badge": query_badge,
-    "typiclust": query_typiclust,
-}
-COLD = ("random", "coreset", "typiclust")  # those that need no prediction, so they can choose the first labels
-
-
-def spread(distance_to, first, k, generator):
-    """k distinct indices, each drawn in proportion to its squared distance to those before it: the seeding of
-    k-means++ (Arthur & Vassilvitskii 2007). distance_to(i): squared distances (N,) to point i."""
-    picks, nearest = [first], distance_to(first).double()
-    while len(picks) < k:
-        nearest[picks] = 0
-        weights = nearest
-        if not weights.sum() > 0:  # only copies are left
-            weights = torch.ones_like(nearest)
-            weights[picks] = 0
-        picks.append(int(torch.multinomial(weights, 1, generator=generator)))
-        nearest = torch.minimum(nearest, distance_to(picks[-1]).double())
-    return torch.tensor(picks[:k])
-
-
-def k_means(x, k, generator, rounds=20):
-    """Cluster (N,) of each point of x (N, D): Lloyd's algorithm from the seeding of k-means++."""
-    first = int(torch.randint(len(x), (1,), generator=generator))
-    centers = x[spread(lambda i: (x - x[i]).square().sum(1), first, k, generator)]
-    for _ in range(rounds):
-        cluster = torch.cat([torch.cdist(block, centers).argmin(1) for block in x.split(4096)])
-        count = torch.bincount(cluster, minlength=k)[:, None]
-        total = torch.zeros_like(centers).index_add_(0, cluster, x)
-        centers = torch.where(count > 0, total / count.clamp(min=1), centers)
-    return cluster
-
+from query import COLD, STRATEGIES, Context, candidates, query_random
+from readers import COLUMNS, InputError, read_csv
+from report import clean, describe_model, print_change
+from report import compare as compare_models
 
 # ---------------------------------------------------------------------------------------------------------------------
 # One chain: a strategy, a seed, and its rounds
@@ -296,21 +62,6 @@ def reveal(images, rows):
     labels, boxes = torch.full_like(images.labels, -1), torch.full_like(images.boxes, math.nan)
     labels[rows], boxes[rows] = images.labels[rows], images.boxes[rows]
     return dataclasses.replace(images, labels=labels, boxes=boxes, masks=None)
-
-
-def candidates(groups, labelled, k):
-    """The pool's images (int64) that are worth asking for: one of each group that has no label yet, as the others show
-    the same; all unlabelled ones when that leaves fewer than k. groups (P,), labelled (L,)."""
-    fresh = ~torch.isin(groups, groups[labelled])
-    _, member = torch.unique(groups, return_inverse=True)
-    first = torch.full((int(member.max()) + 1,), len(groups)).scatter_reduce(
-        0, member, torch.arange(len(groups)), "amin"
-    )
-    fresh &= first[member] == torch.arange(len(groups))
-    if fresh.sum() < k:
-        fresh = torch.ones(len(groups), dtype=torch.bool)
-        fresh[labelled] = False
-    return torch.nonzero(fresh)[:, 0]
 
 
 DROPOUT_PASSES = 20
@@ -364,8 +115,8 @@ def first_labels(images, pool, groups, seed, args):
     if args.start_by == "random":
         return query_random(Context(None, None, nothing, free, generator), args.start)
     torch.manual_seed(seed)
-    options = {**train.network_options(images, args), "meta": 0 if images.meta is None else images.meta.shape[1]}
-    net = CNet((args.ensemble or args.model).split(",")[0], len(images.classes), **options)
+    same = {**train.network_options(images, args), "meta": 0 if images.meta is None else images.meta.shape[1]}
+    net = CNet((args.ensemble or args.model).split(",")[0], len(images.classes), **same)
     model = Ensemble([net.eval().to(choose_device(args.device))], **train.model_info(images, args, seed))
     return ask(args.start_by, model, images, pool, nothing, free, args.start, generator)
 
@@ -556,7 +307,7 @@ def write_al_report(images, chains, args, folder, seconds, other=None):
             "test": len(images.rows("test")),
             "placeholder_boxes": images.placeholder_boxes,
         },
-        "model": train.describe_model(args),
+        "model": describe_model(args),
         "distill": args.distill,
         "seconds": round(seconds, 1),
         "labels": labels.int().tolist(),
@@ -582,7 +333,7 @@ def write_al_report(images, chains, args, folder, seconds, other=None):
         columns.append(curve_panels(points, labels.tolist(), metric, title))
     if other:
         report["against"] = compare_runs(report, other)
-    write_atomically(folder / "al.json", json.dumps(train.clean(report), indent=1).encode())
+    write_atomically(folder / "al.json", json.dumps(clean(report), indent=1).encode())
     note = f"{Path(images.source).name}: {report['model']}, mean of {args.repeats} seeds with its 95 % t band"
     note += "   PLACEHOLDER BOXES: localisation means nothing" if images.placeholder_boxes else ""
     panels = [panel for row in zip(*columns, strict=True) for panel in row]
@@ -642,48 +393,43 @@ def print_al_report(report):
 # The command line of the loop
 
 
+# fmt: off
+LOOP = [
+    ("strategies", "random,coreset", "A,B", f"all, or some of: {', '.join(STRATEGIES)}"),
+    ("start", 20, (1, options.MANY), "labels before the first query"),
+    ("query", 20, (1, options.MANY), "labels bought in each round"),
+    ("rounds", 8, (1, options.MANY), "queries after the start set"),
+    ("start-by", "random", list(COLD), "who chooses the start set, alike for all"),
+    ("committee", 3, (2, 100), "networks that vote for the strategy committee; one is judged"),
+    ("ignore-groups", False, None, "offer near-duplicates of labelled images too"),
+    ("warm-start", False, None, "go on from the last round's weights, not from the first"),
+    ("distill", "none", ["none", "labelled", "pool"], "self-distillation: the last round's C-Net teaches the next on the labelled images, or on the whole pool"),
+]
+# fmt: on
+
+
 def build_parser():
-    p = train.build_parser()
-    p.description = __doc__.split("\n\n")[0] + " Also: al_loop.py suggest -h, al_loop.py learn -h."
+    p = options.train_parser(
+        __doc__.split("\n\n")[0] + " Also: al_loop.py suggest -h, al_loop.py learn -h.", **{"active learning": LOOP}
+    )
     p.set_defaults(steps_per_epoch=5)  # rounds of few and of many labels train alike
-    g = p.add_argument_group("active learning")
-    g.add_argument(
-        "--strategies", default="random,coreset", metavar="A,B", help=f"all, or some of: {', '.join(STRATEGIES)}"
-    )
-    g.add_argument("--start", type=int, default=20, help="labels before the first query")
-    g.add_argument("--query", type=int, default=20, help="labels bought in each round")
-    g.add_argument("--rounds", type=int, default=8, help="queries after the start set")
-    g.add_argument("--start-by", choices=COLD, default="random", help="who chooses the start set, alike for all")
-    g.add_argument(
-        "--committee", type=int, default=3, help="networks that vote for the strategy committee; one is judged"
-    )
-    g.add_argument("--ignore-groups", action="store_true", help="offer near-duplicates of labelled images too")
-    g.add_argument("--warm-start", action="store_true", help="go on from the last round's weights, not from the first")
-    g.add_argument(
-        "--distill",
-        choices=["none", "labelled", "pool"],
-        default="none",
-        help="self-distillation: the last round's C-Net teaches the next on the labelled images, or on the whole pool",
-    )
     return p
 
 
 def parse(argv=None):
-    args = train.parse(argv, build_parser())
+    args = options.parse(argv, build_parser())
     if isinstance(args.strategies, str):
         args.strategies = list(STRATEGIES) if args.strategies == "all" else args.strategies.split(",")
     for name in args.strategies:
         if name not in STRATEGIES:
             raise InputError(f"--strategies {name}: no such strategy (there are: {', '.join(STRATEGIES)})")
-    for name, least in (("start", 1), ("query", 1), ("rounds", 1), ("committee", 2)):
-        if getattr(args, name) < least:
-            raise InputError(f"--{name} {getattr(args, name)}: at least {least}")
     if args.folds > 1 or args.teacher or "mask" in args.roi:
         raise InputError("--folds, --teacher and --roi mask have no meaning in the loop; leave them out")
     return args
 
 
 def main(argv=None):
+    """The loop, or suggest or learn, as the command line says. The loop returns its report and the run folder."""
     argv = sys.argv[1:] if argv is None else argv
     if argv[:1] == ["suggest"]:
         return suggest(argv[1:])
@@ -713,12 +459,13 @@ def main(argv=None):
                 left = (time.time() - start) / len(chains) * (len(jobs) - len(chains))
                 print(f"{len(chains)} of {len(jobs)} chains, about {left / 60:.0f} min left", flush=True)
     except (train.Stopped, KeyboardInterrupt):
-        print(f"stopped; go on with: python al_loop.py --resume {folder}")
-        sys.exit(130)
+        train.stop("al_loop.py", folder)
     seconds = sum(r["seconds"] for c in chains for r in c["rounds"])
-    print_al_report(write_al_report(images, chains, args, folder, seconds, other))
+    report = write_al_report(images, chains, args, folder, seconds, other)
+    print_al_report(report)
     print(f"\n{folder}: al.json, curves.png   ({time.time() - start:.0f} s)")
     print(DISCLAIMER)
+    return report, folder
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -728,39 +475,55 @@ def main(argv=None):
 HEADER = ["number", "image", "suggested_label", "probability", "suggested_box", "label", "box"]
 
 
-def suggest_parser():
-    p = argparse.ArgumentParser(
-        prog="al_loop.py suggest",
-        description="Choose the images of a pool that a person should label next: a CSV to fill in, and a contact sheet.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        allow_abbrev=False,
-    )
-    p.add_argument("--model", required=True, help="model file or run folder")
-    p.add_argument("--pool", required=True, help="folder of images without labels (labels in it are not looked at)")
-    p.add_argument(
-        "--labelled",
-        nargs="+",
-        default=[],
-        metavar="DATA",
-        help="what has labels already, folders or filled-in CSVs: never suggested, and coreset keeps away from it",
-    )
-    p.add_argument("--query", type=int, default=20, help="how many images")
-    p.add_argument("--strategy", choices=list(STRATEGIES), default="coreset", help="how they are chosen")
-    p.add_argument("--out", default="to_label", help="folder for to_label.csv and to_label.png; never written over")
-    p.add_argument("--seed", type=int, default=0, help="of the strategies that draw")
-    p.add_argument("--cache", default="runs/cache", help="folder of decoded images")
-    p.add_argument("--device", default="auto", help="auto, cpu, cuda")
-    return p
+# fmt: off
+SUGGEST = [
+    ("model", None, "MODEL", "model file or run folder; needed"),
+    ("pool", None, "DIR", "images without labels (labels in it are not looked at); needed"),
+    ("labelled", [], "DATA ...", "what has labels already, folders or filled-in CSVs: never suggested, and coreset keeps away from it"),
+    ("query", 20, (1, options.MANY), "how many images"),
+    ("strategy", "coreset", list(STRATEGIES), "how they are chosen"),
+    ("out", "to_label", "DIR", "folder for to_label.csv and to_label.png; never written over"),
+    ("seed", 0, (0, 2**31), "of the strategies that draw"),
+    ("cache", "runs/cache", "DIR", "folder of decoded images"),
+    ("device", "auto", "DEVICE", "auto, cpu, cuda"),
+]
+ANSWERS = [
+    ("labels", None, "CSV ...", "filled-in files of suggest; they are only read"),
+    ("partial", False, None, "learn from the rows that have a label, pass over the others"),
+]
+# fmt: on
 
 
 def suggest(argv):
-    """Write to_label.csv and to_label.png: the images of --pool that the strategy picks, with the model's own opinion."""
-    args = suggest_parser().parse_args(argv)
+    """Write to_label.csv and to_label.png: the images of --pool that the strategy picks, with the model's own opinion.
+    Returns the path of the CSV."""
+    what = "Choose the images of a pool that a person should label next: a CSV to fill in, and a contact sheet."
+    args = options.build_parser({"suggest": SUGGEST}, what, prog="al_loop.py suggest").parse_args(argv)
+    if not (args.model and args.pool):
+        raise InputError("suggest: give --model and --pool (see -h)")
     out = Path(args.out)
     if (out / "to_label.csv").exists():
         raise InputError(f"--out {out}: holds a to_label.csv, which may have answers; give another folder")
     model = load_classifier(args.model, choose_device(args.device))
-    info = model.info
+    images, labelled = read_pool(args, model.info)
+    free = candidates(images.groups, labelled, args.query)
+    if args.query > len(free):
+        raise InputError(f"--query {args.query}: the pool {args.pool} has {len(free)} images without a label")
+    everything, generator = torch.arange(len(images)), torch.Generator().manual_seed(args.seed)
+    boxes = None if model.dnet is None else train.locate(model, images, everything)
+    picks = ask(args.strategy, model, images, everything, labelled, free, args.query, generator, boxes)
+    title = f"{args.strategy}: {args.query} of {len(free)} images to label"
+    write_sheet(out, images, picks, model, boxes, title)
+    classes = ", ".join(model.info["classes"])
+    print(f"{out / 'to_label.csv'}: fill in the column label with {classes}, and box (x_min y_min x_max y_max in pixels) where you can")  # fmt: skip
+    print(f"{out / 'to_label.png'}: the same images, numbered")
+    print(f"then: python al_loop.py learn --labels {out / 'to_label.csv'} --data ...")
+    print(DISCLAIMER)
+    return out / "to_label.csv"
+
+
+def read_pool(args, info):
+    """The pool and what is labelled as one ImageSet, as a model of this info sees it, and the labelled rows."""
 
     def read(source):
         return data.load(
@@ -773,54 +536,34 @@ def suggest(argv):
     for source in args.labelled:
         images = data.join(images, read(source))
     paths = [str(Path(name).resolve()) for name in images.names]
-    known = set(paths[count:])
+    known, spec = set(paths[count:]), info["meta_spec"]
     twice = torch.tensor([i for i in range(count) if paths[i] in known], dtype=torch.long)
-    labelled = torch.cat([torch.arange(count, len(images)), twice])
-    if info["meta_spec"]:  # the pool's patients are not known
-        images.meta = encode_meta([{}] * len(images), None, info["meta_spec"])[0]
-    else:
-        images.meta = None
-    everything = torch.arange(len(images))
-    free = candidates(images.groups, labelled, args.query)
-    if not 1 <= args.query <= len(free):
-        raise InputError(f"--query {args.query}: the pool {args.pool} has {len(free)} images without a label")
-    boxes = None if model.dnet is None else train.locate(model, images, everything)
-    generator = torch.Generator().manual_seed(args.seed)
-    picks = ask(args.strategy, model, images, everything, labelled, free, args.query, generator, boxes)
+    images.meta = encode_meta([{}] * len(images), None, spec)[0] if spec else None  # the pool's patients are not known
+    return images, torch.cat([torch.arange(count, len(images)), twice])
 
+
+def write_sheet(out, images, picks, model, boxes, title):
+    """to_label.csv, to be filled in, and to_label.png, the same images numbered."""
+    info, file, captions = model.info, io.StringIO(), []
     probabilities = model.combine(train.predict(model, images, picks, boxes))
     answers = metrics.decide(probabilities, info["threshold"])
-    file = io.StringIO()
     table = csv.writer(file, lineterminator="\n")
     table.writerow(HEADER)
-    captions = []
     for number, (i, answer, p) in enumerate(zip(picks.tolist(), answers.tolist(), probabilities, strict=True), 1):
-        box = ""
+        path, box = Path(images.names[i]), ""
         if boxes is not None:
             picture = data.read_image(images.names[i], info["channels"])
             placement = data.letterbox(picture, info["load_size"])[1]
             corners = data.original_box(boxes[i].tolist(), placement, info["load_size"], picture.size)
             box = " ".join(f"{v:.0f}" for v in corners)
         word, asked = info["classes"][answer], len(p) - 1 if len(p) == 2 else answer
-        table.writerow([number, paths[i], word, f"{p[asked]:.3f}", box, "", ""])
-        captions.append(
-            f"{number}: {Path(images.names[i]).name[-24:]}\n{word[:14]}?  p({info['classes'][asked][:9]}) {p[asked]:.2f}"
-        )
-    sheet = plots.contact_sheet(
-        [images.pixels[i] for i in picks.tolist()],
-        captions,
-        None if boxes is None else boxes[picks],
-        title=f"{args.strategy}: {args.query} of {len(free)} images to label"
-        + ("" if boxes is None else " (D-Net's box)"),
-    )
+        table.writerow([number, str(path.resolve()), word, f"{p[asked]:.3f}", box, "", ""])
+        opinion = f"{word[:14]}?  p({info['classes'][asked][:9]}) {p[asked]:.2f}"
+        captions.append(f"{number}: {path.name[-24:]}\n{opinion}")
+    pixels, found = [images.pixels[i] for i in picks.tolist()], None if boxes is None else boxes[picks]
+    sheet = plots.contact_sheet(pixels, captions, found, title=title + ("" if boxes is None else " (D-Net's box)"))
     write_atomically(out / "to_label.csv", file.getvalue().encode())
     plots.save_png(sheet, out / "to_label.png")
-    print(
-        f"{out / 'to_label.csv'}: fill in the column label with {', '.join(info['classes'])}, and box (x_min y_min x_max y_max in pixels) where you can"
-    )
-    print(f"{out / 'to_label.png'}: the same images, numbered")
-    print(f"then: python al_loop.py learn --labels {out / 'to_label.csv'} --data ...")
-    print(DISCLAIMER)
 
 
 def read_answers(path, classes, partial=False):
@@ -828,7 +571,7 @@ def read_answers(path, classes, partial=False):
     merged (benign+normal) may be named by its parts. partial: pass over rows without a label. InputError names the row."""
     words = {part.lower(): k for k, name in enumerate(classes) for part in [name, *name.split("+")]}
     entries, empty = [], []
-    for line, entry in enumerate(data.read_csv(path, data.COLUMNS), 2):
+    for line, entry in enumerate(read_csv(path, COLUMNS), 2):
         where = f"{path}, row {line} ({Path(entry.name).name})"
         if not Path(entry.image).is_file():
             raise InputError(f"{where}: the image is not there any more; put it back, or correct its path")
@@ -880,19 +623,11 @@ def add_answers(images, entries, args):
     return everything, rows
 
 
-def learn_parser():
-    p = train.build_parser()
-    p.prog = "al_loop.py learn"
-    p.description = "Train again with the answers of a person, and print what changed on the test split."
-    g = p.add_argument_group("answers")
-    g.add_argument("--labels", nargs="+", metavar="CSV", help="filled-in files of suggest; they are only read")
-    g.add_argument("--partial", action="store_true", help="learn from the rows that have a label, pass over the others")
-    return p
-
-
 def learn(argv):
-    """Train without and with the answers, alike in all else, and compare the two on the same test images."""
-    args = train.parse(argv, learn_parser())
+    """Train without and with the answers, alike in all else, and compare the two on the same test images. Returns the
+    change, see report.compare, and the run folder."""
+    what = "Train again with the answers of a person, and print what changed on the test split."
+    args = options.parse(argv, options.train_parser(what, prog="al_loop.py learn", answers=ANSWERS))
     if not args.labels:
         raise InputError("learn: give the filled-in to_label.csv with --labels")
     if args.folds > 1 or args.repeats > 1 or args.nets == "dnet" or args.against:
@@ -904,30 +639,20 @@ def learn(argv):
     added = ", ".join(f"{int((more.labels[rows] == k).sum())} {name}" for k, name in enumerate(images.classes))
     print(f"{len(rows)} answers: {added}")
     folder = train.prepare_folder(args, "learn-")
-    results = {}
+    runs = [("before", fixed, val, test, seed), ("after", torch.cat([fixed, rows]), val, test, seed)]
     try:
         with train.Interrupt():
-            for part, known in (("before", fixed), ("after", torch.cat([fixed, rows]))):
-                (folder / part).mkdir(parents=True, exist_ok=True)
-                done = folder / part / "test.pt"
-                print(f"\n{part}: {len(known)} training images")
-                if done.exists():
-                    results[part] = read_checkpoint(done, str(done))
-                    continue
-                start = time.time()
-                results[part] = train.one_run(more, known, val, test, args, folder / part, seed)
-                splits = {"train": len(known), "val": len(val), "test": len(test)}
-                train.write_report(more, [results[part]], args, folder / part, time.time() - start, splits)
+            before, after = train.make_runs(more, runs, args, folder)
     except (train.Stopped, KeyboardInterrupt):
-        print(f"stopped; go on with: python al_loop.py learn --resume {folder}")
-        sys.exit(130)
-    change = train.compare(more, [results["before"]], [results["after"]])
-    write_atomically(folder / "change.json", json.dumps(train.clean(change), indent=1).encode())
+        train.stop("al_loop.py learn", folder)
+    change = compare_models(more, [before], [after])
+    write_atomically(folder / "change.json", json.dumps(clean(change), indent=1).encode())
     print()
-    train.print_change(change)
+    print_change(change)
     print(f"\n{folder}: before/model.pt, after/model.pt, change.json")
     print(DISCLAIMER)
+    return change, folder
 
 
 if __name__ == "__main__":
-    run_main(main)
+    options.run_main(main)

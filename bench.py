@@ -23,10 +23,13 @@ import torch
 import torch.nn.functional as F
 
 import al_loop
+import augment
 import data
 import explain
 import infer
+import losses
 import models
+import options
 import train
 
 
@@ -52,9 +55,9 @@ def compare(name, ours, floor, runs):
 
 def bench_epoch(size, batch, images, runs, amp, device):
     """One epoch of C-Net (resnet18) on phantoms, augmentation at full strength, against the bare steps."""
-    options = ["--model", "resnet18", "--weights", "none", "--size", str(size), "--batch", str(batch)]
-    args = train.parse([*options, "--augment", "1", "--amp", amp, "--device", str(device)])
-    phantoms = data.phantoms(images, size)
+    argv = ["--model", "resnet18", "--weights", "none", "--size", str(size), "--batch", str(batch)]
+    args = options.parse([*argv, "--augment", "1", "--amp", amp, "--device", str(device)])
+    phantoms = data.phantom_set(images, size)
     inputs, labels = (phantoms.pixels.to(device), phantoms.boxes.to(device), None), phantoms.labels.to(device)
     rows = torch.arange(images, device=device)
     generator = torch.Generator(device).manual_seed(0)
@@ -66,7 +69,7 @@ def bench_epoch(size, batch, images, runs, amp, device):
     net, optimizer, scheduler = network()
 
     def loss_of(net, x, boxes, index):
-        return train.classification_loss(net(x), labels[index])
+        return losses.classification_loss(net(x), labels[index])
 
     def ours():
         train.train_epoch(net, optimizer, scheduler, loss_of, inputs, rows, args, generator)
@@ -126,7 +129,7 @@ def bench_k_center(images, weights, runs, device, quick):
                 strength = 1.0 if len(views) * 64 >= len(images) else 0.0
                 start = len(views) * 64 % len(images)
                 x = images.pixels[start : start + 64].to(device)
-                views.append(net.embed(data.augment(x, strength, generator=generator)[0]))
+                views.append(net.embed(augment.augment(x, strength, generator=generator)[0]))
         embeddings = torch.cat(views)
         order = torch.randperm(len(embeddings), generator=torch.Generator().manual_seed(0)).to(device)
         for n in sizes:
@@ -156,7 +159,7 @@ def bench_start(runs):
     """`python infer.py image.png` as a whole process, with a fresh small_cnn model and with mobilenet_v2."""
     with tempfile.TemporaryDirectory() as folder:
         image = Path(folder) / "image.png"
-        data.Image.fromarray(data.phantoms(1, 128).pixels[0, 0].numpy()).save(image)
+        data.Image.fromarray(data.phantom_set(1, 128).pixels[0, 0].numpy()).save(image)
         for name, size in (("small_cnn", 64), ("mobilenet_v2", 160)):
             model = models.Ensemble(
                 [models.CNet(name)],
@@ -218,7 +221,7 @@ def main(argv=None):
     p.add_argument("--quick", action="store_true", help="small sizes: only to see that it works")
     p.add_argument("--models", nargs="+", default=[], metavar="FILE", help="time these model files, and nothing else")
     args = p.parse_args(argv)
-    device = data.choose_device(args.device)
+    device = models.choose_device(args.device)
     print(
         f"torch {torch.__version__}, {device}, {torch.get_num_threads()} threads, median of {args.runs} [least, most]"
     )
@@ -237,4 +240,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    data.run_main(main)
+    options.run_main(main)

@@ -24,44 +24,14 @@ import numpy as np
 import torch
 from PIL import Image
 
-from data import (
-    MASK,
-    InputError,
-    choose_device,
-    clahe,
-    encode_meta,
-    image_files,
-    letterbox,
-    natural,
-    original_box,
-    parse_meta,
-    read_image,
-    region_matrices,
-    run_main,
-    to_mode,
-    warp,
-    whole_regions,
-)
-from models import DISCLAIMER, disagreement, load_classifier, newest_model, write_atomically
+from augment import VIEWS, clahe, tta_views
+from data import encode_meta, letterbox, original_box, parse_meta, read_image, to_mode
+from models import DISCLAIMER, choose_device, disagreement, load_classifier, newest_model, write_atomically
+from options import run_main
+from readers import MASK, InputError, image_files, natural
 
 REFER_ODDS = 2.0  # refer when the odds lie within this factor of the threshold's
 REFER_UNCERTAINTY = 0.15  # or when the opinions' standard deviation is above this
-
-# Flip and zoom of each view. The first is the picture as it is; no vertical flips, depth has a meaning.
-VIEWS = [(1, 1.0), (-1, 1.0), (1, 0.9), (-1, 0.9), (1, 1.1), (-1, 1.1), (1, 0.8), (-1, 0.8)]
-
-
-def tta_views(images, regions=None, size=None, views=5):
-    """Test-time augmentation: `views` looks at each image, each resampled once, in ONE batch of views * N.
-
-    images (N, C, S, S); regions (N, 4): the crops that C-Net looks at, None = the whole. Returns float32
-    (views * N, C, size, size), view by view; a zoom of 0.9 shows nine tenths of the side."""
-    base = region_matrices(whole_regions(images) if regions is None else regions)
-    scale = torch.tensor(
-        [[flip * zoom, zoom, 1.0] for flip, zoom in VIEWS[:views]], device=images.device
-    )  # of the columns x, y, centre
-    matrices = (base * scale[:, None, None]).flatten(0, 1)
-    return warp(images.repeat(len(scale), 1, 1, 1), matrices, size or images.shape[-1])
 
 
 def all_opinions(model, pixels, boxes=None, meta=None, views=5, scales=(1.0,)):
@@ -276,7 +246,7 @@ def main(argv=None):
     p.add_argument("--cache", default="runs/cache", help="with --evaluate: folder of decoded images")
     args = p.parse_args(argv)
     if args.evaluate:
-        from train import clean
+        from report import clean
 
         if args.images or args.json or args.meta or args.save_overlay:
             raise InputError("--evaluate takes the held-out images of the run, and no images or options for them")

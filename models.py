@@ -20,7 +20,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from data import InputError, crop, crop_regions, to_float
+from augment import crop, crop_regions, to_float
+from losses import cell_centres, two_logits
+from readers import InputError
 
 BACKBONES = [
     "small_cnn",
@@ -37,6 +39,20 @@ BACKBONES = [
 ]
 
 DISCLAIMER = "For research and education, not for diagnosis."
+
+
+def choose_device(name):
+    """torch.device of "auto", "cpu", "cuda" ... InputError where there is none of that name."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise InputError(f"--device {name}: no such device; give auto, cpu or cuda") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise InputError(f"--device {name}: PyTorch sees no CUDA device here; use --device cpu or auto")
+    return device
+
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Backbones
@@ -298,11 +314,6 @@ class CNet(nn.Module):
         return self.classify(self.embed(images, meta))
 
 
-def two_logits(logits):
-    """The logit (N, 1) of the positive class as two, (0, z), whose softmax is its sigmoid; (N, K) pass."""
-    return torch.cat([torch.zeros_like(logits), logits], 1) if logits.shape[1] == 1 else logits
-
-
 def to_probabilities(logits):
     """(N, 1) logits of the positive class, or (N, K): probabilities (N, 2) or (N, K), in float32."""
     return two_logits(logits.float()).softmax(1)
@@ -315,18 +326,14 @@ def to_probabilities(logits):
 class DNet(nn.Module):
     """Detector of the one lesion: images (N, C, S, S) -> boxes (N, 4), x_min < x_max and y_min < y_max in [0, 1].
 
-    design "votes": the three coarsest maps are merged top-down (Lin et al., FPN, 2017); every cell of the finest
-    predicts its distances to the four sides (Tian et al., FCOS, 2019) and a score, and the box is the mean of all
-    votes under the softmax of the scores. It is differentiable, needs no anchors, and knows WHERE each feature is.
-    design "pooled": centre and size from the pooled vector, the usual regression head, kept to measure against."""
+    The three coarsest maps are merged top-down (Lin et al., FPN, 2017); every cell of the finest predicts its distances
+    to the four sides (Tian et al., FCOS, 2019) and a score, and the box is the mean of all votes under the softmax of
+    the scores. It is differentiable, needs no anchors, and knows WHERE each feature is."""
 
-    def __init__(self, model="mobilenet_v2", channels=1, normalise="image", design="votes", weights="none", width=96):
+    def __init__(self, model="mobilenet_v2", channels=1, normalise="image", weights="none", width=96):
         super().__init__()
-        self.config = {"model": model, "channels": channels, "normalise": normalise, "design": design, "width": width}
-        self.features, deepest = build_backbone(model, channels, weights)
-        if design == "pooled":
-            self.head = nn.Sequential(nn.Linear(deepest, width), nn.ReLU(), nn.Linear(width, 4))
-            return
+        self.config = {"model": model, "channels": channels, "normalise": normalise, "width": width}
+        self.features, _ = build_backbone(model, channels, weights)
         with torch.no_grad():  # the maps' widths, by a look
             was_training = self.features.training
             widths = [
@@ -347,7 +354,7 @@ class DNet(nn.Module):
         nn.init.constant_(self.head[-1].bias, -1.3)  # softplus(-1.3) = 0.24: the first boxes are about half the image
 
     def vote(self, images):
-        """Every cell's box (N, 4, h, w) and the log of its weight in the mean (N, h, w). Design "votes" only."""
+        """Every cell's box (N, 4, h, w) and the log of its weight in the mean (N, h, w)."""
         maps = feature_pyramid(self.features, standardise(images, self.config["normalise"]))[-3:]
         *finer, merged = [lateral(m) for lateral, m in zip(self.lateral, maps, strict=True)]
         for finer_map in reversed(finer):
@@ -360,17 +367,8 @@ class DNet(nn.Module):
         return boxes, out[:, 0].flatten(1).log_softmax(1).view(n, h, w)
 
     def forward(self, images):
-        if self.config["design"] == "votes":
-            boxes, log_weights = self.vote(images)
-            return (boxes * log_weights.exp()[:, None]).sum((2, 3))
-        x = self.features(standardise(images, self.config["normalise"])).mean((2, 3))
-        centre, size = self.head(x).float().sigmoid().split(2, 1)
-        return torch.cat([centre - size / 2 - 1e-3, centre + size / 2 + 1e-3], 1)
-
-
-def cell_centres(h, w, device=None):
-    """x (1, w) and y (h, 1) of a map's cell centres, in [0, 1]."""
-    return (torch.arange(w, device=device)[None] + 0.5) / w, (torch.arange(h, device=device)[:, None] + 0.5) / h
+        boxes, log_weights = self.vote(images)
+        return (boxes * log_weights.exp()[:, None]).sum((2, 3))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -526,9 +524,9 @@ def load(path, device="cpu"):
 
 def rebuild(network, saved):
     """A network from its configuration and state. Built without memory first: drawing weights that the state then
-    replaces would take longer than the prediction."""
+    replaces would take longer than the prediction. Older files name D-Net's design, of which one is left."""
     with torch.device("meta"):
-        net = network(**saved["config"])
+        net = network(**{k: v for k, v in saved["config"].items() if k != "design"})
     net.load_state_dict(saved["state"], assign=True)
     return net
 

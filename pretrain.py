@@ -8,17 +8,17 @@ moving copy of itself as its target instead. No label is learnt from, and images
 a test stays one (with the same --data, --positive, --drop-class and --seed, and without --folds). What is saved is a state_dict with
 torchvision's own names: a file for --weights."""
 
-import argparse
 import copy
-import sys
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+import options
 import train
-from data import InputError, augment, choose_device, run_main
-from models import BACKBONES, build_backbone, save_checkpoint, standardise, torchvision_state
+from augment import augment
+from models import BACKBONES, build_backbone, choose_device, save_checkpoint, standardise, torchvision_state
+from readers import InputError
 
 
 class Projected(nn.Module):
@@ -86,43 +86,42 @@ def regression(predicted, target):
 METHODS = {"simclr": SimCLR, "byol": BYOL}
 
 
+PRETRAIN = {
+    "data": options.DATA,
+    "model": [
+        ("model", "small_cnn", "NAME", f"backbone: {', '.join(BACKBONES)}"),
+        ("weights", "none", "W", "start from none, imagenet, or a state_dict file"),
+        ("normalise", "auto", ["auto", "image", "fixed"], "as train.py, and the same there"),
+    ],
+    "learning": [
+        ("method", "simclr", list(METHODS), "what two views of an image are asked for"),
+        ("temperature", 0.2, (1e-6, 100), "of simclr's softmax"),
+        ("decay", 0.99, (0, 1), "of byol's target, a moving average of the network"),
+        *options.OPTIMISER,
+        ("seed", 0, (0, 2**31), "of the split, weights, shuffling and augmentation"),
+    ],
+    "run": options.RUN,
+}
+
+
 def build_parser():
-    p = train.OptionFile(
-        description=__doc__.split("\n\n")[0],
-        fromfile_prefix_chars="@",
-        allow_abbrev=False,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    train.add_data_arguments(p)
-    g = p.add_argument_group("model")
-    g.add_argument("--model", default="small_cnn", help=f"backbone: {', '.join(BACKBONES)}")
-    g.add_argument("--weights", default="none", metavar="W", help="start from none, imagenet, or a state_dict file")
-    g.add_argument(
-        "--normalise", choices=["auto", "image", "fixed"], default="auto", help="as train.py, and the same there"
-    )
-    g = p.add_argument_group("learning")
-    g.add_argument("--method", choices=list(METHODS), default="simclr", help="what two views of an image are asked for")
-    g.add_argument("--temperature", type=float, default=0.2, help="of simclr's softmax")
-    g.add_argument("--decay", type=float, default=0.99, help="of byol's target, a moving average of the network")
-    train.add_optimiser_arguments(g)
-    g.add_argument("--seed", type=int, default=0, help="of the split, weights, shuffling and augmentation")
-    train.add_run_arguments(p)
+    p = options.build_parser(PRETRAIN, __doc__.split("\n\n")[0])
     p.set_defaults(epochs=100, batch=64, lr=1e-3, ema=0.0, patience=0, roi="none", ensemble=None)
     return p
 
 
 def main(argv=None):
-    args = train.parse(argv, build_parser())
+    args = options.parse(argv, build_parser())
     device = choose_device(args.device)
     if args.model == "none":
         raise InputError("--model none has nothing to learn")
     images = train.load_images(args)
     rows = torch.tensor([i for i, split in enumerate(images.splits) if split != "test"])
-    options = train.network_options(images, args)
+    same = train.network_options(images, args)
     folder = train.prepare_folder(args, "pretrain-")
     print(f"run folder: {folder}; {len(rows)} images, the test split left out")
     torch.manual_seed(args.seed)
-    net = METHODS[args.method](args, **options)
+    net = METHODS[args.method](args, **same)
     pixels = images.pixels if device.type == "cpu" else images.pixels.to(device)
 
     def loss_of(net, view, boxes, index):
@@ -135,8 +134,7 @@ def main(argv=None):
                 net, images, rows, loss_of, None, args, name=args.method, folder=folder, seed=args.seed
             )
     except (train.Stopped, KeyboardInterrupt):
-        print(f"stopped; go on with: python pretrain.py --resume {folder}")
-        sys.exit(130)
+        train.stop("pretrain.py", folder)
     net.load_state_dict(best)
     save_checkpoint(folder / "backbone.pt", torchvision_state(args.model, net.online.features))
     print(f"\n{folder / 'backbone.pt'}: loss {history[0]['loss']:.3f} -> {history[-1]['loss']:.3f}")
@@ -144,4 +142,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    run_main(main)
+    options.run_main(main)

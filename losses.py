@@ -1,0 +1,82 @@
+"""LOSSES"""
+
+import torch
+import torch.nn.functional as F
+
+
+def two_logits(logits):
+    """The logit (N, 1) of the positive class as two, (0, z), whose softmax is its sigmoid; (N, K) pass."""
+    return torch.cat([torch.zeros_like(logits), logits], 1) if logits.shape[1] == 1 else logits
+
+
+def cell_centres(h, w, device=None):
+    """x (1, w) and y (h, 1) of a map's cell centres, in [0, 1]."""
+    return (torch.arange(w, device=device)[None] + 0.5) / w, (torch.arange(h, device=device)[:, None] + 0.5) / h
+
+
+VOTING = 0.5  # weight of a cell's cross-entropy beside its box loss
+
+
+def classification_loss(logits, labels, weights=None, smoothing=0.0):
+    """Mean cross-entropy: binary for one logit (N, 1), over classes for (N, K). labels (N,).
+
+    weights (K,): of each class. smoothing: share of the label spread over the classes (Szegedy et al. 2016)."""
+    logits = logits.float()
+    if logits.shape[1] > 1:
+        return F.cross_entropy(logits, labels, weights, label_smoothing=smoothing)
+    target = labels.float() * (1 - smoothing) + smoothing / 2
+    loss = F.binary_cross_entropy_with_logits(logits[:, 0], target, reduction="none")
+    if weights is None:
+        return loss.mean()
+    return (loss * weights[labels]).sum() / weights[labels].sum()
+
+
+def class_weights(labels, classes, pos_weight):
+    """(K,) weights of the loss. auto: inverse frequency; a number: of the last (positive) class against the others."""
+    if pos_weight == "none":
+        return None
+    if pos_weight == "auto":
+        counts = (
+            torch.bincount(labels, minlength=classes).float().clamp(min=1)
+        )  # a class that is not there weighs no more
+        return counts.sum() / (classes * counts)
+    return torch.cat([torch.ones(classes - 1), torch.tensor([float(pos_weight)])])
+
+
+def distillation_loss(logits, labels, teacher, alpha, temperature, weights=None, smoothing=0.0):
+    """alpha * cross-entropy + (1 - alpha) * T^2 * KL(teacher || student), both softened by T (Hinton et al. 2015).
+
+    logits (N, 1) or (N, K); labels (N,), -1 where only the teacher knows; teacher (N, K) its probabilities, softened
+    here to p^(1/T). T^2 keeps the gradient's size whatever T is. weights and smoothing: of the labels' part alone."""
+    soft = ((teacher + 1e-12).log() / temperature).softmax(1)
+    student = (two_logits(logits.float()) / temperature).log_softmax(1)
+    loss = (1 - alpha) * temperature**2 * F.kl_div(student, soft, reduction="batchmean")
+    known = labels >= 0
+    if alpha > 0 and known.any():
+        loss = loss + alpha * classification_loss(logits[known], labels[known], weights, smoothing)
+    return loss
+
+
+def box_loss(predicted, true):
+    """Loss (N,) of boxes (N, 4): smooth L1, a gentle pull near the right place, + GIoU (Rezatofighi et al. 2019),
+    which knows the direction from afar."""
+    from torchvision.ops import generalized_box_iou_loss
+
+    return 4 * F.smooth_l1_loss(predicted, true, beta=0.05, reduction="none").mean(1) + generalized_box_iou_loss(
+        predicted, true
+    )
+
+
+def detection_loss(boxes, log_weights, true):
+    """Loss of a detector in which every cell votes for a box: boxes (N, 4, h, w), the log of their weights (N, h, w), and
+    the true boxes (N, 4), all in [0, 1]. Every cell near the lesion's centre has to know the box by itself, and to vote:
+    its box loss and the cross-entropy of its weight, under a Gaussian of a sixth of the lesion's sides (Zhou et al.,
+    CenterNet, 2019). It fits faster than a loss of the mean box alone."""
+    n, h, w = log_weights.shape
+    x, y = cell_centres(h, w, log_weights.device)
+    centre, sides = (true[:, :2] + true[:, 2:]) / 2, (true[:, 2:] - true[:, :2]).clamp(min=0.02)
+    away = ((x - centre[:, 0, None, None]) / sides[:, 0, None, None]) ** 2
+    away = away + ((y - centre[:, 1, None, None]) / sides[:, 1, None, None]) ** 2
+    near = (-18 * away).flatten(1).softmax(1)  # exp(-d^2 / (2 / 36))
+    each = box_loss(boxes.flatten(2).mT.reshape(-1, 4), true.repeat_interleave(h * w, 0)).view(n, h * w)
+    return (near * (each - VOTING * log_weights.flatten(1))).sum(1).mean()

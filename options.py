@@ -1,0 +1,217 @@
+"""What can be said on the command line of the scripts that train: one line an option, told once, shared by all of them.
+
+    args = parse(["--data", "BUSI", "--epochs", "3"])       # of train.py; its defaults, checked
+    args = parse(argv, build_parser(MORE, "what it does"))  # another script's: the same options and some more
+
+A line of a table is (name, default, kind, help). The kind says what may be given: (low, high) a number between them,
+[a, b] one of these, "FILE" any text (named so by -h), "NAME ..." several of them, None a switch."""
+
+import argparse
+import errno
+import importlib.util
+import json
+import os
+import shlex
+import sys
+from pathlib import Path
+
+from models import ATTENTION, BACKBONES
+from readers import InputError
+
+MANY = 1e9
+# fmt: off
+DATA = [
+    ("data", None, "PATH", "folder, .npz, .csv or breastmnist (see readers.py); default: the built-in phantoms"),
+    ("size", 128, (16, 4096), "side of the square that the networks see, in pixels"),
+    ("positive", None, "A,B", "class or classes that are positive; all others become the negative one"),
+    ("drop-class", [], "A ...", "leave these classes out"),
+    ("channels", None, [1, 3], "grey or colour; default: look"),
+    ("clahe", False, None, "even out the contrast of every image (CLAHE) when it is read"),
+    ("split-by-image", False, None, "forget patients, lesions and near-duplicates: to show what such a split would wrongly claim"),
+    ("skip-bad", False, None, "go on without images that can't be read"),
+    ("dummy-boxes", False, None, "give images without a box a central placeholder; every report then says so"),
+    ("cache", "runs/cache", "DIR", "folder of decoded images"),
+    ("image-column", None, "NAME", "column of a .csv that names the file; default: 'image' where there is one"),
+    ("label-column", None, "NAME", "likewise; default: 'label'"),
+    ("group-column", None, "NAME", "likewise, of the patient or lesion; default: 'group'"),
+    ("split-column", None, "NAME", "likewise, train, val or test; default: 'split'"),
+    ("mask-column", None, "NAME", "likewise, the file of the lesion's mask; default: 'mask'"),
+    ("box-columns", None, "NAME ...", "one column with four numbers, or four: x_min y_min x_max y_max in pixels"),
+    ("meta-columns", None, "NAME ...", "patient metadata that C-Net gets beside the image"),
+]
+MODEL = [
+    ("nets", "both", ["both", "cnet", "dnet"], "what to train; both trains D-Net only where boxes are known"),
+    ("model", "mobilenet_v2", "NAME", f"backbone of both networks: {', '.join(BACKBONES)}; none: patient data alone"),
+    ("ensemble", None, "A,B,C", "C-Net members' backbones, trained one after another, weighted on validation; D-Net keeps --model"),
+    ("weights", "imagenet", "W", "start from imagenet (a download by torchvision), none, or a state_dict file"),
+    ("attention", "none", list(ATTENTION), "between C-Net's backbone and its pooling"),
+    ("dropout", 0.2, (0, 0.99), "before C-Net's last layer"),
+    ("normalise", "auto", ["auto", "image", "fixed"], "each image by its own mean and spread, or all alike; auto: image for grey, fixed for colour"),
+    ("roi", "none", "A,B", "what C-Net sees: none (the whole), mask (a crop around the true lesion: an upper bound), dnet (around D-Net's box); none,dnet: a member for each"),
+    ("margin", 0.25, (0, 10), "around the crop, as a share of the lesion's longer side"),
+]
+OPTIMISER = [
+    ("epochs", 30, (1, MANY), "passes over the training images, of each network"),
+    ("batch", 16, (2, MANY), "images a step"),
+    ("steps-per-epoch", 0, (0, MANY), "an epoch is N steps, however many images there are; 0 = one pass over them"),
+    ("lr", 3e-4, (1e-12, 1e3), "peak learning rate of AdamW: linear warm-up, then cosine to 0"),
+    ("warmup", 0.1, (0, 1), "share of the steps"),
+    ("weight-decay", 0.02, (0, 10), "on matrices, not on biases and norms"),
+    ("clip", 5.0, (1e-6, MANY), "largest norm of the gradient"),
+    ("augment", 1.0, (0, 3), "strength of the augmentation, 0 = none (what 1 means stands in augment.py)"),
+    ("amp", "auto", ["auto", "on", "off"], "bfloat16 autocast; auto: on GPUs that have it"),
+]
+LEARNING = [
+    *OPTIMISER,
+    ("eval-steps", 0, (0, MANY), "validate an epoch on N batches, always the same; 0 = on all. Threshold and temperature see all"),
+    ("label-smoothing", 0.05, (0, 0.99), "share of the label that is spread over the classes"),
+    ("pos-weight", "auto", "W", "weight of the positive class in the loss: auto (classes weigh alike), none, or a number"),
+    ("balanced-sampler", False, None, "draw every class equally often instead of weighting the loss"),
+    ("ema", 0.0, (0, 0.99999), "decay of the weights' moving average, which is then validated and kept; 0 = off"),
+    ("patience", 0, (0, MANY), "stop after so many epochs without a better validation; 0 = never: the cosine needs its end"),
+]
+DISTILLATION = [
+    ("teacher", None, "MODEL", "model file, or run folder of the same --folds, whose soft answers C-Net learns beside the labels"),
+    ("alpha", 0.5, (0, 1), "share of the labels in the loss, the rest is the teacher's"),
+    ("distill-temperature", 2.0, (0.01, 1e4), "softens teacher and student, T"),
+]
+PROTOCOL = [
+    ("seed", 0, (0, 2**31), "of splits, weights, shuffling and augmentation"),
+    ("folds", 1, (1, MANY), "cross-validation by groups over all labelled images; the source's splits are then not used"),
+    ("repeats", 1, (1, MANY), "the whole with seeds SEED, SEED+1, ... on the same splits (with --folds: on new folds)"),
+    ("threshold-by", "sensitivity", ["sensitivity", "balance"], "chosen on validation: reach --target-sensitivity, or the best balanced accuracy"),
+    ("target-sensitivity", 0.95, (0, 1), "the threshold is the largest that reaches it on validation"),
+    ("label-fraction", 1.0, (1e-6, 1), "learn from this share of the training split alone, drawn by the seed, no group divided"),
+]
+RUN = [
+    ("runs", "runs", "DIR", "folder of the run folders"),
+    ("name", None, "NAME", "of the run folder; default: from data and model"),
+    ("resume", None, "DIR", "go on with a run that was stopped, with its own options"),
+    ("device", "auto", "DEVICE", "auto, cpu, cuda, cuda:1 ..."),
+    ("workers", 1, (1, 1000), "processes of search.py and of al_loop.py"),
+    ("tensorboard", False, None, "write what log.jsonl holds for TensorBoard too, into the run folder"),
+    ("save-seconds", 30.0, (0, MANY), "least time between two saves of last.pt; 0 = every epoch"),
+]
+# fmt: on
+AGAINST = ("against", None, "DIR", "a finished run to compare this one with, in pairs; with --resume too")
+TRAIN = {
+    "data": DATA,
+    "model": MODEL,
+    "learning": LEARNING,
+    "distillation": DISTILLATION,
+    "protocol": PROTOCOL,
+    "run": [*RUN, AGAINST],
+}
+# What a data set as small and as simple as the phantoms needs: a minute instead of ten.
+PHANTOM_DEFAULTS = {
+    "model": "small_cnn", "weights": "none", "size": 64, "epochs": 24, "batch": 32, "lr": 3e-3, "augment": 0.5
+}  # fmt: skip
+
+
+class OptionFile(argparse.ArgumentParser):
+    """argparse, with @file: options as on the command line, over any number of lines, # starts a comment."""
+
+    def convert_arg_line_to_args(self, line):
+        return shlex.split(line, comments=True)
+
+    def error(self, message):
+        raise InputError(f"{message} (see -h)")
+
+
+def build_parser(tables, description, **more):
+    """A parser of the options in `tables`, {title of the group: [lines]}."""
+    p = OptionFile(description=description, fromfile_prefix_chars="@", allow_abbrev=False, **more)
+    for title, lines in tables.items():
+        group = p.add_argument_group(title)
+        for line in lines:
+            add_option(group, *line)
+    return p
+
+
+def add_option(group, name, default, kind, text):
+    """One line of a table, see the top of the file."""
+    how = {"default": default, "help": text}
+    if default is not None and default is not False and default != []:
+        how["help"] = f"{text.replace('%', '%%')} (default: %(default)s)"
+    if kind is None:
+        how["action"] = "store_true"
+    elif isinstance(kind, tuple):
+        how |= {"type": between(*kind, type(default)), "metavar": "N" if isinstance(default, int) else "X"}
+    elif isinstance(kind, list):
+        how |= {"choices": kind, "type": type(kind[0])}
+    elif kind.endswith(" ..."):
+        how |= {"nargs": "+", "metavar": kind.removesuffix(" ...")}
+    else:
+        how["metavar"] = kind
+    group.add_argument(f"--{name}", **how)
+
+
+def between(low, high, number):
+    """A type for argparse: an int or a float that lies between."""
+
+    def read(text):
+        try:
+            value = number(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is no {'whole ' if number is int else ''}number") from None
+        if not low <= value <= high:  # also refuses nan
+            raise argparse.ArgumentTypeError(f"{text}: must lie in {low:g} ... {high:g}")
+        return value
+
+    return read
+
+
+def parse(argv=None, parser=None):
+    """The options of `parser` (that of train.py), checked. With --resume they are the run's own."""
+    parser = parser or train_parser()
+    args = parser.parse_args(argv)
+    if args.resume:
+        config = Path(args.resume) / "config.json"
+        if not config.is_file():
+            raise InputError(f"--resume {args.resume}: no config.json there, so nothing to resume; check the path")
+        stored = json.loads(config.read_text())["args"]
+        if getattr(args, "against", None):  # a finished run may be compared afterwards
+            stored["against"] = args.against
+        return argparse.Namespace(**{**vars(args), **stored, "resume": args.resume})
+    if args.data in (None, "phantoms"):
+        parser.set_defaults(**PHANTOM_DEFAULTS)
+        args = parser.parse_args(argv)
+    if args.tensorboard and importlib.util.find_spec("tensorboard") is None:
+        raise InputError(
+            "--tensorboard: the package is not installed: pip install tensorboard; or leave it out, log.jsonl holds the same"
+        )
+    if "pos_weight" in args and args.pos_weight not in ("auto", "none"):
+        try:
+            float(args.pos_weight)
+        except ValueError:
+            raise InputError(f"--pos-weight {args.pos_weight}: give auto, none, or a number") from None
+    if args.roi not in ("none", "mask", "dnet", "none,mask", "none,dnet"):
+        raise InputError(f"--roi {args.roi}: give none, mask, dnet, or none,dnet for a member on each")
+    if "nets" in args and args.nets == "dnet" and args.roi != "none":
+        raise InputError("--roi is what C-Net sees; with --nets dnet there is none")
+    return args
+
+
+def train_parser(description="Train a detector (D-Net) and a classifier (C-Net).", prog=None, **more):
+    """The parser of train.py, which other scripts build upon with `more` groups."""
+    return build_parser(TRAIN | more, description, prog=prog)
+
+
+def run_main(main):
+    """Call `main`; a user's mistake is one line on stderr and exit code 1, a bug keeps its traceback."""
+    try:
+        main()
+    except InputError as e:
+        print(f"error: {e}", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:  # the reader of our output (head, less) has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except OSError as e:
+        if e.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
+            raise
+        print(f"error: {e.filename or 'a file'} can't be written ({e.strerror})", file=sys.stderr)
+        sys.exit(1)

@@ -1,0 +1,274 @@
+"""Readers: from a path to entries, one short reader a layout. Nothing is decoded here; data.py does that.
+
+nothing               the built-in phantoms, synthetic breast ultrasound (data.py)
+breastmnist           the original file, downloaded and checked
+FILE.npz              {train,val,test}_images, _labels, optionally _bboxes in pixels; or the train_* keys alone
+FOLDER/CLASS/*.png    one folder a class, with NAME_mask.png, NAME_mask_1.png beside an image where there are masks
+FOLDER/training_set/CLASS/*, FOLDER/testing_set/CLASS/*
+FOLDER/PATIENT/0/*, FOLDER/PATIENT/1/*                    (IDC histopathology; a patient is never split)
+FILE.csv              one row an image; flags name the columns
+FOLDER/*.png          no labels: a pool to predict on
+
+entries = find_entries("BUSI", {}, "data")     # the reader is chosen by what lies there"""
+
+import csv
+import dataclasses
+import hashlib
+import os
+import re
+import shutil
+import urllib.request
+from pathlib import Path
+
+import numpy as np
+
+
+class InputError(ValueError):
+    """Something the user gave is wrong. The message is one line: what, where, what to do. A bug is never this."""
+
+
+@dataclasses.dataclass
+class Entry:
+    """One image as a reader found it."""
+
+    image: str | np.ndarray  # a path, or uint8 (H, W) or (H, W, 3)
+    name: str
+    label: str = ""  # the source's own word for the class; "" = not labelled
+    masks: list[str] = dataclasses.field(default_factory=list)
+    box: tuple | None = None  # x_min, y_min, x_max, y_max in pixels of the original image
+    group: str = ""  # patient or lesion; "" = not known
+    split: str = ""
+    row: dict | None = None  # patient metadata as the source wrote it
+
+
+IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".gif", ".ppm", ".pgm"}
+MASK = re.compile(r"(.*)_mask(_\d+)?$")
+SPLIT_WORDS = {"": "", "train": "train", "training": "train", "test": "test", "testing": "test"}
+SPLIT_WORDS |= {"val": "val", "valid": "val", "validation": "val"}
+BREASTMNIST = "https://zenodo.org/records/10519652/files/breastmnist.npz?download=1"
+BREASTMNIST_MD5 = "750601b1f35ba3300ea97c75c52ff8f6"
+
+
+def natural(text):
+    """Sort key that puts "image (9)" before "image (10)"."""
+    return [int(part) if part.isdigit() else part.lower() for part in re.split(r"(\d+)", str(text))]
+
+
+def image_files(folder):
+    return sorted(
+        (p for p in Path(folder).iterdir() if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file()), key=natural
+    )
+
+
+def subfolders(folder):
+    return sorted((p for p in Path(folder).iterdir() if p.is_dir() and not p.name.startswith(".")), key=natural)
+
+
+def read_images(folder, **known):
+    """The images of one folder, with their masks. NAME_mask.png belongs to NAME.png and is no image of its own."""
+    files = image_files(folder)
+    stems = {p.stem for p in files}
+    masks = {}
+    for p in files:
+        if (m := MASK.match(p.stem)) and m[1] in stems:
+            masks.setdefault(m[1], []).append(str(p))
+    taken = {m for found in masks.values() for m in found}
+    return [Entry(str(p), str(p), masks=masks.get(p.stem, []), **known) for p in files if str(p) not in taken]
+
+
+def read_class_folders(folder, split=""):
+    """CLASS/*.png (BUSI). The label is the folder's name."""
+    return [e for sub in subfolders(folder) for e in read_images(sub, label=sub.name, split=split)]
+
+
+def read_split_folders(folder):
+    """training_set/CLASS/* and testing_set/CLASS/*. The split is the source's."""
+    return read_class_folders(Path(folder) / "training_set", "train") + read_class_folders(
+        Path(folder) / "testing_set", "test"
+    )
+
+
+def read_patients(folder):
+    """PATIENT/0/* and PATIENT/1/* (Cruz-Roa et al. 2014): 1 is invasive ductal carcinoma. The group is the patient."""
+    entries = []
+    for patient in subfolders(folder):
+        found = [
+            e
+            for name, label in (("0", "no IDC"), ("1", "IDC"))
+            if (patient / name).is_dir()
+            for e in read_images(patient / name, label=label, group=patient.name)
+        ]
+        if not found:
+            raise InputError(
+                f"{patient}: a patient folder without patches; remove it, or put its images under 0/ and 1/"
+            )
+        entries += found
+    return entries
+
+
+def read_npz(path):
+    """MedMNIST's layout. Which number is malignant is the SOURCE's convention: in BreastMNIST 0 is malignant."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {k: file[k] for k in file.files}
+    except ValueError as e:
+        raise InputError(f"{path}: holds pickled objects or is damaged, refused ({e}); save plain arrays") from e
+    except Exception as e:  # zipfile and numpy raise a family of their own on files that are no npz
+        raise InputError(f"{path}: not an npz file ({e})") from e
+    original = hashlib.md5(Path(path).read_bytes()).hexdigest() == BREASTMNIST_MD5
+    malignant_is_zero = original or Path(path).name.startswith("breastmnist")
+    word = {-1: "", **({0: "malignant", 1: "benign"} if malignant_is_zero else {})}
+    entries = []
+    splits = [s for s in ("train", "val", "test") if f"{s}_images" in arrays]
+    if not splits:
+        raise InputError(f"{path}: no key train_images (found: {', '.join(arrays) or 'nothing'})")
+    for split in splits:
+        images, labels, boxes = npz_split(path, split, arrays)
+        only = splits == ["train"]  # then it is no split of the source's
+        for i, (image, label) in enumerate(zip(images, labels, strict=True)):
+            box = None if boxes is None or not np.isfinite(boxes[i]).all() else tuple(float(v) for v in boxes[i])
+            name = f"{path}#{i}" if only else f"{path}#{split}/{i}"
+            label = word.get(int(label), str(int(label)))
+            entries.append(Entry(image, name, label, box=box, split="" if only else split))
+    return entries
+
+
+def npz_split(path, split, arrays):
+    """Images (N, H, W) or (N, H, W, 3), labels (N,), boxes (N, 4) or None of one split, checked."""
+    images, labels, boxes = (arrays.get(f"{split}_{key}") for key in ("images", "labels", "bboxes"))
+    if labels is None:
+        raise InputError(f"{path}: {split}_images has no {split}_labels beside it")
+    labels = labels.reshape(len(labels), -1)
+    if labels.shape[1] != 1:
+        raise InputError(f"{path}: {split}_labels has {labels.shape[1]} columns, one class an image is needed")
+    for key, values in (("labels", labels), ("bboxes", boxes)):
+        if values is not None and len(values) != len(images):
+            raise InputError(f"{path}: {len(images)} {split}_images but {len(values)} {split}_{key}")
+    if images.dtype != np.uint8 or images.ndim not in (3, 4) or (images.ndim == 4 and images.shape[3] not in (1, 3)):
+        found = f"{images.dtype} {images.shape}"
+        raise InputError(f"{path}: {split}_images is {found}, not uint8 (N, H, W) or (N, H, W, 3)")
+    return images[..., 0] if images.ndim == 4 and images.shape[3] == 1 else images, labels[:, 0], boxes
+
+
+COLUMNS = {"image": None, "label": None, "group": None, "split": None, "mask": None, "box": None, "meta": None}
+
+
+def read_csv(path, columns):
+    """One row an image. `columns` names the columns: image, label, group, split, mask, box, meta (see COLUMNS).
+
+    The image column holds a path, absolute or relative to the CSV, or a bare name or id that is looked up, with or
+    without its ending, in the CSV's folder and below."""
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            reader = csv.DictReader(file)
+            rows, header = list(reader), reader.fieldnames or []
+    except (UnicodeDecodeError, csv.Error) as e:
+        raise InputError(f"{path}: not a CSV in UTF-8 ({e})") from e
+    columns = choose_columns(path, columns, header)
+    find, entries = finder(Path(path).parent), []
+    for line, row in enumerate(rows, 2):
+        get = {k: (row.get(v) or "").strip() if isinstance(v, str) else "" for k, v in columns.items()}
+        if not get["image"]:
+            raise InputError(f"{path}, line {line}: no image named")
+        split = SPLIT_WORDS.get(get["split"].lower())
+        if split is None:
+            raise InputError(f"{path}, line {line}: split {get['split']!r} is none of train, val, test")
+        numbers = re.findall(r"[^\s,;\[\]()]+", " ".join((row.get(c) or "") for c in columns["box"]))
+        try:
+            box = tuple(float(v) for v in numbers) or None
+        except ValueError:
+            box = ()
+        if box is not None and (len(box) != 4 or not (box[0] < box[2] and box[1] < box[3])):
+            raise InputError(f"{path}, line {line}: box {' '.join(numbers)!r} is not x_min y_min x_max y_max in pixels")
+        masks = [find(m.strip()) for m in get["mask"].split(";") if m.strip()]
+        meta = {c: (row.get(c) or "").strip() for c in columns["meta"]} or None
+        image, name = find(get["image"]), get["image"]
+        entries.append(Entry(image, name, get["label"], masks, box, get["group"], split, meta))
+    return entries
+
+
+def choose_columns(path, columns, header):
+    """The columns to read: those that were named, else those of the right name. Patient data have to be asked for."""
+    columns = {**columns, "box": columns["box"] or (["box"] if "box" in header else []), "meta": columns["meta"] or []}
+    single = ("image", "label", "group", "split", "mask")
+    for k in single:
+        columns[k] = columns[k] or (k if k in header else None)
+    there = f"(its columns: {', '.join(header)})"
+    for name in [*(columns[k] for k in single if columns[k]), *columns["box"], *columns["meta"]]:
+        if name not in header:
+            raise InputError(f"{path}: no column {name!r} {there}")
+    if columns["image"] is None:
+        raise InputError(
+            f"{path}: no column 'image'; name the one that holds the file names with --image-column {there}"
+        )
+    return columns
+
+
+def finder(root):
+    """A function from a path, file name or id in a CSV to the file, looked up in the folder `root` and below."""
+    index = {}
+
+    def find(value):
+        if (root / value).is_file():
+            return str(root / value)
+        if not index:
+            for folder, _, files in os.walk(root):
+                for file in files:
+                    if Path(file).suffix.lower() in IMAGE_SUFFIXES:
+                        index.setdefault(file, f"{folder}/{file}")
+                        index.setdefault(Path(file).stem, f"{folder}/{file}")
+        return index.get(value) or index.get(Path(value).name) or str(root / value)  # the last: missing, said later
+
+    return find
+
+
+def download_breastmnist(folder):
+    """The original BreastMNIST file (Yang et al. 2023, CC BY 4.0), its MD5 checked."""
+    path = Path(folder) / "breastmnist.npz"
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_suffix(".part")
+        try:
+            with urllib.request.urlopen(BREASTMNIST, timeout=60) as response, open(part, "wb") as file:
+                shutil.copyfileobj(response, file)
+        except OSError as e:
+            raise InputError(
+                f"breastmnist: download failed ({e}); fetch {BREASTMNIST} yourself and give its path to --data"
+            ) from e
+        os.replace(part, path)
+    if hashlib.md5(path.read_bytes()).hexdigest() != BREASTMNIST_MD5:
+        raise InputError(
+            f"{path}: not the original BreastMNIST file (its MD5 is not {BREASTMNIST_MD5}); remove it and try again"
+        )
+    return path
+
+
+def find_entries(source, columns, folder):
+    """Choose the reader by what lies there."""
+    if source == "breastmnist":
+        source = download_breastmnist(folder)
+    path = Path(source)
+    if not path.exists():
+        raise InputError(f"--data {source}: no such file or folder")
+    if path.suffix == ".npz":
+        return read_npz(path)
+    if path.suffix == ".csv":
+        return read_csv(path, {**COLUMNS, **columns})
+    if not path.is_dir():
+        raise InputError(f"--data {source}: neither a folder, nor .npz, nor .csv")
+    names = {p.name for p in subfolders(path)}
+    if {"training_set", "testing_set"} <= names:
+        return read_split_folders(path)
+    if any((path / name / label).is_dir() for name in names for label in "01"):
+        return read_patients(path)
+    if any(image_files(path / name) for name in names):
+        return read_class_folders(path)
+    if image_files(path):
+        return read_images(path)
+    tables = sorted(path.glob("*.csv"))
+    hint = (
+        f"; it holds {tables[0].name}: give that file"
+        if tables
+        else "; expected CLASS/*.png, PATIENT/0 and PATIENT/1, or images"
+    )
+    raise InputError(f"--data {source}: no images found in it{hint}")

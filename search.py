@@ -1,0 +1,219 @@
+"""Search: which settings learn best? Many for a short time, the better third for longer, and so on.
+
+    python search.py 30 --data BUSI --positive malignant --workers 2      30 random settings
+    python train.py @runs/search-BUSI-mobilenet_v2/best.args              what it found, on the test split
+    python search.py --resume runs/search-BUSI-mobilenet_v2               after a kill at any moment
+
+Random settings (Bergstra & Bengio 2012), successive halving (Jamieson & Talwalkar 2016) up to --epochs. Each setting is
+judged by its mean over folds of train and val that split no group; the test split is not touched. Writes search.csv,
+search.png and best.args into the run folder. All options of train.py hold for every training."""
+
+import argparse
+import contextlib
+import json
+import math
+import shlex
+import shutil
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+import metrics
+import plots
+from data import partition
+from models import choose_device, write_atomically
+from options import parse, run_main, train_parser
+from readers import InputError
+from report import clean, describe_model
+from train import load_images, locate, predict, prepare, prepare_folder, run_jobs, stop, train_model
+
+HALVING = 3
+# fmt: off
+OVER = ["lr=1e-4:3e-3", "weight-decay=1e-3:0.1", "size=64,96,128", "augment=0:1.5", "label-smoothing=0:0.2", "dropout=0:0.5"]
+SEARCH = [
+    ("search-over", OVER, "NAME=RANGE ...", "LOW:HIGH (by ratios where HIGH is 10 times LOW or more), or A,B,C"),
+    ("search-folds", 3, (2, 1000), "each setting is judged by its mean over so many folds"),
+]
+# fmt: on
+
+
+def build_parser():
+    p = train_parser(__doc__.split("\n\n")[0], search=SEARCH)
+    p.add_argument("settings", type=int, nargs="?", help="how many settings to try")
+    return p
+
+
+def search_ranges(args):
+    """{option: (low, high) or [choices]} from NAME=RANGE. InputError for an unknown name, or a range with nothing in it."""
+    ranges = {}
+    for text in args.search_over:
+        name, _, values = text.partition("=")
+        key = name.strip().replace("-", "_")
+        if not isinstance(getattr(args, key, None), (int, float)) or isinstance(getattr(args, key), bool):
+            raise InputError(f"--search-over {text}: no option --{name} that takes a number")
+        kind = type(getattr(args, key))
+        try:
+            found = [kind(float(v)) for v in values.replace(":", ",").split(",") if v.strip()]
+        except ValueError:
+            raise InputError(f"--search-over {text}: give LOW:HIGH or A,B,C in numbers") from None
+        if not found or (":" in values and not (len(found) == 2 and found[0] < found[1])):
+            raise InputError(f"--search-over {text}: an empty range; give LOW:HIGH with LOW < HIGH, or A,B,C")
+        ranges[key] = tuple(found) if ":" in values else found
+    return ranges
+
+
+def draw_setting(ranges, generator):
+    """One random setting: {option: value}."""
+    setting = {}
+    for key, values in ranges.items():
+        u = float(torch.rand((), generator=generator, dtype=torch.double))
+        if isinstance(values, list):
+            setting[key] = values[int(u * len(values))]
+            continue
+        low, high = values
+        value = low * (high / low) ** u if by_ratio(values) else low + (high - low) * u
+        setting[key] = round(value) if isinstance(low, int) else float(f"{value:.3g}")
+    return setting
+
+
+def by_ratio(values):
+    """Whether a range is wide enough to be drawn, and shown, by its logarithm."""
+    return isinstance(values, tuple) and 0 < 10 * values[0] <= values[1]
+
+
+def try_setting(images, number, setting, epochs, fold, args, folder):
+    """Train one setting on all folds but one, without choosing an epoch, and judge it on that one: {"trial", "epochs",
+    "fold", "score"}, AUC, or IoU for a D-Net alone. A setting that can't be trained scores nothing."""
+    done = Path(folder) / f"trial{number}-{epochs}-{fold}.json"
+    if done.exists():
+        return json.loads(done.read_text())
+    args = argparse.Namespace(**{**vars(args), **setting, "epochs": epochs, "save_seconds": math.inf})
+    if "size" in setting:
+        images = load_images(args, log=lambda _: None)
+    rows = torch.cat([images.rows("train"), images.rows("val")])
+    part = partition(images.labels[rows], images.groups[rows], [1] * args.search_folds, args.seed)
+    result = {"trial": number, "epochs": epochs, "fold": fold, **setting, "score": math.nan}
+    work = Path(tempfile.mkdtemp(dir=folder))
+    try:
+        with open(work / "output.txt", "w") as file, contextlib.redirect_stdout(file):
+            model, look, _ = train_model(images, rows[part != fold], rows[:0], args, work, args.seed)
+        held_out = rows[part == fold]
+        if model.members:
+            answers = model.combine(predict(model, images, held_out, look))
+            result["score"] = float(metrics.evaluate(answers, images.labels[held_out])["auc"])
+        else:
+            found = metrics.paired_iou(locate(model, images, held_out), images.boxes[held_out])
+            result["score"] = float(metrics.localisation(found)["iou"])
+    except InputError as e:
+        if "loss is not finite" not in str(e):
+            raise
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    write_atomically(done, json.dumps(clean(result)).encode())
+    return result
+
+
+def search(images, args, folder):
+    """The best setting of args.settings random ones, as a row of the table: {"trial", "epochs", option: value ..., "mean",
+    "sd"}. Writes search.csv, search.png and best.args into the run folder."""
+    ranges = search_ranges(args)
+    args = argparse.Namespace(**{**vars(args), "nets": "dnet" if args.nets == "dnet" else "cnet"})
+    generator = torch.Generator().manual_seed(args.seed)
+    settings = [draw_setting(ranges, generator) for _ in range(args.settings)]
+    stages = 1 + int(math.log(args.settings, HALVING)) if args.settings > 1 else 1
+    alive, tried = list(range(args.settings)), []
+    for stage in range(stages):
+        epochs = max(1, round(args.epochs / HALVING ** (stages - 1 - stage)))
+        rows = try_all(images, alive, settings, epochs, args, folder)
+        rows.sort(key=lambda r: -r["mean"] if math.isfinite(r["mean"]) else math.inf)
+        tried += rows
+        alive = [r["trial"] for r in rows[: max(1, len(rows) // HALVING)]]
+    best = rows[0]
+    if not math.isfinite(best["mean"]):
+        raise InputError("not one setting could be trained; try lower learning rates")
+    lines = [",".join(tried[0]), *(",".join(str(v) for v in row.values()) for row in tried)]
+    write_atomically(folder / "search.csv", "".join(f"{line}\n" for line in lines).encode())
+    draw_search(images, ranges, tried, args, folder / "search.png")
+    write_best(folder / "best.args", settings[best["trial"]], best, args)
+    return best
+
+
+def try_all(images, alive, settings, epochs, args, folder):
+    """One row of the table for each setting that is still alive, from as many trainings as there are folds."""
+    jobs = [(i, settings[i], epochs, f, args, folder) for i in alive for f in range(args.search_folds)]
+    scores = {i: [] for i in alive}
+    for result in run_jobs(try_setting, jobs, images, args, args.workers):
+        value = result["score"]
+        scores[result["trial"]].append(math.nan if value is None else value)
+        finished = scores[result["trial"]]
+        if len(finished) == args.search_folds:
+            said = f"trial {result['trial']:3d}  {describe(settings[result['trial']])}"
+            print(f"{epochs:4d} epochs  {said}  {sum(finished) / len(finished):.4f}", flush=True)
+    return [
+        {"trial": i, "epochs": epochs, **settings[i], "mean": sum(v) / len(v), "sd": float(torch.tensor(v).std())}
+        for i, v in scores.items()
+    ]
+
+
+def draw_search(images, ranges, tried, args, path):
+    panels, means = [], [r["mean"] for r in tried if math.isfinite(r["mean"])]
+    room = max(means) - min(means) + 0.01
+    span = (max(0.0, min(means) - 0.4 * room), min(1.0, max(means) + 0.1 * room))  # the names stand below the dots
+    for key, values in ranges.items():
+        label, some = f"log10 {key}" if by_ratio(values) else key, {}
+        for row in tried:
+            xs, ys = some.setdefault(f"{row['epochs']} epochs", ([], []))
+            xs.append(math.log10(row[key]) if by_ratio(values) else row[key])
+            ys.append(row["mean"])
+        panels.append(plots.line_chart(some, key, label, "score", None, span, points=True, lines=False))
+    title = f"{images.source}: {describe_model(args)}, {args.settings} settings, mean of {args.search_folds} folds of train and val"
+    plots.save_png(plots.page(panels, min(3, len(panels)), title), path)
+
+
+def describe(setting):
+    return "  ".join(f"{k} {v:g}" for k, v in setting.items())
+
+
+def write_best(path, setting, best, args):
+    """An option file: what the user set, and over it the best setting."""
+    skipped = ("settings", "search_over", "search_folds", "name", "runs", "resume", "workers", "help")
+    lines = [
+        f"# of {args.settings} settings: {best['mean']:.4f} +- {best['sd']:.4f}, mean of {args.search_folds} folds"
+    ]
+    for action in build_parser()._actions:
+        key, value = action.dest, {**vars(args), **setting}.get(action.dest)
+        if key in skipped or (value == action.default and key not in setting):
+            continue
+        given = value if isinstance(value, list) else [] if value is True else [value]
+        lines.append(" ".join([action.option_strings[-1], *(shlex.quote(str(v)) for v in given)]))
+    write_atomically(path, "".join(f"{line}\n" for line in lines).encode())
+
+
+def main(argv=None):
+    """Search as the command line says. Returns the best row of the table, see search, and the run folder."""
+    args = parse(argv, build_parser())
+    if args.against:
+        raise InputError("--against compares on the test split, which a search does not touch; leave it out")
+    if not args.settings or args.settings < 1:
+        raise InputError("say how many settings to try: python search.py 30 --data ...")
+    choose_device(args.device)
+    images, _, _ = prepare(args)
+    search_ranges(args)
+    folder, start = prepare_folder(args, "search-"), time.time()
+    print(f"run folder: {folder}")
+    try:
+        best = search(images, args, folder)
+    except KeyboardInterrupt:
+        stop("search.py", folder)
+    setting = {k: best[k] for k in search_ranges(args)}
+    print(f"\nbest: {describe(setting)}: {best['mean']:.4f} +- {best['sd']:.4f} over the folds")
+    print("chosen as the best of many, so it flatters itself; the test split was not touched")
+    print(f"{folder}: search.csv, search.png, best.args   ({time.time() - start:.0f} s)")
+    print(f"then: python train.py @{folder / 'best.args'}")
+    return best, folder
+
+
+if __name__ == "__main__":
+    run_main(main)
