@@ -78,7 +78,7 @@ def bench_epoch(size, batch, images, runs, amp, device):
     bare.train()
     x = (inputs[0][:batch].float() / 255).contiguous(memory_format=torch.channels_last)
     y = labels[:batch].float()
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=train.choose_amp(amp, device))
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=models.choose_amp(amp, device))
 
     def floor():
         for _ in range(images // batch):
@@ -89,7 +89,7 @@ def bench_epoch(size, batch, images, runs, amp, device):
             bare_optimizer.step()
         loss.item()
 
-    kind = "bfloat16" if train.choose_amp(amp, device) else "float32"
+    kind = "bfloat16" if models.choose_amp(amp, device) else "float32"
     compare(f"epoch, resnet18, {size} px, batch {batch}, {kind}", ours, floor, runs)
 
 

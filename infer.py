@@ -12,7 +12,6 @@ An image is letterboxed, D-Net gives the box, C-Net looks at the whole or at the
 views at once (test-time augmentation); the mean is calibrated and held against the validation threshold. What is near
 the threshold, or where members and views disagree, is to be referred to a radiologist."""
 
-import argparse
 import json
 import math
 import os
@@ -27,7 +26,7 @@ from PIL import Image
 from augment import VIEWS, clahe, tta_views
 from data import encode_meta, letterbox, original_box, parse_meta, read_image, to_mode
 from models import DISCLAIMER, choose_device, disagreement, load_classifier, newest_model, write_atomically
-from options import run_main
+from options import build_parser, run_main
 from readers import MASK, InputError, image_files, natural
 
 REFER_ODDS = 2.0  # refer when the odds lie within this factor of the threshold's
@@ -221,36 +220,32 @@ def collect(paths):
     return files
 
 
+# fmt: off
+INFER = [
+    ("model", None, "MODEL", "model file or run folder; default: the newest under runs/"),
+    ("tta", 5, (1, len(VIEWS)), "views of each image"),
+    ("scales", [1.0], (0.25, 4), "resolutions of each view, 1 = as trained"),
+    ("meta", None, "A=X,B=Y", "patient data for a model trained with it, as in age=55,sex=female"),
+    ("json", False, None, "one JSON object a line on stdout, nothing else"),
+    ("save-overlay", None, "DIR", "write each picture with its box and answer into DIR"),
+    ("device", "auto", "DEVICE", "auto, cpu, cuda"),
+    ("evaluate", False, None, "what --tta and --scales are worth on the held-out images of a run folder"),
+    ("data", None, "PATH", "with --evaluate: where the run's images lie, if not where they lay at training"),
+    ("cache", "runs/cache", "DIR", "with --evaluate: folder of decoded images"),
+]
+# fmt: on
+
+
 def main(argv=None):
-    p = argparse.ArgumentParser(
-        description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False
-    )
+    """Predict as the command line says: the JSON of the answers goes to stdout; see BreastCancerDetector for Python."""
+    p = build_parser({"options of infer.py": INFER}, __doc__.split("\n\n")[0])
     p.add_argument("images", nargs="*", help="image files and folders")
-    p.add_argument("--model", help="model file; default: the newest under runs/")
-    p.add_argument("--tta", type=int, default=5, help=f"views of each image, 1 to {len(VIEWS)}")
-    p.add_argument(
-        "--scales", nargs="+", type=float, default=[1.0], metavar="S", help="resolutions of each view, 1 = as trained"
-    )
-    p.add_argument(
-        "--meta", metavar="A=X,B=Y", help="patient data for a model trained with it, as in age=55,sex=female"
-    )
-    p.add_argument("--json", action="store_true", help="one JSON object a line on stdout, nothing else")
-    p.add_argument("--save-overlay", metavar="DIR", help="write each picture with its box and answer into DIR")
-    p.add_argument("--device", default="auto", help="auto, cpu, cuda")
-    p.add_argument(
-        "--evaluate",
-        action="store_true",
-        help="what --tta and --scales are worth on the held-out images of a run folder",
-    )
-    p.add_argument("--data", help="with --evaluate: where the run's images lie, if not where they lay at training")
-    p.add_argument("--cache", default="runs/cache", help="with --evaluate: folder of decoded images")
     args = p.parse_args(argv)
     if args.evaluate:
         from report import clean
 
         if args.images or args.json or args.meta or args.save_overlay:
             raise InputError("--evaluate takes the held-out images of the run, and no images or options for them")
-        check_views(args.tta, args.scales)
         run = Path(args.model or newest_model().parent)
         table = evaluate(run, args.tta, args.scales, args.data, args.cache, choose_device(args.device))
         out = (run if run.is_dir() else run.parent) / "views.json"

@@ -3,8 +3,9 @@
     args = parse(["--data", "BUSI", "--epochs", "3"])       # of train.py; its defaults, checked
     args = parse(argv, build_parser(MORE, "what it does"))  # another script's: the same options and some more
 
-A line of a table is (name, default, kind, help). The kind says what may be given: (low, high) a number between them,
-[a, b] one of these, "FILE" any text (named so by -h), "NAME ..." several of them, None a switch."""
+A line of a table is (name, default, kind, help). The kind says what may be given: (low, high) a number between them
+(several where the default is a list), [a, b] one of these, "FILE" any text (-h calls it so), "NAME ..." several of them,
+None a switch."""
 
 import argparse
 import errno
@@ -136,7 +137,9 @@ def add_option(group, name, default, kind, text):
     if kind is None:
         how["action"] = "store_true"
     elif isinstance(kind, tuple):
-        how |= {"type": between(*kind, type(default)), "metavar": "N" if isinstance(default, int) else "X"}
+        number = type(default[0] if isinstance(default, list) else default)
+        how |= {"type": between(*kind, number), "metavar": "N" if number is int else "X"}
+        how |= {"nargs": "+"} if isinstance(default, list) else {}
     elif isinstance(kind, list):
         how |= {"choices": kind, "type": type(kind[0])}
     elif kind.endswith(" ..."):

@@ -3249,8 +3249,8 @@ def test_learn_trains_with_the_answers_and_says_what_changed(tmp_path, helper, f
     assert change["test"]["auc"]["low"] <= change["test"]["auc"]["value"] <= change["test"]["auc"]["high"]
     assert change["righted"] <= change["flipped"]
     count = int(re.search(r"(\d+) answers", result.stdout)[1])
-    assert f"before: {len(images.rows('train'))} training images" in result.stdout
-    assert f"after: {len(images.rows('train')) + count} training images" in result.stdout
+    assert f"before: {len(images.rows('train'))} train," in result.stdout
+    assert f"after: {len(images.rows('train')) + count} train," in result.stdout
     assert models.load(tmp_path / "l" / "after").info["classes"] == ["benign+normal", "malignant"]
     again = run(
         HERE / "al_loop.py", "suggest", "--model", helper / "m", "--pool", helper / "pool", "--out", answers.parent

@@ -39,6 +39,7 @@ from models import (
     DNet,
     Ensemble,
     build_backbone,
+    choose_amp,
     choose_device,
     load_classifier,
     read_checkpoint,
@@ -51,14 +52,6 @@ from readers import InputError
 from report import finished_run, print_report, write_report
 
 EVAL_BATCH = 64  # images a step when nothing is learnt
-
-
-def choose_amp(mode, device):
-    """Whether to compute in bfloat16. auto: on GPUs that have it. Not on CPUs, not even on those that multiply it twice
-    as fast: in a small trial it cost accuracy in every fold."""
-    if mode != "auto":
-        return mode == "on"
-    return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 def load_images(args, log=print):
@@ -102,10 +95,14 @@ class State:
 
     parts: {name: what has a state_dict, or None}. best: the tensors that validated best; history: a dict an epoch."""
 
-    def __init__(self, name, folder, generator, parts):
+    def __init__(self, name, folder, generator, parts, tensorboard=False):
         self.name, self.generator, self.parts = name, generator, parts
         self.last, self.log = Path(folder) / "last.pt", Path(folder) / "log.jsonl"
-        self.best, self.best_score, self.history, self.saved_at = None, None, [], time.time()
+        self.best, self.best_score, self.history, self.saved_at, self.board = None, None, [], time.time(), None
+        if tensorboard:
+            from torch.utils.tensorboard import SummaryWriter  # only here: a package that most do without
+
+            self.board = SummaryWriter(str(Path(folder) / "tensorboard"))
         saved = read_checkpoint(self.last, str(self.last)) if self.last.exists() else None
         if saved and saved["name"] == name:
             for key, part in parts.items():
@@ -126,6 +123,10 @@ class State:
         self.history.append(epoch)
         with open(self.log, "a") as file:
             file.write(json.dumps(epoch) + "\n")
+        if self.board:
+            for key in (k for k, v in epoch.items() if isinstance(v, float)):
+                self.board.add_scalar(f"{self.name}/{key}", epoch[key], epoch["epoch"])
+            self.board.flush()
 
     def save(self):
         content = {key: part and part.state_dict() for key, part in self.parts.items()}
@@ -163,14 +164,9 @@ def train_epoch(net, optimizer, scheduler, loss_of, inputs, rows, args, generato
     net.train()
     total, seen = 0.0, 0
     for index in draw_batches(rows, args.batch, generator, sample_weights, args.steps_per_epoch):
-        x, box = augment(
-            pixels[index.to(pixels.device)].to(device, non_blocking=True),
-            args.augment,
-            None if boxes is None else boxes[index],
-            None if regions is None else regions[index],
-            args.size,
-            generator,
-        )
+        x = pixels[index.to(pixels.device)].to(device, non_blocking=True)
+        box, region = (None if v is None else v[index] for v in (boxes, regions))
+        x, box = augment(x, args.augment, box, region, args.size, generator)
         with autocast:
             loss = loss_of(net, x.contiguous(memory_format=torch.channels_last), box, index)
         optimizer.zero_grad(set_to_none=True)
@@ -232,7 +228,7 @@ def fit(net, images, rows, loss_of, validate, args, *, name, folder, seed, regio
     torch.manual_seed(seed)
     rows, inputs = rows.to(device), (images.pixels, images.boxes.to(device), regions if regions is None else regions.to(device))  # fmt: skip
     parts = {"net": net, "optimizer": optimizer, "scheduler": scheduler, "averaged": averaged}
-    state, board = State(name, folder, generator, parts), tensorboard(args, folder)
+    state = State(name, folder, generator, parts, args.tensorboard)
 
     def over():
         best_epoch = max((h["epoch"] for h in state.history if h["best"]), default=0)
@@ -245,9 +241,8 @@ def fit(net, images, rows, loss_of, validate, args, *, name, folder, seed, regio
             loss = train_epoch(net, optimizer, scheduler, loss_of, inputs, rows, args, generator, sample_weights, averaged)  # fmt: skip
         except FloatingPointError:
             state.save()
-            raise InputError(
-                f"{name}, epoch {epoch}: the loss is not finite; the last good state is kept in {state.last}. Try a lower --lr, or --amp off"
-            ) from None
+            kept = f"the last good state is kept in {state.last}"
+            raise InputError(f"{name}, epoch {epoch}: the loss is not finite; {kept}. Try a lower --lr, or --amp off") from None  # fmt: skip
         kept = net if averaged is None else averaged
         found = validate(kept.eval()) if validate else {"score": [epoch]}
         raw = found.pop("score")
@@ -255,7 +250,6 @@ def fit(net, images, rows, loss_of, validate, args, *, name, folder, seed, regio
         rounded = {"loss": round(loss, 5), **{k: round(v, 5) for k, v in found.items()}}
         seconds = round(time.time() - began, 2)
         state.add({"net": name, "epoch": epoch, **rounded, "score": raw, "best": better, "lr": lr, "seconds": seconds})
-        board({f"{name}/{k}": v for k, v in {"loss": loss, "lr": lr, **found}.items()}, epoch)
         left = (time.time() - start) / (epoch - first) * (args.epochs - epoch)
         values = "  ".join(f"{k} {v:.3f}" for k, v in found.items()) + (" *" if better else "  ")
         print(f"{name:22s} epoch {epoch:3d}/{args.epochs}  loss {loss:.4f}  {values} {left:4.0f} s left", flush=True)
@@ -274,22 +268,6 @@ def is_better(state, raw, net):
         return score == state.best_score
     state.best_score, state.best = score, {k: v.detach().cpu().clone() for k, v in net.state_dict().items()}
     return True
-
-
-def tensorboard(args, folder):
-    """A function that writes {tag: value} of an epoch for TensorBoard, or nothing without --tensorboard."""
-    if not args.tensorboard:
-        return lambda values, epoch: None
-    from torch.utils.tensorboard import SummaryWriter  # only here: a package that most do without
-
-    writer = SummaryWriter(str(Path(folder) / "tensorboard"))
-
-    def write(values, epoch):
-        for tag, value in values.items():
-            writer.add_scalar(tag, value, epoch)
-        writer.flush()
-
-    return write
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -460,8 +438,8 @@ def train_dnet(images, train, val, info, args, folder, seed, start=None):
             net.load_state_dict(start.dnet.state_dict())
         return net
 
-    judge = validate if choose else None
-    net, history = train_or_reload(build, images, train, loss_of, judge, args, "dnet", folder, seed)
+    validate = validate if choose else None
+    net, history = train_or_reload(build, images, train, loss_of, validate, args, "dnet", folder, seed)
     return net, [history]
 
 
@@ -584,9 +562,8 @@ def teach(images, args, part, seed):
     teacher = load_teacher(images, args, part)
     made, rows = teacher.info["made"], torch.arange(len(images))
     if (made.get("data"), made.get("seed")) != (images.source, seed):
-        print(
-            f"the teacher was trained on {made.get('data')}, seed {made.get('seed')}: other splits, so it may know images of this test split"
-        )
+        learnt = f"{made.get('data')}, seed {made.get('seed')}"
+        print(f"the teacher was trained on {learnt}: other splits, so it may know images of this test split")
     boxes = None if teacher.dnet is None else locate(teacher, images, rows)
     return teacher.combine(predict(teacher, images, rows, boxes))
 
@@ -599,9 +576,8 @@ def check_split(images, rows, what):
     counts = torch.bincount(images.labels[rows], minlength=len(images.classes))
     for name, count in zip(images.classes, counts.tolist(), strict=True):
         if not count:
-            raise InputError(
-                f"the {what} split has no {name!r} image ({len(rows)} images); add some, or let the splits be drawn (leave the source's out)"
-            )
+            missing = f"the {what} split has no {name!r} image ({len(rows)} images)"
+            raise InputError(f"{missing}; add some, or let the splits be drawn (leave the source's out)")
 
 
 def plan(images, args):

@@ -1,3 +1,3 @@
-# The explanation tables of the README, on the held-out images of the run of recipes/busi.args.
+# The explanation tables of the RESULTS.md, on the held-out images of the run of recipes/busi.args.
 python explain.py --model runs/busi --evaluate --most 60
 python explain.py --model runs/busi --hotspots --method ig
