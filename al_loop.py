@@ -420,9 +420,12 @@ def parse(argv=None):
     args = options.parse(argv, build_parser())
     if isinstance(args.strategies, str):
         args.strategies = list(STRATEGIES) if args.strategies == "all" else args.strategies.split(",")
+    args.strategies = list(dict.fromkeys(args.strategies))
     for name in args.strategies:
         if name not in STRATEGIES:
             raise InputError(f"--strategies {name}: no such strategy (there are: {', '.join(STRATEGIES)})")
+    if "bald" in args.strategies and not args.dropout:
+        raise InputError("--strategies bald draws its committee by dropout: give a --dropout above 0")
     if args.folds > 1 or args.teacher or "mask" in args.roi:
         raise InputError("--folds, --teacher and --roi mask have no meaning in the loop; leave them out")
     return args
@@ -446,20 +449,20 @@ def main(argv=None):
         )
     train.build_backbone(args.model, images.pixels.shape[1], args.weights)  # a wrong name is said before a run begins
     other = finished_loop(images, args) if args.against else None
-    folder = train.prepare_folder(args, "al-")
+    folder = options.prepare_folder(args, "al-")
     print(f"run folder: {folder}")
     names = ["random", *(s for s in args.strategies if s != "random")]
     seeds = range(args.seed, args.seed + args.repeats)
     jobs = [(n, seed, args, folder) for seed in seeds for n in ["all", *names]]
     chains, start = [], time.time()
     try:
-        with train.Interrupt() if args.workers == 1 else contextlib.nullcontext():
+        with options.claim(folder), train.Interrupt() if args.workers == 1 else contextlib.nullcontext():
             for chain in train.run_jobs(run_chain, jobs, images, args, args.workers):
                 chains.append(chain)
                 left = (time.time() - start) / len(chains) * (len(jobs) - len(chains))
                 print(f"{len(chains)} of {len(jobs)} chains, about {left / 60:.0f} min left", flush=True)
     except (train.Stopped, KeyboardInterrupt):
-        train.stop("al_loop.py", folder)
+        options.stop("al_loop.py", folder)
     seconds = sum(r["seconds"] for c in chains for r in c["rounds"])
     report = write_al_report(images, chains, args, folder, seconds, other)
     print_al_report(report)
@@ -638,13 +641,13 @@ def learn(argv):
     ((_, fixed, val, test, seed),) = train.plan(images, args)
     added = ", ".join(f"{int((more.labels[rows] == k).sum())} {name}" for k, name in enumerate(images.classes))
     print(f"{len(rows)} answers: {added}")
-    folder = train.prepare_folder(args, "learn-")
+    folder = options.prepare_folder(args, "learn-")
     runs = [("before", fixed, val, test, seed), ("after", torch.cat([fixed, rows]), val, test, seed)]
     try:
-        with train.Interrupt():
+        with options.claim(folder), train.Interrupt():
             before, after = train.make_runs(more, runs, args, folder)
     except (train.Stopped, KeyboardInterrupt):
-        train.stop("al_loop.py learn", folder)
+        options.stop("al_loop.py learn", folder)
     change = compare_models(more, [before], [after])
     write_atomically(folder / "change.json", json.dumps(clean(change), indent=1).encode())
     print()

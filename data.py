@@ -16,6 +16,7 @@ import json
 import os
 import shutil
 import sys
+import tempfile
 import time
 import warnings
 from pathlib import Path
@@ -95,19 +96,24 @@ def read_image(path, channels):
     try:
         with Image.open(path) as image:
             image.load()
-            return to_mode(ImageOps.exif_transpose(image), channels)
+            return to_mode(image, channels)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as e:
         raise InputError(f"more than {Image.MAX_IMAGE_PIXELS / 1e6:.0f} million pixels, refused") from e
     except Image.UnidentifiedImageError as e:
         raise InputError("not an image") from e
-    except (OSError, SyntaxError, ValueError, EOFError) as e:  # what Pillow's decoders raise on broken files
-        raise InputError(f"damaged: {e}") from e
+    except InputError:
+        raise
+    except Exception as e:  # Pillow's decoders raise whatever comes to their mind on broken files
+        raise InputError(f"damaged: {str(e) or type(e).__name__}") from e
 
 
 def to_mode(image, channels):
-    """A PIL image of any mode as 8-bit "L" (channels=1) or "RGB" (channels=3)."""
+    """A PIL image of any mode, turned upright as its EXIF says, as 8-bit "L" (channels=1) or "RGB" (channels=3)."""
+    image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I") or image.mode == "F":  # 16-bit, 32-bit, float: no fixed white, so use their own range
         values = np.asarray(image, dtype=np.float64)
+        if not np.isfinite(values).all():
+            raise InputError("it holds NaN or infinity")
         low, high = values.min(), values.max()
         image = Image.fromarray(((values - low) * (255 / max(high - low, 1e-12))).astype(np.uint8))
     if image.has_transparency_data:
@@ -173,6 +179,7 @@ def resolve_classes(words, positive=None, drop=()):
     found = [w for w in found if w not in drop]
     if positive:
         wanted = positive.split(",") if isinstance(positive, str) else [str(p) for p in positive]
+        wanted = [next((w for w in found if w.lower() == name.strip().lower()), name) for name in wanted]
         for name in wanted:
             if name not in found:
                 raise InputError(f"--positive {name}: no such class (there are: {', '.join(found)})")
@@ -202,13 +209,15 @@ def encode_meta(rows, columns, spec=None):
             values = [r[column] for r in rows if r[column].lower() not in MISSING]
             try:
                 numbers = np.array([float(v) for v in values])
-                spec.append(
-                    {"column": column, "mean": float(numbers.mean()), "sd": float(numbers.std()) or 1.0}
-                    if len(numbers)
-                    else {"column": column, "levels": []}
-                )
             except ValueError:
                 spec.append({"column": column, "levels": sorted(set(values))})
+                continue
+            if not np.isfinite(numbers).all():
+                raise InputError(f"{column}: a cell is infinite; leave it empty where the number is not known")
+            if len(numbers):
+                spec.append({"column": column, "mean": float(numbers.mean()), "sd": float(numbers.std()) or 1.0})
+            else:
+                spec.append({"column": column, "levels": []})
     names, parts = [], []
     for s in spec:
         column = s["column"]
@@ -227,6 +236,8 @@ def encode_meta(rows, columns, spec=None):
                 numbers = np.array([0.0 if m else float(v) for v, m in zip(values, missing, strict=True)])
             except ValueError as e:
                 raise InputError(f"{column}: {e}") from e
+            if not np.isfinite(numbers).all():
+                raise InputError(f"{column}={values[int(np.isfinite(numbers).argmin())]}: give a finite number")
             parts.append(np.where(missing, 0.0, (numbers - s["mean"]) / s["sd"]))
             names.append(column)
         parts.append(missing)
@@ -317,19 +328,26 @@ def find_groups(entries, labels, classes, thumbnails, split_by_image, log=print)
         return torch.arange(len(entries))
     words = [e.group or f"image {i}" for i, e in enumerate(entries)]
     groups = torch.from_numpy(np.unique(words, return_inverse=True)[1].reshape(-1))
+    if all(e.group for e in entries):
+        return groups  # a source that names patients or lesions knows better than a thumbnail
     if thumbnails is None:
         log(f"more than {MOST_COMPARED:,} images: near-duplicates are not looked for")
-    elif not any(e.group for e in entries):  # a source that names patients or lesions knows better than a thumbnail
-        pairs, similarity = near_duplicates(thumbnails)
-        groups = merge_groups(groups, pairs)
-        if len(pairs):
-            log(f"{len(pairs)} near-duplicate pairs (thumbnail correlation >= 0.95) share a group")
-        for (i, j), s in zip(pairs.tolist(), similarity.tolist(), strict=True):
-            if labels[i] != labels[j] and min(labels[i], labels[j]) >= 0:
-                both = (f"{entries[k].name} ({classes[labels[k]]})" for k in (i, j))
-                log(f"  OPPOSITE LABELS, correlation {s:.3f}: {', '.join(both)}")
-        if crossing := sum(entries[i].split != entries[j].split for i, j in pairs.tolist()):
-            log(f"  {crossing} of these pairs cross the source's own splits, which are kept")
+        return groups
+    pairs, similarity = near_duplicates(thumbnails)
+    known = torch.tensor([bool(e.group) for e in entries])
+    unsure = ~known[pairs].all(1)  # two patients that look alike are two patients
+    pairs, similarity = pairs[unsure], similarity[unsure]
+    groups = merge_groups(groups, pairs)
+    if len(pairs):
+        log(
+            f"{len(pairs)} near-duplicate pairs (thumbnail correlation >= 0.95) share a group, the largest of {groups.bincount().max()} images"
+        )
+    for (i, j), s in zip(pairs.tolist(), similarity.tolist(), strict=True):
+        if labels[i] != labels[j] and min(labels[i], labels[j]) >= 0:
+            both = (f"{entries[k].name} ({classes[labels[k]]})" for k in (i, j))
+            log(f"  OPPOSITE LABELS, correlation {s:.3f}: {', '.join(both)}")
+    if crossing := sum(entries[i].split != entries[j].split for i, j in pairs.tolist()):
+        log(f"  {crossing} of these pairs cross the source's own splits, which are kept")
     return groups
 
 
@@ -359,7 +377,8 @@ def complete_splits(splits, labels, groups, seed):
 
 
 def decode_entry(entry, size, channels, equalise):
-    """One entry as uint8 (C, S, S), its mask bool (S, S), its box float32 (4,) in [0, 1] of the square, its thumbnail."""
+    """One entry as uint8 (C, S, S), its mask bool (S, S), its box float32 (4,) in [0, 1] of the square, its thumbnail.
+    InputError if it can't be read, or its mask or box can't be its own."""
     if isinstance(entry.image, np.ndarray):
         image = to_mode(Image.fromarray(entry.image), channels)
     else:
@@ -373,14 +392,44 @@ def decode_entry(entry, size, channels, equalise):
         m = read_image(path, 1)
         if m.size != image.size:
             raise InputError(f"its mask {path} is {m.size[0]}x{m.size[1]}, the image {image.size[0]}x{image.size[1]}")
+        top_value = m.getextrema()[1]
+        if top_value == 1:  # written as 0 and 1
+            m = m.point(lambda v: 255 * v)
+        elif 1 < top_value <= 127:
+            raise InputError(f"its mask {path} goes from 0 to {top_value}; write 0 and 255, or 0 and 1")
         b = box_of(np.asarray(m) > 127)
         box = np.concatenate([np.fmin(box[:2], b[:2]), np.fmax(box[2:], b[2:])])
         w, h = max(1, round(m.width * sx)), max(1, round(m.height * sy))
         mask[top : top + h, left : left + w] |= np.asarray(m.resize((w, h), Image.Resampling.BILINEAR)) > 127
     if entry.box is not None:
+        if not lies_inside(entry.box, image.size):
+            raise InputError(
+                f"its box {entry.box} is no x_min, y_min, x_max, y_max in its {image.width}x{image.height} pixels"
+            )
         box = np.array(entry.box, np.float32)
     box = np.clip((box * [sx, sy, sx, sy] + [left, top, left, top]) / size, 0, 1).astype(np.float32)
     return pixels, mask, box, thumbnail(image)
+
+
+def lies_inside(box, size):
+    """Whether x_min, y_min, x_max, y_max are in order and inside an image of `size` (w, h), a pixel's rounding allowed."""
+    return -1 <= box[0] < box[2] <= size[0] + 1 and -1 <= box[1] < box[3] <= size[1] + 1
+
+
+def box_hint(entries, box_format):
+    """What to say of boxes that are not what --box-format says: whether all of them would be right in the other one."""
+    right = 0
+    boxed = [e for e in entries if e.box is not None]
+    for e in boxed:
+        x0, y0, a, b = e.box
+        other = (x0, y0, x0 + a, y0 + b) if box_format == "xyxy" else (x0, y0, a - x0, b - y0)
+        try:
+            size = e.image.shape[1::-1] if isinstance(e.image, np.ndarray) else Image.open(e.image).size
+        except (OSError, Image.DecompressionBombWarning):
+            continue
+        right += lies_inside(other, size)
+    name = {"xyxy": "xywh", "xywh": "xyxy"}[box_format]
+    return f"; all {right} boxes make sense as {name}: give --box-format {name}" if right == len(boxed) else ""
 
 
 def looks_grey(entries):
@@ -416,21 +465,24 @@ class Progress:
             )
 
 
-def decode(entries, size, channels, equalise=False, cache=None, skip_bad=False):
+def decode(entries, size, channels, equalise=False, cache=None, skip_bad=False, box_format="xyxy"):
     """Decode all entries in threads: (pixels uint8 (N, C, S, S), masks bool (N, S, S) or None, boxes (N, 4), thumbnails
     uint8 (N, 1, 28, 28) or None where there are too many to compare, kept rows).
 
     With a `cache` folder the result is memory-mapped from there: the second start is immediate, and a set larger than
     memory works. The key is the files' names, sizes and times, and the size. All bad files are reported at once."""
-    masked = any(e.masks for e in entries)
-    folder = None
+    masked, folder = any(e.masks for e in entries), None
     if cache and not isinstance(entries[0].image, np.ndarray):
         folder = Path(cache) / cache_key(entries, size, channels, equalise)
-    if folder and (folder / "cache.json").exists():
+    if folder and is_whole(folder, channels * size * size, masked * size * size):
         kept, bad = json.loads((folder / "cache.json").read_text()).values()
     else:
-        part = Path(f"{folder}.{os.getpid()}.part") if folder else None
+        part = None
         try:
+            if folder:
+                shutil.rmtree(folder, ignore_errors=True)  # if there is one, it is damaged
+                Path(cache).mkdir(parents=True, exist_ok=True)
+                part = Path(tempfile.mkdtemp(suffix=".part", dir=cache))
             store = Store(part, len(entries), size, channels, masked)
             kept, bad = decode_into(store, entries, size, channels, equalise)
             store.close()
@@ -449,7 +501,8 @@ def decode(entries, size, channels, equalise=False, cache=None, skip_bad=False):
             if part:
                 shutil.rmtree(part, ignore_errors=True)
     if bad and not skip_bad:
-        which = f"{len(bad)} of {len(entries)} images can't be read (--skip-bad goes on without them):"
+        hint = box_hint(entries, box_format) if any(": its box" in line for line in bad) else ""
+        which = f"{len(bad)} of {len(entries)} images can't be read (--skip-bad goes on without them){hint}:"
         raise InputError("\n  ".join([which, *bad]))
     if not kept:
         raise InputError("no readable image is left")
@@ -468,12 +521,23 @@ def decode(entries, size, channels, equalise=False, cache=None, skip_bad=False):
 
 def cache_key(entries, size, channels, equalise):
     """Names the folder of a decoded data set: another file, size or time of a file is another folder."""
-    key = hashlib.sha256(json.dumps(["v2", size, channels, equalise]).encode())
+    key = hashlib.sha256(json.dumps(["v3", size, channels, equalise]).encode())
     for e in entries:
         for p in [e.image, *e.masks]:
             stat = os.stat(p) if os.path.exists(p) else None
             key.update(json.dumps([os.path.abspath(p), stat and [stat.st_size, stat.st_mtime_ns], e.box]).encode())
     return key.hexdigest()[:16]
+
+
+def is_whole(folder, pixel_bytes, mask_bytes):
+    """Whether a folder of the cache holds all that it should: a disk that was full, or a copy that was cut, leaves less."""
+    try:
+        n = len(json.loads((folder / "cache.json").read_text())["kept"])
+        sizes = [(folder / f"{name}.u8").stat().st_size for name in ("pixels", *(["masks"] if mask_bytes else []))]
+        rows = {len(np.load(folder / "boxes.npy")), len(np.load(folder / "thumbs.npy")) or n}
+    except (OSError, ValueError, KeyError, EOFError):
+        return False
+    return sizes == [n * b for b in (pixel_bytes, mask_bytes) if b] and rows == {n}
 
 
 def decode_into(store, entries, size, channels, equalise):
@@ -505,7 +569,6 @@ class Store:
         self.part, self.boxes, self.thumbs = part, [], [] if count <= MOST_COMPARED else None
         self.shapes = {"pixels": (channels, size, size)} | ({"masks": (size, size)} if masked else {})
         if part:
-            part.mkdir(parents=True)
             self.files = {name: open(part / f"{name}.u8", "wb") for name in self.shapes}
         else:
             self.files = {name: np.empty((count, *shape), np.uint8) for name, shape in self.shapes.items()}
@@ -536,14 +599,15 @@ class Store:
 
 def load(
     source=None, size=128, *, positive=None, drop=(), channels=None, equalise=False, columns=None, cache="runs/cache",
-    skip_bad=False, split_by_image=False, seed=0, dummy_boxes=False, log=print,
+    skip_bad=False, split_by_image=False, seed=0, dummy_boxes=False, box_format="xyxy", log=print,
 ):  # fmt: skip
     """Any data set as an ImageSet, split and grouped. See readers.py for the layouts.
 
     source: a path, "breastmnist", or None for the phantoms. size: S in pixels. positive, drop: see resolve_classes.
     channels: 1, 3, or None to look. equalise: CLAHE. columns: {"image": "image_id", "meta": ["age"], ...} for a CSV.
     split_by_image: every image is a group of its own, to show what that would wrongly claim.
-    dummy_boxes: give every image without a box the central placeholder box. Raises InputError."""
+    dummy_boxes: give every image without a box the central placeholder box. box_format: what the source's four numbers
+    are, "xyxy" or "xywh" (x, y, width, height). Raises InputError."""
     if source is None or source == "phantoms":
         images = phantom_set(size=size, seed=seed)
         images.splits = complete_splits(images.splits, images.labels, images.groups, seed)
@@ -552,10 +616,12 @@ def load(
     entries = find_entries(source, columns or {}, Path("data"))
     classes, index = resolve_classes([e.label for e in entries], positive, drop)
     entries = [dataclasses.replace(e, label=i) for e, i in zip(entries, index, strict=True) if i is not None]
+    for e in entries if box_format == "xywh" else ():
+        e.box = e.box and (e.box[0], e.box[1], e.box[0] + e.box[2], e.box[1] + e.box[3])
     if not entries:
         raise InputError(f"--data {source}: no image is left")
     channels = channels or (1 if looks_grey(entries) else 3)
-    pixels, masks, boxes, thumbnails, kept = decode(entries, size, channels, equalise, cache, skip_bad)
+    pixels, masks, boxes, thumbnails, kept = decode(entries, size, channels, equalise, cache, skip_bad, box_format)
     entries = [entries[i] for i in kept]
     labels = torch.tensor([e.label for e in entries])
     native = max(entries[0].image.shape[:2]) if isinstance(entries[0].image, np.ndarray) else size

@@ -27,7 +27,7 @@ from augment import VIEWS, clahe, tta_views
 from data import encode_meta, letterbox, original_box, parse_meta, read_image, to_mode
 from models import DISCLAIMER, choose_device, disagreement, load_classifier, newest_model, write_atomically
 from options import build_parser, run_main
-from readers import MASK, InputError, image_files, natural
+from readers import MASK, InputError, image_files, natural, walk
 
 REFER_ODDS = 2.0  # refer when the odds lie within this factor of the threshold's
 REFER_UNCERTAINTY = 0.15  # or when the opinions' standard deviation is above this
@@ -163,14 +163,16 @@ class BreastCancerDetector:
         try:
             if name is not None:
                 picture = read_image(name, self.info["channels"])
-            elif isinstance(image, Image.Image):
-                picture = to_mode(image, self.info["channels"])
             else:
-                picture = to_mode(array_image(image), self.info["channels"])
+                picture = to_mode(
+                    image if isinstance(image, Image.Image) else array_image(image), self.info["channels"]
+                )
             pixels, placement = letterbox(picture, self.info["load_size"])
             return name, pixels, placement, picture.size, None
         except InputError as e:
             return name, None, None, None, str(e)
+        except Exception as e:  # a PIL image that is cut off, of no pixels, of a mode that can't be converted ...
+            return name, None, None, None, f"no image that can be read ({e or type(e).__name__})"
 
     def describe(self):
         """Where the model comes from, in one line."""
@@ -211,7 +213,7 @@ def collect(paths):
         if not path.is_dir():
             files.append(str(path))
             continue
-        found = [p for folder, _, _ in os.walk(path) for p in image_files(folder)]
+        found = [p for folder, _ in walk(path) for p in image_files(folder)]
         stems = {(p.parent, p.stem) for p in found}
         found = [p for p in found if not ((m := MASK.match(p.stem)) and (p.parent, m[1]) in stems)]
         if not found:

@@ -1,4 +1,4 @@
-"""What can be said on the command line of the scripts that train: one line an option, told once, shared by all of them.
+"""What can be said on the command line: one line an option, shared by all scripts; and the run folder that remembers it.
 
     args = parse(["--data", "BUSI", "--epochs", "3"])       # of train.py; its defaults, checked
     args = parse(argv, build_parser(MORE, "what it does"))  # another script's: the same options and some more
@@ -8,16 +8,27 @@ A line of a table is (name, default, kind, help). The kind says what may be give
 None a switch."""
 
 import argparse
+import contextlib
 import errno
 import importlib.util
+import itertools
 import json
 import os
+import platform
 import shlex
+import subprocess
 import sys
 from pathlib import Path
 
-from models import ATTENTION, BACKBONES
+import torch
+
+from models import ATTENTION, BACKBONES, write_atomically
 from readers import InputError
+
+try:
+    import fcntl
+except ImportError:  # Windows has no such locks
+    fcntl = None
 
 MANY = 1e9
 # fmt: off
@@ -37,7 +48,8 @@ DATA = [
     ("group-column", None, "NAME", "likewise, of the patient or lesion; default: 'group'"),
     ("split-column", None, "NAME", "likewise, train, val or test; default: 'split'"),
     ("mask-column", None, "NAME", "likewise, the file of the lesion's mask; default: 'mask'"),
-    ("box-columns", None, "NAME ...", "one column with four numbers, or four: x_min y_min x_max y_max in pixels"),
+    ("box-format", "xyxy", ["xyxy", "xywh"], "what the four numbers of a box are: two corners, or a corner, width and height; in pixels"),
+    ("box-columns", None, "NAME ...", "one column with four numbers, or four columns"),
     ("meta-columns", None, "NAME ...", "patient metadata that C-Net gets beside the image"),
 ]
 MODEL = [
@@ -198,6 +210,51 @@ def parse(argv=None, parser=None):
 def train_parser(description="Train a detector (D-Net) and a classifier (C-Net).", prog=None, **more):
     """The parser of train.py, which other scripts build upon with `more` groups."""
     return build_parser(TRAIN | more, description, prog=prog)
+
+
+def prepare_folder(args, prefix=""):
+    """The run folder, with its config. An existing run is never written over."""
+    if args.resume:
+        return Path(args.resume)
+    members = "ensemble" if args.ensemble else args.model
+    source = "phantoms" if args.data in (None, "phantoms") else f"{Path(args.data).stem}-{members}"
+    name = args.name or prefix + source
+    for number in itertools.count(1):
+        folder = Path(args.runs) / (name if number == 1 else f"{name}-{number}")
+        try:
+            folder.mkdir(parents=True)
+            break
+        except FileExistsError:
+            if args.name:
+                advice = f"choose another name, or go on with --resume {folder}"
+                raise InputError(f"--name {args.name}: {folder} exists; {advice}") from None
+    git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    config = {
+        "args": {k: v for k, v in vars(args).items() if k != "resume"},
+        "commit": subprocess.run(git, capture_output=True, text=True).stdout.strip() or None,
+        "command": sys.argv,
+        "versions": {"python": platform.python_version(), "torch": str(torch.__version__)},
+    }
+    write_atomically(folder / "config.json", json.dumps(config, indent=1).encode())
+    return folder
+
+
+@contextlib.contextmanager
+def claim(folder):
+    """Work in a run folder alone. The lock is the system's: it goes when the process ends, however that happens."""
+    with open(Path(folder) / "config.json") as file:
+        try:
+            if fcntl:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(f"{folder}: another process works in it; wait for it, or stop it") from None
+        yield
+
+
+def stop(script, folder):
+    """What a script says after Ctrl-C."""
+    print(f"stopped; go on with: python {script} --resume {folder}")
+    sys.exit(130)
 
 
 def run_main(main):

@@ -118,7 +118,7 @@ def main(argv=None):
     images = train.load_images(args)
     rows = torch.tensor([i for i, split in enumerate(images.splits) if split != "test"])
     same = train.network_options(images, args)
-    folder = train.prepare_folder(args, "pretrain-")
+    folder = options.prepare_folder(args, "pretrain-")
     print(f"run folder: {folder}; {len(rows)} images, the test split left out")
     torch.manual_seed(args.seed)
     net = METHODS[args.method](args, **same)
@@ -129,12 +129,12 @@ def main(argv=None):
         return net.loss(view, other.contiguous(memory_format=torch.channels_last))
 
     try:
-        with train.Interrupt():
+        with options.claim(folder), train.Interrupt():
             best, history = train.fit(
                 net, images, rows, loss_of, None, args, name=args.method, folder=folder, seed=args.seed
             )
     except (train.Stopped, KeyboardInterrupt):
-        train.stop("pretrain.py", folder)
+        options.stop("pretrain.py", folder)
     net.load_state_dict(best)
     save_checkpoint(folder / "backbone.pt", torchvision_state(args.model, net.online.features))
     print(f"\n{folder / 'backbone.pt'}: loss {history[0]['loss']:.3f} -> {history[-1]['loss']:.3f}")

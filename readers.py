@@ -1,19 +1,24 @@
 """Readers: from a path to entries, one short reader a layout. Nothing is decoded here; data.py does that.
 
-nothing               the built-in phantoms, synthetic breast ultrasound (data.py)
-breastmnist           the original file, downloaded and checked
-FILE.npz              {train,val,test}_images, _labels, optionally _bboxes in pixels; or the train_* keys alone
-FOLDER/CLASS/*.png    one folder a class, with NAME_mask.png, NAME_mask_1.png beside an image where there are masks
-FOLDER/training_set/CLASS/*, FOLDER/testing_set/CLASS/*
-FOLDER/PATIENT/0/*, FOLDER/PATIENT/1/*                    (IDC histopathology; a patient is never split)
-FILE.csv              one row an image; flags name the columns
-FOLDER/*.png          no labels: a pool to predict on
+    entries = find_entries("BUSI", {}, "data")
 
-entries = find_entries("BUSI", {}, "data")     # the reader is chosen by what lies there"""
+What lies there decides which reader is taken:
+
+    nothing               the built-in phantoms, synthetic breast ultrasound (data.py)
+    breastmnist           the original file, downloaded and checked
+    FILE.npz              {train,val,test}_images, _labels, optionally _bboxes in pixels; or the train_* keys alone
+    FOLDER/CLASS/*.png    one folder a class, with NAME_mask.png, NAME_mask_1.png beside an image where there are masks
+    FOLDER/train/CLASS/*, FOLDER/val/CLASS/*, FOLDER/test/CLASS/*     (or training_set, testing_set)
+    FOLDER/PATIENT/0/*, FOLDER/PATIENT/1/*                    (IDC histopathology; a patient is never split)
+    FILE.csv              one row an image; flags name the columns
+    FOLDER/*.png          no labels: a pool to predict on
+"""
 
 import csv
 import dataclasses
+import functools
 import hashlib
+import io
 import os
 import re
 import shutil
@@ -45,19 +50,32 @@ IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".g
 MASK = re.compile(r"(.*)_mask(_\d+)?$")
 SPLIT_WORDS = {"": "", "train": "train", "training": "train", "test": "test", "testing": "test"}
 SPLIT_WORDS |= {"val": "val", "valid": "val", "validation": "val"}
+SPLIT_FOLDERS = {f"{word}{end}": split for word, split in SPLIT_WORDS.items() if word for end in ("", "_set")}
 BREASTMNIST = "https://zenodo.org/records/10519652/files/breastmnist.npz?download=1"
 BREASTMNIST_MD5 = "750601b1f35ba3300ea97c75c52ff8f6"
 
 
 def natural(text):
     """Sort key that puts "image (9)" before "image (10)"."""
-    return [int(part) if part.isdigit() else part.lower() for part in re.split(r"(\d+)", str(text))]
+    return [int(part) if i % 2 else part.lower() for i, part in enumerate(re.split(r"(\d+)", str(text)))]
 
 
 def image_files(folder):
     return sorted(
         (p for p in Path(folder).iterdir() if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file()), key=natural
     )
+
+
+def walk(folder):
+    """All folders in a folder and below, itself first, through links too, each once: (path, names of its files)."""
+    seen = set()
+    for path, folders, files in os.walk(folder, followlinks=True):
+        real = os.path.realpath(path)
+        if real in seen:
+            folders.clear()  # a link in a circle
+            continue
+        seen.add(real)
+        yield path, files
 
 
 def subfolders(folder):
@@ -82,10 +100,15 @@ def read_class_folders(folder, split=""):
 
 
 def read_split_folders(folder):
-    """training_set/CLASS/* and testing_set/CLASS/*. The split is the source's."""
-    return read_class_folders(Path(folder) / "training_set", "train") + read_class_folders(
-        Path(folder) / "testing_set", "test"
-    )
+    """SPLIT/CLASS/*, as in training_set, testing_set, or train, val, test. The split is the source's."""
+    entries = []
+    for sub in subfolders(folder):
+        if sub.name.lower() not in SPLIT_FOLDERS:
+            raise InputError(f"{sub}: beside folders of splits, but no split itself; move it elsewhere")
+        if image_files(sub):
+            raise InputError(f"{sub}: a split holds a folder for each class, but here lie images; sort them by class")
+        entries += read_class_folders(sub, SPLIT_FOLDERS[sub.name.lower()])
+    return entries
 
 
 def read_patients(folder):
@@ -138,12 +161,18 @@ def npz_split(path, split, arrays):
     images, labels, boxes = (arrays.get(f"{split}_{key}") for key in ("images", "labels", "bboxes"))
     if labels is None:
         raise InputError(f"{path}: {split}_images has no {split}_labels beside it")
-    labels = labels.reshape(len(labels), -1)
-    if labels.shape[1] != 1:
+    labels = labels.reshape(len(images), -1) if labels.size == len(images) else np.atleast_2d(labels)
+    if len(labels) == len(images) and labels.shape[1] != 1:
         raise InputError(f"{path}: {split}_labels has {labels.shape[1]} columns, one class an image is needed")
     for key, values in (("labels", labels), ("bboxes", boxes)):
         if values is not None and len(values) != len(images):
             raise InputError(f"{path}: {len(images)} {split}_images but {len(values)} {split}_{key}")
+    if labels.dtype.kind not in "iufb" or not np.array_equal(labels, np.trunc(labels.astype(float))):
+        raise InputError(f"{path}: {split}_labels are no whole numbers; -1 = not labelled")
+    if boxes is not None and (boxes.shape[1:] != (4,) or boxes.dtype.kind not in "iuf"):
+        raise InputError(f"{path}: {split}_bboxes is {boxes.dtype} {boxes.shape}, not four numbers an image")
+    if 0 in images.shape[1:]:
+        raise InputError(f"{path}: {split}_images is {images.shape}: no pixels")
     if images.dtype != np.uint8 or images.ndim not in (3, 4) or (images.ndim == 4 and images.shape[3] not in (1, 3)):
         found = f"{images.dtype} {images.shape}"
         raise InputError(f"{path}: {split}_images is {found}, not uint8 (N, H, W) or (N, H, W, 3)")
@@ -158,33 +187,46 @@ def read_csv(path, columns):
 
     The image column holds a path, absolute or relative to the CSV, or a bare name or id that is looked up, with or
     without its ending, in the CSV's folder and below."""
-    try:
-        with open(path, newline="", encoding="utf-8-sig") as file:
-            reader = csv.DictReader(file)
-            rows, header = list(reader), reader.fieldnames or []
-    except (UnicodeDecodeError, csv.Error) as e:
-        raise InputError(f"{path}: not a CSV in UTF-8 ({e})") from e
+    rows, header = read_table(path)
     columns = choose_columns(path, columns, header)
     find, entries = finder(Path(path).parent), []
     for line, row in enumerate(rows, 2):
         get = {k: (row.get(v) or "").strip() if isinstance(v, str) else "" for k, v in columns.items()}
         if not get["image"]:
             raise InputError(f"{path}, line {line}: no image named")
+        where = f"{path}, line {line}"
         split = SPLIT_WORDS.get(get["split"].lower())
         if split is None:
-            raise InputError(f"{path}, line {line}: split {get['split']!r} is none of train, val, test")
+            raise InputError(f"{where}: split {get['split']!r} is none of train, val, test")
         numbers = re.findall(r"[^\s,;\[\]()]+", " ".join((row.get(c) or "") for c in columns["box"]))
         try:
             box = tuple(float(v) for v in numbers) or None
         except ValueError:
             box = ()
-        if box is not None and (len(box) != 4 or not (box[0] < box[2] and box[1] < box[3])):
-            raise InputError(f"{path}, line {line}: box {' '.join(numbers)!r} is not x_min y_min x_max y_max in pixels")
-        masks = [find(m.strip()) for m in get["mask"].split(";") if m.strip()]
+        if box is not None and len(box) != 4:
+            raise InputError(f"{where}: box {' '.join(numbers)!r} is not four numbers")
+        masks = [find(m.strip(), where, True) for m in get["mask"].split(";") if m.strip()]
         meta = {c: (row.get(c) or "").strip() for c in columns["meta"]} or None
-        image, name = find(get["image"]), get["image"]
+        image, name = find(get["image"], where, False), get["image"]
         entries.append(Entry(image, name, get["label"], masks, box, get["group"], split, meta))
     return entries
+
+
+def read_table(path):
+    """(rows as dicts, header) of a CSV as spreadsheets write it: commas, semicolons or tabs; UTF-8, UTF-16 or Latin-1."""
+    content = Path(path).read_bytes()
+    try:
+        text = content.decode("utf-16" if content[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
+    except UnicodeDecodeError:
+        text = content.decode("latin-1")
+    if "\0" in text:
+        raise InputError(f"{path}: not a CSV, it holds bytes of zero")
+    first = text.splitlines()[0] if text else ""
+    try:
+        reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=max(",;\t", key=first.count))
+        return list(reader), reader.fieldnames or []
+    except csv.Error as e:
+        raise InputError(f"{path}: not a CSV ({e})") from e
 
 
 def choose_columns(path, columns, header):
@@ -195,8 +237,10 @@ def choose_columns(path, columns, header):
         columns[k] = columns[k] or (k if k in header else None)
     there = f"(its columns: {', '.join(header)})"
     for name in [*(columns[k] for k in single if columns[k]), *columns["box"], *columns["meta"]]:
-        if name not in header:
-            raise InputError(f"{path}: no column {name!r} {there}")
+        if header.count(name) != 1:
+            raise InputError(
+                f"{path}: {'no column' if name not in header else 'more than one column'} {name!r} {there}"
+            )
     if columns["image"] is None:
         raise InputError(
             f"{path}: no column 'image'; name the one that holds the file names with --image-column {there}"
@@ -205,19 +249,30 @@ def choose_columns(path, columns, header):
 
 
 def finder(root):
-    """A function from a path, file name or id in a CSV to the file, looked up in the folder `root` and below."""
-    index = {}
+    """A function from a path, file name or id in a CSV to the file. A name with a folder is looked for there alone, one
+    without in `root` and below, each with or without its ending. What is named like a mask, or lies in a folder of masks,
+    is never taken for an image. A name that fits two files is an InputError."""
 
-    def find(value):
-        if (root / value).is_file():
-            return str(root / value)
-        if not index:
-            for folder, _, files in os.walk(root):
-                for file in files:
-                    if Path(file).suffix.lower() in IMAGE_SUFFIXES:
-                        index.setdefault(file, f"{folder}/{file}")
-                        index.setdefault(Path(file).stem, f"{folder}/{file}")
-        return index.get(value) or index.get(Path(value).name) or str(root / value)  # the last: missing, said later
+    @functools.cache
+    def index(folder):
+        """{name, or name without its ending: files} of the root and below, or of another folder by itself."""
+        found = {}
+        for path, files in walk(folder) if folder == root else [(folder, os.listdir(folder))]:
+            for file in (Path(path) / f for f in files if Path(f).suffix.lower() in IMAGE_SUFFIXES):
+                for key in {file.name, file.stem}:
+                    found.setdefault(key, []).append(file)
+        return found
+
+    def find(value, where, mask):
+        path = root / value
+        if path.is_file():
+            return str(path)
+        files = index(path.parent).get(path.name, []) if path.parent.is_dir() else []
+        fit = [p for p in files if bool(MASK.match(p.stem) or "mask" in p.parent.name.lower()) == mask]
+        fit = fit or (files if mask else [])
+        if len(fit) > 1:
+            raise InputError(f"{where}: {value!r} may be {fit[0]} or {fit[1]}; name it with its folder and ending")
+        return str(fit[0] if fit else path)  # the last: missing, said later
 
     return find
 
@@ -257,7 +312,7 @@ def find_entries(source, columns, folder):
     if not path.is_dir():
         raise InputError(f"--data {source}: neither a folder, nor .npz, nor .csv")
     names = {p.name for p in subfolders(path)}
-    if {"training_set", "testing_set"} <= names:
+    if any(name.lower() in SPLIT_FOLDERS for name in names):
         return read_split_folders(path)
     if any((path / name / label).is_dir() for name in names for label in "01"):
         return read_patients(path)

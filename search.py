@@ -24,10 +24,10 @@ import metrics
 import plots
 from data import partition
 from models import choose_device, write_atomically
-from options import parse, run_main, train_parser
+from options import claim, parse, prepare_folder, run_main, stop, train_parser
 from readers import InputError
 from report import clean, describe_model
-from train import load_images, locate, predict, prepare, prepare_folder, run_jobs, stop, train_model
+from train import load_images, locate, predict, prepare, run_jobs, train_model
 
 HALVING = 3
 # fmt: off
@@ -204,7 +204,10 @@ def main(argv=None):
     folder, start = prepare_folder(args, "search-"), time.time()
     print(f"run folder: {folder}")
     try:
-        best = search(images, args, folder)
+        with claim(folder):
+            for part in folder.glob("tmp*"):  # of a search that was killed
+                shutil.rmtree(part)
+            best = search(images, args, folder)
     except KeyboardInterrupt:
         stop("search.py", folder)
     setting = {k: best[k] for k in search_ranges(args)}

@@ -1232,7 +1232,9 @@ def quick(folder, *options, data_folder=None, script=train):
     out = io.StringIO()
     source = ["--data", str(data_folder)] if data_folder else []
     with contextlib.redirect_stdout(out):
-        result, run_folder = script.main([*source, *TINY, "--runs", str(folder), "--cache", str(folder / "cache"), *options])
+        result, run_folder = script.main(
+            [*source, *TINY, "--runs", str(folder), "--cache", str(folder / "cache"), *options]
+        )
     return run_folder, out.getvalue(), result
 
 
@@ -1326,7 +1328,9 @@ def test_the_report_tells_what_each_member_does_alone(tmp_path, folders):
 def test_two_runs_are_compared_in_pairs(tmp_path, folders):
     options = ["--positive", "malignant", "--folds", "2", "--nets", "both"]
     one, _, _ = quick(tmp_path, *options, "--name", "one", data_folder=folders)
-    two, said, _ = quick(tmp_path, *options, "--epochs", "3", "--against", str(one), "--name", "two", data_folder=folders)
+    two, said, _ = quick(
+        tmp_path, *options, "--epochs", "3", "--against", str(one), "--name", "two", data_folder=folders
+    )
     reports = [json.loads((folder / "report.json").read_text()) for folder in (one, two)]
     change = reports[1]["against"]
     assert change["run"] == str(one)
@@ -1419,30 +1423,13 @@ def test_without_validation_the_last_epoch_is_kept(tmp_path, folders):
 
 
 def test_a_run_folder_holds_what_the_design_says(tmp_path, folders):
-    folder, said, _ = quick(tmp_path, "--positive", "malignant", "--name", "a", data_folder=folders)
-    assert {p.name for p in folder.iterdir()} == {
-        "config.json",
-        "log.jsonl",
-        "last.pt",
-        "model.pt",
-        "report.json",
-        "report.png",
-        "mistakes.png",
-        "test.pt",
-        "example.png",
-    }
+    folder, said, returned = quick(tmp_path, "--positive", "malignant", "--name", "a", data_folder=folders)
+    files = "config.json log.jsonl last.pt model.pt report.json report.png mistakes.png test.pt example.png"
+    assert {p.name for p in folder.iterdir()} == set(files.split())
     report = json.loads((folder / "report.json").read_text())
-    assert set(report["test"]) == {
-        "auc",
-        "accuracy",
-        "sensitivity",
-        "specificity",
-        "balanced_accuracy",
-        "f1",
-        "ece",
-        "iou",
-        "iou_at_50",
-    }
+    assert report == returned
+    names = "auc accuracy sensitivity specificity balanced_accuracy f1 ece iou iou_at_50"
+    assert set(report["test"]) == set(names.split())
     assert all(set(m) == {"value", "low", "high"} for m in report["test"].values())
     assert sum(report["splits"].values()) == 80
     kept = torch.load(folder / "test.pt", weights_only=True)
@@ -1539,7 +1526,7 @@ def test_a_loss_that_is_not_finite_keeps_the_last_good_state(tmp_path, monkeypat
         return real(*args, **kwargs) * (math.nan if len(calls) > 25 else 1)
 
     monkeypatch.setattr(train, "classification_loss", explodes)
-    with pytest.raises(InputError, match=r"epoch 2: the loss is not finite; the last good state is kept in .*last.pt"):
+    with pytest.raises(InputError, match=r"epoch 2: the loss is not finite; the state after epoch 1 is kept in .*last.pt"):
         quick(tmp_path, "--name", "x", "--nets", "cnet")
     saved = torch.load(tmp_path / "x" / "last.pt", weights_only=True)
     assert all(v.isfinite().all() for v in saved["net"].values())
@@ -1599,18 +1586,8 @@ def test_folds_cover_every_image_once_and_repeats_have_a_spread(tmp_path, folder
 
 @pytest.mark.parametrize("roi", ["mask", "none,dnet"])
 def test_an_ensemble_on_crops_of_three_classes(tmp_path, folders, roi):
-    folder, _, _ = quick(
-        tmp_path,
-        "--ensemble",
-        "small_cnn,small_cnn",
-        "--roi",
-        roi,
-        "--name",
-        "e",
-        "--margin",
-        "0.5",
-        data_folder=folders,
-    )
+    options = ["--ensemble", "small_cnn,small_cnn", "--roi", roi, "--margin", "0.5", "--name", "e"]
+    folder, _, _ = quick(tmp_path, *options, data_folder=folders)
     model = models.load(folder / "model.pt")
     assert len(model.members) == 2 * len(roi.split(","))
     assert float(model.weights.sum()) == pytest.approx(1)
@@ -1629,21 +1606,8 @@ def test_metadata_alone_can_carry_the_answer(tmp_path):
         picture(32, 32, i).save(tmp_path / f"{i}.png")
         rows.append(f"{i},{'nv' if i % 2 else 'mel'},,,,{30 + i % 7},{'female' if i % 2 else 'male'},,,,")
     table = write_csv(tmp_path, rows)
-    folder, _, _ = quick(
-        tmp_path,
-        "--name",
-        "m",
-        "--meta-columns",
-        "age",
-        "sex",
-        "--positive",
-        "mel",
-        "--epochs",
-        "15",
-        "--lr",
-        "3e-3",
-        data_folder=table,
-    )
+    options = "--name m --meta-columns age sex --positive mel --epochs 15 --lr 3e-3"
+    folder, _, _ = quick(tmp_path, *options.split(), data_folder=table)
     assert json.loads((folder / "report.json").read_text())["test"]["auc"]["value"] > 0.9  # a dozen images
     image = tmp_path / "0.png"
     p = {
@@ -1911,33 +1875,18 @@ def test_no_option_goes_untested():
         options = sorted(set(re.findall(r"--[a-z][a-z-]+", shown.getvalue())) - {"--help"})
         assert options
         for option in options:
-            assert f'"{option}"' in source, f"{module.__name__} {command} {option}"
+            assert re.search(rf'[" ]{option}[" ]', source), f"{module.__name__} {command} {option}"
 
 
 def test_the_remaining_options_do_what_they_say(tmp_path, folders):
-    args = parse(
-        [
-            "--data",
-            str(folders),
-            *TINY,
-            "--channels",
-            "3",
-            "--clahe",
-            "--drop-class",
-            "normal",
-            "--seed",
-            "3",
-            "--cache",
-            str(tmp_path / "c"),
-        ]
-    )
-    images = train.load_images(args, log=lambda _: None)
+    def images_of(source, options):
+        args = parse(["--data", str(source), *TINY, *options.split(), "--cache", str(tmp_path / "c")])
+        return train.load_images(args, log=lambda _: None)
+
+    images = images_of(folders, "--channels 3 --clahe --drop-class normal --seed 3")
     assert images.pixels.shape == (68, 3, 32, 32)
     assert images.classes == ["benign", "malignant"]
-    plain = train.load_images(
-        parse(["--data", str(folders), *TINY, "--channels", "3", "--cache", str(tmp_path / "c")]),
-        log=lambda _: None,
-    )
+    plain = images_of(folders, "--channels 3")
     assert not torch.equal(images.pixels, plain.pixels[:68])  # CLAHE
     assert images.splits != plain.splits[:68]  # another seed
     rows = [f"{n},{c},g{n // 2},train,m" for n, c in enumerate("abab")]
@@ -1945,67 +1894,24 @@ def test_the_remaining_options_do_what_they_say(tmp_path, folders):
         picture(seed=n).save(tmp_path / f"{n}.png")
     Image.new("L", (60, 40), 255).save(tmp_path / "m.png")
     table = write_csv(tmp_path, rows, header="file,what,who,where,lesion")
-    names = [
-        "--image-column",
-        "file",
-        "--label-column",
-        "what",
-        "--group-column",
-        "who",
-        "--split-column",
-        "where",
-        "--mask-column",
-        "lesion",
-    ]
-    images = train.load_images(
-        parse(["--data", str(table), *TINY, *names, "--cache", str(tmp_path / "c")]), log=lambda _: None
-    )
+    names = "--image-column file --label-column what --group-column who --split-column where --mask-column lesion"
+    images = images_of(table, names)
     assert images.boxes.isfinite().all()
     assert len(images.groups.unique()) == 2
     (tmp_path / "boxes.csv").write_text('image,label,where\n0,a,1 2 30 20\n1,b,"[2, 3, 9, 9]"\n')
-    images = train.load_images(
-        parse(
-            ["--data", str(tmp_path / "boxes.csv"), *TINY, "--box-columns", "where", "--cache", str(tmp_path / "c")]
-        ),
-        log=lambda _: None,
-    )
+    images = images_of(tmp_path / "boxes.csv", "--box-columns where")
     np.testing.assert_allclose(images.boxes[0], np.array([1, 2 + 10, 30, 20 + 10]) / 60, atol=0.5 / 32)
     (folders / "benign" / "broken.png").write_text("x")
     try:
-        skipping = parse(["--data", str(folders), *TINY, "--skip-bad", "--cache", str(tmp_path / "c")])
-        assert len(train.load_images(skipping, log=lambda _: None)) == 80
+        assert len(images_of(folders, "--skip-bad")) == 80
     finally:
         (folders / "benign" / "broken.png").unlink()
 
 
 def test_options_reach_the_networks_and_the_optimizer(tmp_path):
-    options = [
-        "--dropout",
-        "0.5",
-        "--normalise",
-        "fixed",
-        "--batch",
-        "64",
-        "--warmup",
-        "0.5",
-        "--weight-decay",
-        "0.3",
-        "--clip",
-        "0.01",
-        "--augment",
-        "0",
-        "--label-smoothing",
-        "0.2",
-        "--pos-weight",
-        "3",
-        "--amp",
-        "on",
-        "--target-sensitivity",
-        "0.5",
-        "--device",
-        "cpu",
-    ]
-    folder, _, _ = quick(tmp_path, "--name", "o", "--nets", "cnet", "--epochs", "2", *options)
+    options = "--dropout 0.5 --normalise fixed --batch 64 --warmup 0.5 --weight-decay 0.3 --clip 0.01 --augment 0"
+    options += " --label-smoothing 0.2 --pos-weight 3 --amp on --target-sensitivity 0.5 --device cpu"
+    folder, _, _ = quick(tmp_path, "--name", "o", "--nets", "cnet", "--epochs", "2", *options.split())
     model = models.load(folder / "model.pt")
     assert model.members[0].config["dropout"] == 0.5
     assert model.members[0].config["normalise"] == "fixed"
@@ -2500,16 +2406,8 @@ def test_the_command_line_answers_what_it_can(tmp_path, phantom_run):
     Image.new("L", (20_000, 40), 9).save(scans / "deep" / "wide.png")
     picture().save(scans / "deep" / "wide_mask.png")  # a mask is no picture to diagnose
     bad = bad_files(scans)
-    result = run(
-        HERE / "infer.py",
-        scans,
-        tmp_path / "nowhere.png",
-        "--model",
-        model,
-        "--json",
-        "--save-overlay",
-        tmp_path / "out",
-    )
+    command = [scans, tmp_path / "nowhere.png", "--model", model, "--json", "--save-overlay", tmp_path / "out"]
+    result = run(HERE / "infer.py", *command)
     assert result.returncode == 1  # some could not be read
     answers = [json.loads(line) for line in result.stdout.splitlines()]
     assert all(list(a) == KEYS for a in answers)
@@ -2522,7 +2420,7 @@ def test_the_command_line_answers_what_it_can(tmp_path, phantom_run):
     assert one.returncode == 0
     assert "uncertainty 0.000" in one.stdout
     for options, why in [
-        (["--tta", "0"], "give 1 to 8"),
+        (["--tta", "0"], "must lie in 1 ... 8"),
         (["--model", tmp_path / "x.pt"], "no such file"),
         (["--meta", "a=1"], "images alone"),
     ]:
@@ -2547,7 +2445,7 @@ def test_multi_scale_inference_is_the_mean_over_resolutions(tmp_path):
     said = call(infer, tmp_path / "i.png", "--model", tmp_path / "m.pt", "--tta", "1", "--scales", "0.75", "1", "1.25", "--json")  # fmt: skip
     assert json.loads(said.stdout)["probability"] == together["probability"]
     wrong = call(infer, tmp_path / "i.png", "--model", tmp_path / "m.pt", "--scales", "0")
-    assert "--scales 0: give one or more of 0.25 to 4" in error_of(wrong)
+    assert "--scales: 0: must lie in 0.25 ... 4" in error_of(wrong)
 
 
 def test_the_worth_of_views_is_that_of_the_detectors_answers(tmp_path, folders):
@@ -2592,7 +2490,7 @@ def test_the_worth_of_views_is_that_of_the_detectors_answers(tmp_path, folders):
     for options, why in [
         (["--model", str(tmp_path)], "no run of train.py"),
         (["--model", str(folder), "i.png"], "takes the held-out images"),
-        (["--model", str(folder), "--scales", "9"], "--scales 9: give"),
+        (["--model", str(folder), "--scales", "9"], "--scales: 9: must lie in"),
     ]:
         with pytest.raises(InputError, match=why):
             infer.main(["--evaluate", *options])
@@ -3149,6 +3047,7 @@ def test_what_the_loop_refuses(folders):
         (["--query", "0"], "--query: 0: must lie in"),
         (["--committee", "1"], "--committee: 1: must lie in"),
         (["--folds", "3"], "--folds"),
+        (["--strategies", "bald", "--dropout", "0"], "--dropout above 0"),
     ]:
         with pytest.raises(InputError, match=why):
             al_loop.main(["--data", str(folders), "--positive", "malignant", *LOOP, *options])

@@ -17,12 +17,12 @@ import dataclasses
 import itertools
 import json
 import math
+import multiprocessing
 import os
-import platform
 import signal
-import subprocess
-import sys
 import time
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import torch
@@ -47,7 +47,7 @@ from models import (
     save_checkpoint,
     write_atomically,
 )
-from options import parse, run_main
+from options import claim, parse, prepare_folder, run_main, stop
 from readers import InputError
 from report import finished_run, print_report, write_report
 
@@ -58,7 +58,7 @@ def load_images(args, log=print):
     """The data set that the arguments name. With an ROI it is read at twice the size, so that a crop is sharp."""
     columns = {name: getattr(args, f"{name}_column") for name in ("image", "label", "group", "split", "mask")}
     columns |= {"box": args.box_columns, "meta": args.meta_columns}
-    same = {name: getattr(args, name) for name in ("positive", "channels", "cache", "skip_bad", "split_by_image", "seed", "dummy_boxes")}  # fmt: skip
+    same = {name: getattr(args, name) for name in ("positive", "channels", "cache", "skip_bad", "split_by_image", "seed", "dummy_boxes", "box_format")}  # fmt: skip
     size = args.size * (1 if args.roi == "none" else 2)
     return load(args.data, size, drop=args.drop_class, equalise=args.clahe, columns=columns, log=log, **same)
 
@@ -114,6 +114,7 @@ class State:
                 torch.cuda.set_rng_state_all(saved["cuda_rng"])
             self.best, self.best_score, self.history = saved["best"], saved["best_score"], saved["history"]
             print(f"resuming {name} after epoch {len(self.history)}")
+        self.saved = len(self.history)
         lines = self.log.read_text().splitlines() if self.log.exists() else []
         lines = [line for line in lines if line.endswith("}") and json.loads(line)["net"] != name]
         lines += [json.dumps(h) for h in self.history]
@@ -134,7 +135,7 @@ class State:
         cuda = torch.cuda.get_rng_state_all() if self.generator.device.type == "cuda" else None
         content |= {"generator": self.generator.get_state(), "torch_rng": torch.get_rng_state(), "cuda_rng": cuda}
         save_checkpoint(self.last, content)
-        self.saved_at = time.time()
+        self.saved, self.saved_at = len(self.history), time.time()
 
 
 def draw_batches(rows, batch, generator, weights=None, steps=0):
@@ -239,9 +240,12 @@ def fit(net, images, rows, loss_of, validate, args, *, name, folder, seed, regio
         epoch, began, lr = len(state.history) + 1, time.time(), scheduler.get_last_lr()[0]
         try:
             loss = train_epoch(net, optimizer, scheduler, loss_of, inputs, rows, args, generator, sample_weights, averaged)  # fmt: skip
-        except FloatingPointError:
-            state.save()
-            kept = f"the last good state is kept in {state.last}"
+        except FloatingPointError:  # the epoch has changed the network already, so its state is not saved
+            kept = (
+                f"the state after epoch {state.saved} is kept in {state.last}"
+                if state.saved
+                else "nothing was saved yet"
+            )
             raise InputError(f"{name}, epoch {epoch}: the loss is not finite; {kept}. Try a lower --lr, or --amp off") from None  # fmt: skip
         kept = net if averaged is None else averaged
         found = validate(kept.eval()) if validate else {"score": [epoch]}
@@ -295,7 +299,7 @@ def locate(model, images, rows, batch=EVAL_BATCH):
 def member_weights(probabilities, labels, steps=20):
     """Votes (M,) of the members, from validation: a few steps of EM for the mixture's likelihood (Dempster et al.
     1977), from equal votes. Few, because a small validation split can't tell good members apart, and then equal is best."""
-    own = probabilities[:, torch.arange(len(labels)), labels].double()
+    own = probabilities[:, torch.arange(len(labels)), labels].double().clamp(min=1e-30)  # 0 from all would be 0 / 0
     votes = torch.full((len(own),), 1 / len(own), dtype=torch.double)
     for _ in range(steps):
         share = votes[:, None] * own
@@ -609,30 +613,6 @@ def plan(images, args):
     return runs
 
 
-def prepare_folder(args, prefix=""):
-    """The run folder, with its config. An existing run is never written over."""
-    if args.resume:
-        return Path(args.resume)
-    members = "ensemble" if args.ensemble else args.model
-    source = "phantoms" if args.data in (None, "phantoms") else f"{Path(args.data).stem}-{members}"
-    name = args.name or prefix + source
-    folder, number = Path(args.runs) / name, 1
-    if folder.exists() and args.name:
-        raise InputError(f"--name {args.name}: {folder} exists; choose another name, or go on with --resume {folder}")
-    while folder.exists():
-        number += 1
-        folder = Path(args.runs) / f"{name}-{number}"
-    git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
-    config = {
-        "args": {k: v for k, v in vars(args).items() if k != "resume"},
-        "commit": subprocess.run(git, capture_output=True, text=True).stdout.strip() or None,
-        "command": sys.argv,
-        "versions": {"python": platform.python_version(), "torch": str(torch.__version__)},
-    }
-    write_atomically(folder / "config.json", json.dumps(config, indent=1).encode())
-    return folder
-
-
 def run_jobs(function, jobs, images, args, workers):
     """Yield function(images, *job) of every job, as they finish: one after another, or in `workers` processes, which
     read the images by themselves and share the cores, or have a GPU each where there are several."""
@@ -641,9 +621,16 @@ def run_jobs(function, jobs, images, args, workers):
             yield function(images, *job)
         return
     context = torch.multiprocessing.get_context("spawn")
-    number = context.Value("i", 0)
-    with context.Pool(workers, start_worker, (args, workers, number)) as pool:
-        yield from pool.imap_unordered(do_job, [(function, job) for job in jobs])
+    pool = ProcessPoolExecutor(workers, context, start_worker, (args, workers, context.Value("i", 0)))
+    try:
+        for finished in as_completed([pool.submit(do_job, (function, job)) for job in jobs]):
+            yield finished.result()
+    except BrokenProcessPool:
+        raise InputError("a worker died (out of memory?); what is finished is kept: --resume, perhaps with fewer --workers") from None  # fmt: skip
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+        for worker in multiprocessing.active_children():
+            worker.terminate()
 
 
 def start_worker(args, workers, number):
@@ -659,12 +646,6 @@ def start_worker(args, workers, number):
 def do_job(task):
     function, job = task
     return function(do_job.images, *job)
-
-
-def stop(script, folder):
-    """What a script says after Ctrl-C."""
-    print(f"stopped; go on with: python {script} --resume {folder}")
-    sys.exit(130)
 
 
 def prepare(args):
@@ -688,14 +669,14 @@ def make_runs(images, runs, args, folder):
     for name, train, val, test, seed in runs:
         part, start = folder / name, time.time()
         part.mkdir(parents=True, exist_ok=True)
-        if (part / "test.pt").exists():
-            results.append(read_checkpoint(part / "test.pt", str(part / "test.pt")))
-            continue
-        splits = {"train": len(train), "val": len(val), "test": len(test)}
-        if name:
+        splits, done = {"train": len(train), "val": len(val), "test": len(test)}, part / "test.pt"
+        if name and not done.exists():
             print(f"\n{name}: {', '.join(f'{n} {what}' for what, n in splits.items())}")
-        results.append(one_run(images, train, val, test, args, part, seed, teach(images, args, name, seed)))
-        if name:
+        if done.exists():
+            results.append(read_checkpoint(done, str(done)))
+        else:
+            results.append(one_run(images, train, val, test, args, part, seed, teach(images, args, name, seed)))
+        if name and not (part / "report.json").exists():
             write_report(images, results[-1:], args, part, time.time() - start, splits)
     return results
 
@@ -723,7 +704,7 @@ def main(argv=None):
     folder, start = prepare_folder(args), time.time()
     print(f"run folder: {folder}")
     try:
-        with Interrupt():
+        with claim(folder), Interrupt():
             results = make_runs(images, runs, args, folder)
     except (Stopped, KeyboardInterrupt):
         stop("train.py", folder)
