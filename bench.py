@@ -21,15 +21,17 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+import torchvision
+from torch import nn
 
 import al_loop
 import augment
 import data
-import explain
 import infer
 import losses
 import models
 import options
+import saliency
 import train
 
 
@@ -94,25 +96,33 @@ def bench_epoch(size, batch, images, runs, amp, device):
 
 
 def bench_grad_cam(runs, device, quick):
-    """Grad-CAM against its floor: one forward pass, and a backward pass that stops at the last layer's activations."""
+    """Grad-CAM against its floor: one forward pass, and a backward pass that stops at the last layer's activations. On
+    C-Nets, which are told their layer, and on torchvision's networks, where it is looked for in the warm-up."""
+    side, cases = 32 if quick else 224, []
     for name in ("resnet18", "mobilenet_v2"):
         net = models.CNet(name, 2, 1, normalise="fixed").to(device).eval()
+        cases.append((f"C-Net {name}", net, net.features, lambda x: models.standardise(x, "fixed"), net.head, 1))
+        net = torchvision.models.get_model(name, weights=None).to(device).eval()
+        features = nn.Sequential(*list(net.children())[:-2]) if name == "resnet18" else net.features
+        cases.append((name, net, features, lambda x: x, net.fc if name == "resnet18" else net.classifier, 3))
+    for name, net, features, first, head, channels in cases:
         for batch in (1, 16):
-            x = torch.rand(batch, 1, 32 if quick else 224, 32 if quick else 224, device=device)
+            x = torch.rand(batch, channels, side, side, device=device)
+            layer = features if channels == 1 else None
 
-            def ours(net=net, x=x):
-                explain.grad_cam(net, x, 1).sum().item()
+            def ours(net=net, x=x, layer=layer):
+                saliency.grad_cam(net, x, 1, layer).sum().item()
 
-            def floor(net=net, x=x):
+            def floor(x=x, features=features, first=first, head=head):
                 with torch.no_grad():
-                    maps = net.features(models.standardise(x, "fixed"))
+                    maps = features(first(x))
                 maps.requires_grad_()
-                torch.autograd.grad(net.head(maps.mean((2, 3))).sum(), maps)[0].sum().item()
+                torch.autograd.grad(head(maps.mean((2, 3)))[:, -1].sum(), maps)[0].sum().item()
 
             def several(function, times=1 if quick else (20 if batch == 1 else 2)):
                 return lambda: [function() for _ in range(times)]
 
-            compare(f"Grad-CAM, {name}, 224 px, batch {batch}", several(ours), several(floor), runs)
+            compare(f"Grad-CAM, {name}, {side} px, batch {batch}", several(ours), several(floor), runs)
 
 
 def bench_k_center(images, weights, runs, device, quick):
