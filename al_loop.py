@@ -330,11 +330,12 @@ def write_al_report(images, chains, args, folder, seconds, other=None):
         report[metric] = {
             n: [dict(zip(("mean", "low", "high"), point[:3], strict=True)) for point in v] for n, v in points.items()
         }
-        columns.append(curve_panels(points, labels.tolist(), metric, title))
+        columns.append(curve_panels(points, labels.tolist(), title))
     if other:
         report["against"] = compare_runs(report, other)
     write_atomically(folder / "al.json", json.dumps(clean(report), indent=1).encode())
-    note = f"{Path(images.source).name}: {report['model']}, mean of {args.repeats} seeds with its 95 % t band"
+    seeds = f"mean of {args.repeats} seeds with its 95 % t band" if args.repeats > 1 else "one seed"
+    note = f"{Path(images.source).name}: {report['model']}, {seeds}"
     note += "   PLACEHOLDER BOXES: localisation means nothing" if images.placeholder_boxes else ""
     panels = [panel for row in zip(*columns, strict=True) for panel in row]
     wide = len(columns) if len(columns) > 1 else min(3, len(panels))
@@ -342,26 +343,24 @@ def write_al_report(images, chains, args, folder, seconds, other=None):
     return report
 
 
-def curve_panels(points, x, metric, title):
+def curve_panels(points, x, title):
     """Charts of one metric: all means together, then each strategy beside random, with their bands. points: {strategy:
-    [(mean, low, high, p), ...]}, with the full-data line under "all"."""
-    lines = {n: (x, [p[0] for p in v]) for n, v in points.items() if n != "all"}
-    bands = {n: (x, [p[1] for p in points[n]], [p[2] for p in points[n]]) for n in lines}
-    ends = {"all labels": (x, [points["all"][0][0]] * len(x))}
-    every = [v for ys in (*lines.values(), *ends.values()) for v in ys[1]]
-    room = 0.3 * (max(every) - min(every)) + 0.01  # bands that reach further are cut
-    span = (max(0.0, min(every) - room), min(1.0, max(every) + room))
-
-    def chart(some, shaded, name):
-        return plots.line_chart(some | ends, name, "labels", metric, None, span, bands=shaded)
-
-    others = [n for n in lines if n != "random"]
-    pairs = [{"random": lines["random"], n: lines[n]} for n in others]
-    shown = [
-        chart(pair, {n: bands[n] for n in pair if math.isfinite(bands[n][1][0])}, f"{title}: {others[i]}")
-        for i, pair in enumerate(pairs)
+    [(mean, low, high, p), ...]}, with the full-data line under "all". A strategy looks alike in all of them."""
+    names = [n for n in points if n != "all"]
+    curves = [
+        plots.Series(n, x, *[*zip(*points[n], strict=True)][:3], style=i - 1 if i else "#888888")
+        for i, n in enumerate(names)
     ]
-    return shown if len(shown) == 1 else [chart(lines, None, title), *shown]
+    full = plots.Series("all labels", [x[0], x[-1]], [points["all"][0][0]] * 2, style="black")
+    low, high = plots.data_range(s.y for s in [*curves, full])
+    room = 0.3 * (high - low) + 0.01
+    span = (max(0.0, low - room), min(1.0, high + room))  # bands that reach further are cut
+
+    def chart(some, name):
+        return plots.line_chart([*some, full], name, "labels", title, None, span, "whole")
+
+    pairs = [chart([curves[0], one], f"{title}: {one.name}") for one in curves[1:]]
+    return pairs if len(pairs) == 1 else [chart([dataclasses.replace(c, low=None) for c in curves], title), *pairs]
 
 
 def needed_text(needed, most):
@@ -440,7 +439,7 @@ def main(argv=None):
         return learn(argv[1:])
     args = parse(argv)
     choose_device(args.device)
-    images = train.load_images(args)
+    images = options.load_images(args)
     pool = images.rows("train")
     train.check_split(images, images.rows("test"), "test")
     if args.start + args.rounds * args.query > len(pool):
@@ -635,7 +634,7 @@ def learn(argv):
         raise InputError("learn: give the filled-in to_label.csv with --labels")
     if args.folds > 1 or args.repeats > 1 or args.nets == "dnet" or args.against:
         raise InputError("learn: --folds, --repeats, --against and --nets dnet have no meaning here; leave them out")
-    images = train.load_images(args)
+    images = options.load_images(args)
     entries = [e for path in args.labels for e in read_answers(path, images.classes, args.partial)]
     more, rows = add_answers(images, entries, args)
     ((_, fixed, val, test, seed),) = train.plan(images, args)

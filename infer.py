@@ -23,32 +23,14 @@ import numpy as np
 import torch
 from PIL import Image
 
-from augment import VIEWS, clahe, tta_views
+from augment import VIEWS, clahe
 from data import encode_meta, letterbox, original_box, parse_meta, read_image, to_mode
-from models import DISCLAIMER, choose_device, disagreement, load_classifier, newest_model, write_atomically
+from models import DISCLAIMER, choose_device, load_classifier, model_file, write_atomically
 from options import build_parser, run_main
 from readers import MASK, InputError, image_files, natural, walk
 
 REFER_ODDS = 2.0  # refer when the odds lie within this factor of the threshold's
 REFER_UNCERTAINTY = 0.15  # or when the opinions' standard deviation is above this
-
-
-def all_opinions(model, pixels, boxes=None, meta=None, views=5, scales=(1.0,)):
-    """Probabilities (M, V, N, K): of every member, of every view at every scale (V), of every image. See Ensemble."""
-    meta = None if meta is None else meta.repeat(views, 1)
-    found = []
-    for scale in scales:
-
-        def look(x, regions, size, scale=scale):
-            return tta_views(x, regions, round(size * scale), views)
-
-        found.append(model.member_probabilities(pixels, boxes, meta, look).unflatten(1, (views, len(pixels))))
-    return torch.cat(found, 1)
-
-
-def conclude(model, opinions):
-    """From opinions (M, V, N, K): calibrated probabilities (N, K), and the uncertainty (N,), their spread."""
-    return model.combine(opinions.mean(1)).cpu(), disagreement(opinions.flatten(0, 1)).cpu()
 
 
 def answer(probabilities, uncertainty, info):
@@ -91,7 +73,7 @@ class BreastCancerDetector:
 
     def __init__(self, model=None, device="auto", tta=5, scales=(1.0,)):
         check_views(tta, scales)
-        self.path = Path(model) if model else newest_model()
+        self.path = model_file(model)
         self.device = choose_device(device)
         self.model = load_classifier(self.path, self.device)
         self.tta, self.scales = tta, scales
@@ -148,8 +130,8 @@ class BreastCancerDetector:
             raise InputError("--meta: this model was trained on images alone")
 
         boxes = self.model.locate(pixels)
-        opinions = all_opinions(self.model, pixels, boxes, patient, self.tta, self.scales)
-        probabilities, uncertainty = conclude(self.model, opinions)
+        opinions = self.model.opinions(pixels, boxes, patient, self.tta, self.scales)
+        probabilities, uncertainty = self.model.conclude(opinions)
         for k, i in enumerate(good):
             results[i].update(answer(probabilities[k].tolist(), float(uncertainty[k]), info))
             if boxes is not None:
@@ -248,7 +230,7 @@ def main(argv=None):
 
         if args.images or args.json or args.meta or args.save_overlay:
             raise InputError("--evaluate takes the held-out images of the run, and no images or options for them")
-        run = Path(args.model or newest_model().parent)
+        run = Path(args.model or model_file().parent)
         table = evaluate(run, args.tta, args.scales, args.data, args.cache, choose_device(args.device))
         out = (run if run.is_dir() else run.parent) / "views.json"
         write_atomically(out, json.dumps(clean(table), indent=1).encode())
@@ -288,16 +270,17 @@ def sentence(result, info):
 
 
 def save_overlay(result, detector, folder, meta=None):
-    """The picture with its box, its answer, and the Grad-CAM map of what spoke for it."""
+    """The picture with its box, its answer, and the map of what spoke for it, by the method recommended for the model."""
     import plots  # here and not above: a plain prediction starts without them
-    from explain import explain_file, unletterbox
+    from report import describe_map, explain_picture, recommended_method
 
     path, info = Path(result["image"]), detector.info
-    picture, maps, _, placement, _ = explain_file(detector.model, path, ["gradcam"], meta)
-    heat = unletterbox(maps["gradcam"], placement, picture.size)
+    method, note = recommended_method(detector.path)
+    picture = read_image(path, info["channels"])
+    heat, _, _, target = explain_picture(detector.model, picture, method, None, meta)
     answer = f"{result['prediction']}, p({info['classes'][-1]}) = {result['probability']:.3f}"
-    caption = f"{answer}{', refer' if result['refer'] else ''}\n{DISCLAIMER}"
-    sheet = plots.overlay(picture, result["box"], caption, heat)
+    lines = [f"{answer}{', refer' if result['refer'] else ''}", describe_map(method, info["classes"][target]), note]
+    sheet = plots.overlay(picture, result["box"], "\n".join([*filter(None, lines), DISCLAIMER]), heat)
     plots.save_png(sheet, Path(folder) / f"{path.parent.name}_{path.stem}_overlay.png")
 
 
@@ -307,18 +290,18 @@ def save_overlay(result, detector, folder, meta=None):
 
 @torch.inference_mode()
 def look_again(model, images, rows, views, scales, batch=32):
-    """Opinions (M, V, N, K), see all_opinions, on the images in `rows`."""
+    """Opinions (M, V, N, K), see models.Ensemble, on the images in `rows`."""
     found = []
     for index in rows.split(batch):
         pixels = images.pixels[index].to(model.device)
         meta = None if images.meta is None else images.meta[index].to(model.device)
-        found.append(all_opinions(model, pixels, model.locate(pixels), meta, views, scales).cpu())
+        found.append(model.opinions(pixels, model.locate(pixels), meta, views, scales).cpu())
     return torch.cat(found, 2)
 
 
 def verdicts(model, opinions):
     """What the opinions (M, V, N, K) come to: probabilities (N, K), thresholds (N,), and who is referred (N,)."""
-    probabilities, uncertainty = conclude(model, opinions)
+    probabilities, uncertainty = model.conclude(opinions)
     both = zip(probabilities.tolist(), uncertainty.tolist(), strict=True)
     referred = torch.tensor([answer(p, u, model.info)["refer"] for p, u in both])
     return probabilities, torch.full((len(referred),), model.info["threshold"]), referred.double()
@@ -346,8 +329,8 @@ def evaluate(run, views, scales, data_path, cache, device):
     """{setting: {metric: {"value", "low", "high"}}}: one view, `views`, and those at `scales`, on images that the run's
     models never saw. "change": of the AUC against one view, in pairs; "referred": the share of the images; "caught":
     the share of the wrong answers that are among them."""
-    from explain import held_out  # here and not above: a plain prediction starts without them
-    from metrics import resample
+    from metrics import resample  # here and not above: a plain prediction starts without them
+    from report import held_out
 
     images, pairs = held_out(run, data_path, cache)
     rows, scales = torch.cat([rows for _, rows in pairs]), tuple(scales)

@@ -1,7 +1,20 @@
-"""LOSSES"""
+"""What is minimised: classification, self-distillation, and a detector whose every cell votes for a box.
+
+    import torch
+    from losses import classification_loss, detection_loss, distillation_loss
+    logits, labels = torch.randn(8, 3), torch.randint(3, (8,))  # (N, K); one logit (N, 1) for two classes will do
+    loss = classification_loss(logits, labels, smoothing=0.1)
+    teacher = torch.randn(8, 3).softmax(1)  # probabilities, not logits
+    loss = distillation_loss(logits, labels, teacher, alpha=0.5, temperature=3.0)
+    boxes, votes = torch.rand(8, 4, 5, 5), torch.randn(8, 25).log_softmax(1).view(8, 5, 5)
+    loss = detection_loss(boxes, votes, torch.tensor([[0.2, 0.3, 0.6, 0.8]] * 8))
+
+Logits in half precision are taken as float32. All boxes are x_min, y_min, x_max, y_max in [0, 1]."""
 
 import torch
 import torch.nn.functional as F
+
+VOTING = 0.5  # weight of a cell's cross-entropy beside its box loss
 
 
 def two_logits(logits):
@@ -12,9 +25,6 @@ def two_logits(logits):
 def cell_centres(h, w, device=None):
     """x (1, w) and y (h, 1) of a map's cell centres, in [0, 1]."""
     return (torch.arange(w, device=device)[None] + 0.5) / w, (torch.arange(h, device=device)[:, None] + 0.5) / h
-
-
-VOTING = 0.5  # weight of a cell's cross-entropy beside its box loss
 
 
 def classification_loss(logits, labels, weights=None, smoothing=0.0):
@@ -32,13 +42,12 @@ def classification_loss(logits, labels, weights=None, smoothing=0.0):
 
 
 def class_weights(labels, classes, pos_weight):
-    """(K,) weights of the loss. auto: inverse frequency; a number: of the last (positive) class against the others."""
+    """(K,) weights of the loss, or None for "none". "auto": inverse frequency; a number: that of the last (positive)
+    class against the others."""
     if pos_weight == "none":
         return None
     if pos_weight == "auto":
-        counts = (
-            torch.bincount(labels, minlength=classes).float().clamp(min=1)
-        )  # a class that is not there weighs no more
+        counts = torch.bincount(labels, minlength=classes).float().clamp(min=1)  # a class not there weighs no more
         return counts.sum() / (classes * counts)
     return torch.cat([torch.ones(classes - 1), torch.tensor([float(pos_weight)])])
 
@@ -46,25 +55,40 @@ def class_weights(labels, classes, pos_weight):
 def distillation_loss(logits, labels, teacher, alpha, temperature, weights=None, smoothing=0.0):
     """alpha * cross-entropy + (1 - alpha) * T^2 * KL(teacher || student), both softened by T (Hinton et al. 2015).
 
-    logits (N, 1) or (N, K); labels (N,), -1 where only the teacher knows; teacher (N, K) its probabilities, softened
-    here to p^(1/T). T^2 keeps the gradient's size whatever T is. weights and smoothing: of the labels' part alone."""
+    logits (N, 1) or (N, K) of the student; labels (N,), -1 where only the teacher knows; teacher (N, K) its
+    PROBABILITIES (2 columns beside one logit), softened here to p^(1/T). T^2 keeps the gradient's size whatever T is.
+    weights and smoothing: of the labels' part alone. Raises ValueError where the teacher has another shape, and, on the
+    CPU (a GPU would have to be waited for), where its rows are not probabilities."""
+    check_teacher(teacher, (len(logits), max(2, logits.shape[1])))
+    teacher = teacher.to(torch.promote_types(teacher.dtype, torch.float32))
     soft = ((teacher + 1e-12).log() / temperature).softmax(1)
     student = (two_logits(logits.float()) / temperature).log_softmax(1)
     loss = (1 - alpha) * temperature**2 * F.kl_div(student, soft, reduction="batchmean")
     known = labels >= 0
-    if alpha > 0 and known.any():
+    if alpha > 0 and known.any():  # waits for a GPU, as the choice of rows would: a masked mean is not the same bits
         loss = loss + alpha * classification_loss(logits[known], labels[known], weights, smoothing)
     return loss
+
+
+def check_teacher(teacher, shape):
+    """ValueError unless the teacher's answers are probabilities of this shape (N, K)."""
+    if tuple(teacher.shape) != shape:
+        raise ValueError(f"teacher of shape {tuple(teacher.shape)}: give its probabilities {shape}, one column a class")
+    if teacher.device.type == "cpu":
+        good = (teacher >= 0).all(1) & ((teacher.sum(1) - 1).abs() < 0.01)  # so written, NaN is refused too
+        if not good.all():
+            i = int((~good).nonzero()[0])
+            values = ", ".join(f"{v:g}" for v in teacher[i].tolist()[:8])
+            raise ValueError(f"teacher's row {i} is ({values}): give probabilities that sum to 1; logits: .softmax(1)")
 
 
 def box_loss(predicted, true):
     """Loss (N,) of boxes (N, 4): smooth L1, a gentle pull near the right place, + GIoU (Rezatofighi et al. 2019),
     which knows the direction from afar."""
-    from torchvision.ops import generalized_box_iou_loss
+    from torchvision.ops import generalized_box_iou_loss  # here: torchvision takes a second, prediction needs none
 
-    return 4 * F.smooth_l1_loss(predicted, true, beta=0.05, reduction="none").mean(1) + generalized_box_iou_loss(
-        predicted, true
-    )
+    near = F.smooth_l1_loss(predicted, true, beta=0.05, reduction="none").mean(1)
+    return 4 * near + generalized_box_iou_loss(predicted, true)
 
 
 def detection_loss(boxes, log_weights, true):

@@ -20,7 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from augment import crop, crop_regions, to_float
+import saliency
+from augment import crop, crop_regions, place, to_float, tta_views
 from losses import cell_centres, two_logits
 from readers import InputError
 
@@ -435,11 +436,55 @@ class Ensemble(nn.Module):
     def forward(self, images, boxes=None, meta=None):
         return self.combine(self.member_probabilities(images, boxes, meta))
 
+    def opinions(self, images, boxes=None, meta=None, views=5, scales=(1.0,)):
+        """Probabilities (M, V, N, K): of every member, of every view at every scale (V), of every image. `conclude`
+        makes one answer of them."""
+        meta = None if meta is None else meta.repeat(views, 1)
+        found = []
+        for scale in scales:
 
-def disagreement(probabilities):
-    """Uncertainty (N,) of several opinions (V, N, K) on the same images: the standard deviation of the probability,
-    of the class where they differ most. 0 for one opinion."""
-    return probabilities.std(0, correction=0).amax(1)
+            def look(x, regions, size, scale=scale):
+                return tta_views(x, regions, round(size * scale), views)
+
+            found.append(self.member_probabilities(images, boxes, meta, look).unflatten(1, (views, len(images))))
+        return torch.cat(found, 1)
+
+    def conclude(self, opinions):
+        """From opinions (M, V, N, K): calibrated probabilities (N, K), and the uncertainty (N,), their standard deviation
+        (of the class where they differ most; 0 for one opinion)."""
+        return self.combine(opinions.mean(1)).cpu(), opinions.flatten(0, 1).std(0, correction=0).amax(1).cpu()
+
+    def explain(self, images, method="gradcam", target=None, meta=None, boxes=None, **options):
+        """Maps (N, L, L) of letterboxed images (N, C, L, L): those of the members, put back where each looked and
+        weighted by their votes. See `member_maps`."""
+        return sum(self.member_maps(images, method, target, meta, boxes, **options))
+
+    def member_maps(self, images, method="gradcam", target=None, meta=None, boxes=None, **options):
+        """The summands of `explain`, one a member. method: of saliency.METHODS or BASELINES; target: class index, (N,),
+        or None = the likeliest; boxes: D-Net's, found here if not given."""
+        function, maps = {**saliency.METHODS, **saliency.BASELINES}[method], []
+        with torch.no_grad():
+            boxes = self.locate(images) if boxes is None else boxes
+            target = self(images, boxes, meta).argmax(1) if target is None else target
+        for member, vote in zip(self.members, (self.weights / self.weights.sum()).tolist(), strict=True):
+            layer = {"layer": member.features} if method in saliency.CAMS else {}
+            regions = self.regions(member, boxes)
+            x = crop(images, regions, self.info["size"])
+            own = function(WithPatients(member, meta), x, target, **layer, **options)
+            maps.append(vote * place(own, regions, images.shape[-1]))
+        return maps
+
+
+class WithPatients(nn.Module):
+    """A C-Net that holds the data (N, M) of its patients: a network of images alone, of N or of k N (k times the N)."""
+
+    def __init__(self, net, meta=None):
+        super().__init__()
+        self.net, self.patients = net, meta
+
+    def forward(self, images):
+        meta = self.patients
+        return self.net(images, None if meta is None else meta.repeat(len(images) // len(meta), 1))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -512,7 +557,7 @@ def load(path, device="cpu"):
     """An Ensemble in eval mode from a file of `save`, or from the model.pt of a run folder.
 
     InputError if it is none, damaged, or of a newer version."""
-    path = Path(path) / "model.pt" if Path(path).is_dir() else path
+    path = model_file(path)
     content = read_checkpoint(path, str(path))
     if not isinstance(content, dict) or content.pop("format", None) != FORMAT:
         raise InputError(f"{path}: not a model file of this project (a bare state_dict goes to --weights)")
@@ -539,8 +584,10 @@ def rebuild(network, saved):
     return net
 
 
-def newest_model():
-    """The model file under runs/ that was written last."""
+def model_file(path=None):
+    """The file of a --model: itself, or model.pt in a run folder; None: the one under runs/ that was written last."""
+    if path:
+        return Path(path) / "model.pt" if Path(path).is_dir() else Path(path)
     found = sorted(Path("runs").glob("**/model.pt"), key=lambda p: p.stat().st_mtime)
     if not found:
         raise InputError("no model under runs/: train one (python train.py), or name a file with --model")

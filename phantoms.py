@@ -1,14 +1,22 @@
-"""PHANTOMS"""
+"""Synthetic breast ultrasound: a data set that is always there, of lesions whose class shows in the signs that
+radiologists go by, with masks.
+
+    from phantoms import phantoms
+    pixels, labels, masks = phantoms(n=64, size=128, seed=0)  # uint8 (64, 1, 128, 128), 0 or 1, bool (64, 128, 128)
+    print(f"{labels.float().mean():.0%} malignant, the lesions cover {masks.float().mean():.0%} of the pictures")
+
+The same n, size and seed give the same pictures."""
 
 import math
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 
 
 def phantoms(n=800, size=128, seed=0):
-    """Synthetic breast ultrasound: pixels uint8 (n, 1, size, size), labels int64 (n,), 40 % malignant (1), and the
-    lesions' masks bool (n, size, size). Seeded; needs no file.
+    """n phantoms: pixels uint8 (n, 1, size, size), labels int64 (n,), 40 % malignant (1), and the lesions' masks bool
+    (n, size, size). n and size are at least 1, else ValueError.
 
     Layers (skin, fat, glandular tissue, muscle), acoustic shadows and fat lobules that mean nothing, and one lesion
     whose signs follow the BI-RADS lexicon (ACR 2013), each drawn by itself and overlapping between the classes:
@@ -21,6 +29,8 @@ def phantoms(n=800, size=128, seed=0):
 
     Speckle is the magnitude of a complex Gaussian field seen through the beam (Wagner et al. 1983), log-compressed.
     Where the lesion lies, its size, its darkness and the gain say nothing, so a linear model on the pixels is lost."""
+    if n < 1 or size < 1:
+        raise ValueError(f"{n} phantoms of {size} pixels: give at least 1 of each")
     generator = torch.Generator().manual_seed(seed)
     labels = (torch.arange(n) % 5 < 2).long()[torch.randperm(n, generator=generator)]
     parts = [phantom_batch(chunk, size, generator) for chunk in labels.split(64)]
@@ -30,19 +40,31 @@ def phantoms(n=800, size=128, seed=0):
 
 def phantom_batch(labels, size, generator):
     """The phantoms of one batch of labels: pixels uint8 (N, 1, S, S), masks bool (N, S, S)."""
-    n = len(labels)
-
-    def uniform(low, high, *shape):
-        return low + (high - low) * torch.rand(n, *shape, 1, 1, generator=generator)
-
-    def sign(benign, malignant, spread):  # a BI-RADS sign: its mean depends on the class, and the classes overlap
-        mean = torch.where(labels == 1, malignant, benign)[:, None, None]
-        return mean + spread * torch.randn(n, 1, 1, generator=generator)
-
+    uniform, sign = partial(draw_uniform, len(labels), generator), partial(draw_sign, labels, generator)
     axis = (torch.arange(size) + 0.5) / size
     y, x = axis[None, :, None], axis[None, None, :]
+    echo = draw_tissue(y, x, uniform)
+    echo, mask = draw_lesion(echo, y, x, uniform, sign)
+    level = echo + draw_speckle(len(labels), size, y, generator)
+    level = level - 0.5 * level.mean(2, keepdim=True)  # time-gain compensation: the scanner evens out the depths ...
+    level = level - uniform(-6, 10) * (y - 0.5) + uniform(-7, 3)  # ... and the operator turns the knobs
+    return (((level + 30) / 48).clamp(0, 1) * 255).round().to(torch.uint8)[:, None], mask
 
-    # Echo strength of the tissue, in dB: wavy layers from the skin down to the muscle.
+
+def draw_uniform(n, generator, low, high):
+    """Uniform numbers (n, 1, 1), one an image."""
+    return low + (high - low) * torch.rand(n, 1, 1, generator=generator)
+
+
+def draw_sign(labels, generator, benign, malignant, spread):
+    """A BI-RADS sign (N, 1, 1): its mean depends on the class, and the classes overlap."""
+    mean = torch.where(labels == 1, malignant, benign)[:, None, None]
+    return mean + spread * torch.randn(len(labels), 1, 1, generator=generator)
+
+
+def draw_tissue(y, x, uniform):
+    """Echo strength (N, S, S) of the tissue, in dB: wavy layers from the skin down to the muscle, and what means nothing.
+    y, x: the pixels' places in [0, 1]."""
     wave = sum(
         a * torch.sin(2 * math.pi * f * x + p)
         for a, f, p in (
@@ -51,23 +73,24 @@ def phantom_batch(labels, size, generator):
         )
     )
     fat, muscle = uniform(0.12, 0.35) + wave, uniform(0.7, 0.95) + wave
-    echo = torch.full((n, size, size), -9.0) + 0 * y
     streaks = torch.sin(2 * math.pi * (uniform(4, 9) * (y + wave) + uniform(0, 1))) * uniform(0.5, 3)
-    echo = torch.where(y > fat, uniform(-4, 1) + streaks, echo)
+    echo = torch.where(y > fat, uniform(-4, 1) + streaks, -9.0)
     echo = torch.where(y > muscle, uniform(-10, -5) + 3 * torch.sin(2 * math.pi * 20 * (y + wave)), echo)
     echo = torch.where(y < uniform(0.02, 0.05), 4.0, echo)
     for _ in range(3):  # fat lobules: dark and oval like a lesion, faint
-        distance = ((x - uniform(0, 1)) / uniform(0.05, 0.15)) ** 2 + (
-            (y - uniform(0.1, 0.9)) / uniform(0.03, 0.08)
-        ) ** 2
+        across = ((x - uniform(0, 1)) / uniform(0.05, 0.15)) ** 2
+        distance = across + ((y - uniform(0.1, 0.9)) / uniform(0.03, 0.08)) ** 2
         echo = echo - uniform(0, 5) * torch.sigmoid(6 * (1 - distance))
     for _ in range(4):  # shadows of ligaments and ribs: dark stripes that mean nothing
-        stripe = torch.sigmoid(
-            (uniform(0.01, 0.06) - (x - uniform(0, 1) - uniform(-0.2, 0.2) * y).abs()) * 80
-        ) * torch.sigmoid((y - uniform(0.05, 0.7)) * 30)
+        stripe = torch.sigmoid((uniform(0.01, 0.06) - (x - uniform(0, 1) - uniform(-0.2, 0.2) * y).abs()) * 80)
+        stripe = stripe * torch.sigmoid((y - uniform(0.05, 0.7)) * 30)
         echo = echo - uniform(-6, 10) * stripe
+    return echo
 
-    # The lesion, as a closed curve r(angle) around its centre.
+
+def draw_lesion(echo, y, x, uniform, sign):
+    """The tissue with a lesion in it, and with what the lesion does to the sound: (echo (N, S, S), mask (N, S, S))."""
+    # A closed curve r(angle) around its centre.
     area = uniform(0.09, 0.19)
     aspect = torch.exp(sign(0.36, -0.14, 0.17)).clamp(0.45, 2.5)  # width over height
     rx, ry = area * aspect.sqrt(), area / aspect.sqrt()
@@ -85,21 +108,17 @@ def phantom_batch(labels, size, generator):
     echo = torch.lerp(echo, uniform(-20, -12) + 0 * echo, inside)
 
     # What the sound that crossed the lesion does behind it: the sum over the path gives the shape of the shadow.
-    path = (mask.float().cumsum(1) / size / (2 * ry)).clamp(max=1.2)
+    path = (mask.float().cumsum(1) / y.shape[1] / (2 * ry)).clamp(max=1.2)
     behind = path * torch.sigmoid((y - cy) * 20) * (~mask)
-    echo = echo + sign(1.5, -3.0, 2.5) * behind
+    return echo + sign(1.5, -3.0, 2.5) * behind, mask
 
-    # Speckle, seen through a beam that is wider than its pulse is long, and widens with depth.
-    field = torch.randn(n, 2, size, size, generator=generator)
-    beam = size / 128
+
+def draw_speckle(n, size, y, generator):
+    """Speckle (n, S, S) in dB, seen through a beam that is wider than its pulse is long, and widens with depth."""
+    field, beam = torch.randn(n, 2, size, size, generator=generator), size / 128
     narrow = blur_anisotropic(field, 0.6 * beam, 0.9 * beam)
     wide = blur_anisotropic(field, 0.7 * beam, 1.8 * beam)
-    speckle = torch.lerp(narrow, wide, y[:, None]).square().sum(1)
-    level = echo + 10 * torch.log10(speckle + 1e-3)
-    level = level - 0.5 * level.mean(2, keepdim=True)  # time-gain compensation: the scanner evens out the depths ...
-    level = level - uniform(-6, 10) * (y - 0.5) + uniform(-7, 3)  # ... and the operator turns the knobs
-    pixels = (level + 30) / 48
-    return (pixels.clamp(0, 1) * 255).round().to(torch.uint8)[:, None], mask
+    return 10 * torch.log10(torch.lerp(narrow, wide, y[:, None]).square().sum(1) + 1e-3)
 
 
 def blur_anisotropic(field, sigma_y, sigma_x):

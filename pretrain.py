@@ -115,7 +115,7 @@ def main(argv=None):
     device = choose_device(args.device)
     if args.model == "none":
         raise InputError("--model none has nothing to learn")
-    images = train.load_images(args)
+    images = options.load_images(args)
     rows = torch.tensor([i for i, split in enumerate(images.splits) if split != "test"])
     same = train.network_options(images, args)
     folder = options.prepare_folder(args, "pretrain-")

@@ -1,76 +1,85 @@
-"""REPORT"""
+"""What a run has reached: report.json, report.png, mistakes.png, and its comparison with another run in pairs.
 
+    report, folder = train.main(["--data", "BUSI", "--folds", "5", "--against", "runs/old"])
+    report["test"]["auc"]  ->  {"value": 0.938, "low": 0.913, "high": 0.959}
+
+Several runs (folds, repeats) are pooled: each answer is held against the threshold of its own run, which comes from
+validation. Nothing is chosen here."""
+
+import argparse
 import itertools
 import json
 import math
 from pathlib import Path
 
+import numpy as np
 import torch
 
 import metrics
 import plots
-from models import read_checkpoint, write_atomically
+from augment import blur, clahe
+from data import encode_meta, letterbox, original_box
+from models import load_classifier, read_checkpoint, write_atomically
+from options import load_images, train_parser
 from readers import InputError
+from saliency import CLASSLESS, UNITS
+
+VALIDATION = {"val_auc": "val AUC", "val_iou": "val IoU"}
 
 
 def write_report(images, results, args, folder, seconds, splits, other=None):
     """report.json, report.png and mistakes.png of one run, or of all folds and repeats pooled, compared with the
     results of an `other` run, see compare. Returns the dict."""
     rows = torch.cat([r["rows"] for r in results])
-    labels, groups = images.labels[rows], images.groups[rows]
-    probabilities, threshold, iou = pooled(images, results)
-    classify = probabilities is not None
-    boxes = torch.cat([r["boxes"] for r in results]) if results[0]["boxes"] is not None else None
-    test = metrics.with_intervals(probabilities, labels, groups, threshold, iou)
+    labels, (probabilities, threshold, iou) = images.labels[rows], pooled(images, results)
+    data = {"source": images.source, "images": len(images), "size": args.size, "classes": images.classes}
     report = {
-        "data": {
-            "source": images.source,
-            "images": len(images),
-            "size": args.size,
-            "classes": images.classes,
-            "placeholder_boxes": images.placeholder_boxes,
-        },
+        "data": data | {"placeholder_boxes": images.placeholder_boxes},
         "splits": splits,
         "model": describe_model(args),
         "seconds": round(seconds, 1),
-        "test": test,
-        "threshold": [r["threshold"] for r in results],
-        "temperature": [r["temperature"] for r in results],
-        "weights": [r["weights"] for r in results],
-        "validation": {k: [r[k] for r in results if k in r] for k in ("val_auc", "val_iou")},
+        "test": metrics.with_intervals(probabilities, labels, images.groups[rows], threshold, iou),
+        **{k: [r[k] for r in results] for k in ("threshold", "temperature", "weights")},
+        "validation": {k: [r[k] for r in results if k in r] for k in VALIDATION},
     }
-    if classify and len(images.classes) == 2:  # what most papers call accuracy: without a chosen threshold
+    if probabilities is not None and len(images.classes) == 2:  # what most papers call accuracy: no threshold is chosen
         hits = [(r["probabilities"][:, 1] >= 0.5).long() == images.labels[r["rows"]] for r in results]
         report["accuracy_at_half"] = [float(h.double().mean()) for h in hits]
-    if classify and len(results[0]["members"]) > 1:
+    if probabilities is not None and len(results[0]["members"]) > 1:
         report["members"] = describe_members(images, results, args)
     if len(results) > 1:
-        runs = [point_metrics(images, r) for r in results]
-        report["runs"] = runs
-        values = {k: torch.tensor([run[k] for run in runs]) for k in runs[0]}
+        answers = [(images.labels[r["rows"]], *pooled(images, [r])) for r in results]
+        runs = [metrics.measure(p, labels, threshold, iou) for labels, p, threshold, iou in answers]
+        report["runs"] = [{k: float(v) for k, v in run.items()} for run in runs]
+        values = {k: torch.tensor([run[k] for run in report["runs"]]) for k in runs[0]}
         report["mean"] = {k: {"mean": float(v.mean()), "sd": float(v.std())} for k, v in values.items()}
     if other:
         report["against"] = {"run": args.against, **compare(images, other, results)}
     write_atomically(Path(folder) / "report.json", json.dumps(clean(report), indent=1).encode())
-
-    note = "   PLACEHOLDER BOXES: localisation means nothing" if images.placeholder_boxes else ""
-    panels = []
-    if classify:
-        panels += [
-            roc_panel(probabilities, labels, images.classes, test),
-            confusion_panel(probabilities, labels, threshold, images.classes),
-            calibration_panel(probabilities, labels, test),
-        ]
-    panels.append(training_panel(results[0]["histories"]))
-    plots.save_png(
-        plots.page(panels, min(2, len(panels)), f"{images.source}: {report['model']}, {len(rows)} test images{note}"),
-        Path(folder) / "report.png",
-    )
-    if classify:
-        plots.save_png(
-            mistakes_sheet(images, rows, probabilities, threshold, boxes, note), Path(folder) / "mistakes.png"
-        )
+    draw_report(images, results, report, Path(folder))
     return report
+
+
+def draw_report(images, results, report, folder):
+    """report.png, and mistakes.png where there is a classifier."""
+    rows, classes = torch.cat([r["rows"] for r in results]), images.classes
+    labels, (probabilities, threshold, _) = images.labels[rows], pooled(images, results)
+    note = "   PLACEHOLDER BOXES: localisation means nothing" if images.placeholder_boxes else ""
+    runs = f", {len(results)} runs" if len(results) > 1 else ""
+    panels = [training_panel(results[0]["histories"], "Training" + (" of the first run" if runs else ""))]
+    if probabilities is not None:
+        none = torch.full((len(rows), 4), math.nan)
+        boxes = none if results[0]["boxes"] is None else torch.cat([r["boxes"] for r in results])
+        plots.save_png(mistakes_sheet(images, rows, probabilities, threshold, boxes, note), folder / "mistakes.png")
+        counts = metrics.confusion(metrics.decide(probabilities, threshold), labels, len(classes))
+        panels = [
+            roc_panel(probabilities, labels, threshold, classes, report["test"]["auc"]),
+            plots.confusion_chart(counts, classes, "Confusion" + " at the validation threshold" * (len(classes) == 2)),
+            calibration_panel(probabilities, labels, classes, report["test"]["ece"]),
+            *panels,
+        ]
+    title = f"{Path(images.source).name}: {report['model']}, {len(rows.unique())} test images{runs}{note}"
+    plots.save_png(plots.page(panels, min(2, len(panels)), title), folder / "report.png")
 
 
 def pooled(images, results):
@@ -79,9 +88,8 @@ def pooled(images, results):
     probabilities = thresholds = iou = None
     if results[0]["probabilities"] is not None:
         probabilities = torch.cat([r["probabilities"] for r in results])
-        counts = torch.tensor([len(r["probabilities"]) for r in results])
         thresholds = torch.tensor([0.5 if r["threshold"] is None else r["threshold"] for r in results])
-        thresholds = thresholds.repeat_interleave(counts)
+        thresholds = thresholds.repeat_interleave(torch.tensor([len(r["rows"]) for r in results]))
     if results[0]["boxes"] is not None:
         iou = torch.cat([metrics.paired_iou(r["boxes"], images.boxes[r["rows"]]) for r in results])
         iou = iou if iou.isfinite().any() else None
@@ -91,21 +99,14 @@ def pooled(images, results):
 def describe_members(images, results, args):
     """What each member of the ensemble would do by itself, with a temperature and a threshold of its own: its AUC on
     validation (mean of the runs), the test metrics, pooled, and how the ensemble changes them."""
-    names = itertools.product((args.ensemble or args.model).split(","), args.roi.split(","))
-    members = []
+    names, members = itertools.product((args.ensemble or args.model).split(","), args.roi.split(",")), []
     for i, (backbone, roi) in enumerate(names):
         alone = [{"rows": r["rows"], "boxes": None, **r["members"][i]} for r in results]
         probabilities, threshold, _ = pooled(images, alone)
         rows = torch.cat([r["rows"] for r in alone])
-        members.append(
-            {
-                "model": backbone,
-                "roi": roi,
-                "val_auc": sum(r["val_auc"] for r in alone) / len(alone),
-                "test": metrics.with_intervals(probabilities, images.labels[rows], images.groups[rows], threshold),
-                "ensemble": compare(images, alone, results)["test"],
-            }
-        )
+        test = metrics.with_intervals(probabilities, images.labels[rows], images.groups[rows], threshold)
+        val_auc, change = sum(r["val_auc"] for r in alone) / len(alone), compare(images, alone, results)["test"]
+        members.append({"model": backbone, "roi": roi, "val_auc": val_auc, "test": test, "ensemble": change})
     return members
 
 
@@ -114,19 +115,8 @@ def describe_model(args):
 
 
 def clean(value):
-    """NaN is no JSON: null."""
-    if isinstance(value, dict):
-        return {k: clean(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [clean(v) for v in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def point_metrics(images, result):
-    """The metrics of one run without intervals: {name: number}."""
-    probabilities, threshold, iou = pooled(images, [result])
-    values = metrics.measure(probabilities, images.labels[result["rows"]], threshold, iou)
-    return {k: float(v) for k, v in values.items()}
+    """As JSON gives it back, NaN as null."""
+    return json.loads(json.dumps(value), parse_constant=lambda _: None)
 
 
 def finished_run(folder, images, runs):
@@ -135,9 +125,7 @@ def finished_run(folder, images, runs):
     for name, _, _, test, _ in runs:
         file, report = (Path(folder) / name / f for f in ("test.pt", "report.json"))
         if not file.is_file():
-            raise InputError(
-                f"--against {folder}: no {file} there; give the folder of a finished run, of as many folds"
-            )
+            raise InputError(f"--against {folder}: no {file}; give the folder of a finished run, of as many folds")
         results.append(read_checkpoint(file, str(file)))
         data = json.loads(report.read_text())["data"]
         same = torch.equal(results[-1]["rows"], test) and data["images"] == len(images)
@@ -162,94 +150,97 @@ def compare(images, before, after):
 def print_change(change):
     print(f"{'test':18s} before   after   change [95 %, in pairs, resampled by group]")
     for name, m in change["test"].items():
-        print(
-            f"{name:18s} {m['before']:.3f}    {m['after']:.3f}   {m['value']:+.3f} [{m['low']:+.3f}, {m['high']:+.3f}]"
-        )
+        print(f"{name:18s} {'    '.join(numbers(m, 'before', 'after'))}   {change_text(m)}")
     if "flipped" in change:
         print(f"{change['flipped']} test images got another answer, {change['righted']} of them the right one")
 
 
-def interval(m):
-    return f"{m['value']:.3f} [{m['low']:.3f}, {m['high']:.3f}]"
-
-
-def roc_panel(probabilities, labels, classes, test):
-    curves = {}
-    for k in range(len(classes))[1 if len(classes) == 2 else 0 :]:
-        curves[classes[k]] = [v.tolist() for v in metrics.roc_curve(probabilities[:, k], labels == k)]
-    return plots.line_chart(
-        curves, f"ROC: AUC {interval(test['auc'])}", "1 - specificity", "sensitivity", (0, 1), (0, 1), diagonal=True
+def interval_text(m):  # until metrics.py has it
+    value, low, high = (math.nan if m[k] is None else m[k] for k in ("value", "low", "high"))
+    return f"{value:.3f} " + (
+        f"[{low:.3f}, {high:.3f}]" if low == low and high == high else "(too few for an interval)"
     )
 
 
-def confusion_panel(probabilities, labels, threshold, classes):
-    title = "Confusion" + (" at the validation threshold" if len(classes) == 2 else "")
-    return plots.confusion_chart(
-        metrics.confusion(metrics.decide(probabilities, threshold), labels, len(classes)), classes, title
-    )
+def change_text(m):
+    """As in +0.003 [-0.003, +0.010]."""
+    return "{} [{}, {}]".format(*numbers(m, "value", "low", "high", form="+.3f"))
 
 
-def calibration_panel(probabilities, labels, test):
+def numbers(m, *names, form=".3f"):
+    """As texts. What JSON has as null is NaN again."""
+    return [format(math.nan if m[name] is None else m[name], form) for name in names]
+
+
+def roc_panel(probabilities, labels, threshold, classes, auc):
+    """A curve a class (of two: the positive one), and a dot where the answers stand: at the runs' own thresholds, pooled."""
+    said, two, series = metrics.decide(probabilities, threshold), len(classes) == 2, [plots.DIAGONAL]
+    low, high = (f"{float(t):.{2 if 0.01 <= t <= 0.99 else 4}f}" for t in (threshold.min(), threshold.max()))
+    limit = f"threshold {low}" if low == high else f"the runs' thresholds, {low} to {high}"
+    for k in range(1 if two else 0, len(classes)):
+        truth = labels == k
+        if 0 < truth.sum() < len(truth):
+            name = classes[k] if two else f"{classes[k]} {float(metrics.auc(probabilities[:, k], truth)):.3f}"
+            at = [(said[rows] == k).double().mean()[None] for rows in (~truth, truth)]
+            series.append(plots.Series(name, *metrics.roc_curve(probabilities[:, k], truth), style=k))
+            series.append(plots.Series(limit if two else "", *at, dots=True, style=k))
+    x_label = "1 - specificity" + ("" if two else "     (dots: the likeliest class is said)")
+    title = f"ROC: {'' if two else 'mean '}AUC {interval_text(auc)}"
+    return plots.line_chart(series, title, x_label, "sensitivity")
+
+
+def calibration_panel(probabilities, labels, classes, ece):
     predicted, true, bins = metrics.calibration_bins(probabilities, labels)
-    points = [(predicted[bins == b].mean(), true[bins == b].mean()) for b in range(metrics.BINS) if (bins == b).any()]
-    return plots.line_chart(
-        {"test": list(zip(*points, strict=True))},
-        f"Calibration: ECE {interval(test['ece'])}",
-        "predicted",
-        "observed",
-        (0, 1),
-        (0, 1),
-        diagonal=True,
-        points=True,
-    )
+    counts = bins.bincount(minlength=metrics.BINS)
+    x, y = (bins.bincount(v, metrics.BINS) / counts for v in (predicted, true))  # NaN in empty bins: no dot
+    dots = plots.Series("bins, with the number of images", x, y, dots=True, texts=counts.tolist())
+    name = classes[1] if len(classes) == 2 else "the likeliest class"
+    title, x_label = f"Calibration: ECE {interval_text(ece)}", f"predicted probability of {name}"
+    return plots.line_chart([plots.DIAGONAL, dots], title, x_label, "observed share")
 
 
-def training_panel(histories):
-    curves = {}
+def training_panel(histories, title):
+    curves, shown = [], {}
     for history in histories:
-        key = next(k for k in ("val_auc", "val_iou") if k in history[0])
-        curves[f"{history[0]['net']} {key}"] = ([h["epoch"] for h in history], [h[key] for h in history])
-    return plots.line_chart(curves, "Training", "epoch", "validation", y_range=(0, 1))
+        key = next(k for k in VALIDATION if k in history[0])
+        shown[VALIDATION[key]] = epochs, values = [h["epoch"] for h in history], [h[key] for h in history]
+        curves.append(plots.Series(f"{history[0]['net']}: {VALIDATION[key]}", epochs, values))
+    return plots.line_chart(curves, title, "epoch", ", ".join(shown), y_range=(0, 1), x_axis="whole")
 
 
 def mistakes_sheet(images, rows, probabilities, threshold, boxes, note, most=20):
     """The wrongest first: those that gave the true class the least probability."""
-    labels = images.labels[rows]
-    wrong = torch.nonzero(metrics.decide(probabilities, threshold) != labels)[:, 0]
-    wrong = wrong[probabilities[wrong, labels[wrong]].argsort()][:most]
-    captions = []
+    labels, said, two = images.labels[rows], metrics.decide(probabilities, threshold), len(images.classes) == 2
+    wrong = torch.nonzero(said != labels)[:, 0]
+    count, wrong = len(wrong), wrong[probabilities[wrong, labels[wrong]].argsort()][:most]
+    names, captions = [c[:16] for c in images.classes], []
     for i in wrong.tolist():
-        shown = images.classes[labels[i]]
-        captions.append(
-            f"{Path(images.names[rows[i]]).name[-26:]}\n{shown[:16]}: p {float(probabilities[i, labels[i]]):.3f}"
-        )
-    return plots.contact_sheet(
-        [images.pixels[rows[i]].cpu() for i in wrong.tolist()],
-        captions,
-        None if boxes is None else boxes[wrong],
-        images.boxes[rows[wrong]],
-        title=f"The worst {len(wrong)} errors: truth and its probability (boxes: blue true, orange D-Net){note}",
-    )
+        answer, truth, p, limit = said[i], labels[i], probabilities[i], threshold[i]
+        words = f"said {names[answer]} {p[answer]:.2f}\ntruth {names[truth]} {p[truth]:.2f}"
+        if two:
+            digits = 2 if f"{p[1]:.2f}" != f"{limit:.2f}" else 4
+            words = f"said {names[answer]} {p[1]:.{digits}f}, threshold {limit:.{digits}f}\ntruth {names[truth]}"
+        captions.append(f"{Path(images.names[rows[i]]).name[-30:]}\n{words}")
+    pixels = [images.pixels[i].cpu() for i in rows[wrong].tolist()]
+    true, found = images.boxes[rows[wrong]], boxes[wrong]
+    drawn = ", ".join(words for words, b in (("true blue", true), ("D-Net's orange", found)) if b.isfinite().any())
+    told = f", with the probability of {images.classes[1]}" if two else ", with the probabilities"
+    title = f"The worst {len(wrong)} of {count} errors{told}{f' (boxes: {drawn})' if drawn else ''}{note}"
+    return plots.contact_sheet(pixels, captions, found, true, side=228, title=title)
 
 
 def print_report(report):
     print("\ntest, with 95 % intervals resampled by group:")
     for name, m in report["test"].items():
-        spread = (
-            f"   runs {report['mean'][name]['mean']:.3f} +- {report['mean'][name]['sd']:.3f}"
-            if "mean" in report
-            else ""
-        )
-        values = [float("nan") if v is None else v for v in (m["value"], m["low"], m["high"])]
-        print(f"  {name:18s} {values[0]:.3f}  [{values[1]:.3f}, {values[2]:.3f}]{spread}")
+        spread = "   runs " + " +- ".join(numbers(report["mean"][name], "mean", "sd")) if "mean" in report else ""
+        print(f"  {name:18s} {interval_text(m)}{spread}")
     members = report.get("members", [])
     best = max((m["val_auc"] for m in members), default=None)
     for m in members:
         star = "   best on validation" if m["val_auc"] == best else ""
-        values = ", ".join(f"{name} {interval(m['test'][name])}" for name in ("auc", "sensitivity", "specificity"))
-        print(f"  member {m['model']}, roi {m['roi']}: {values}{star}")
-        change = m["ensemble"]["auc"]
-        print(f"    the ensemble's auc is {change['value']:+.3f} [{change['low']:+.3f}, {change['high']:+.3f}] to it")
+        words = (f"{k} {interval_text(m['test'][k])}" for k in ("auc", "sensitivity", "specificity"))
+        print(f"  member {m['model']}, roi {m['roi']}: {', '.join(words)}{star}")
+        print(f"    the ensemble's auc is {change_text(m['ensemble']['auc'])} to it")
     if "accuracy_at_half" in report:
         values = torch.tensor(report["accuracy_at_half"])
         spread = f" +- {values.std():.3f} (sd of the runs)" if len(values) > 1 else ""
@@ -259,3 +250,72 @@ def print_report(report):
     if "against" in report:
         print(f"\nbefore: {report['against']['run']}, after: this run")
         print_change(report["against"])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What a finished run is asked: which images it never saw, which map to trust, and that map of one picture
+
+
+def held_out(model_path, data_path, cache):
+    """(images, [(model, rows)]): the models of a run, each with the test rows that it never saw.
+
+    model_path: a run folder (all its folds) or a model.pt in one. The data options are the run's own; data_path
+    replaces the path alone."""
+    path = Path(model_path)
+    folder = path if path.is_dir() else path.parent
+    files = sorted(folder.rglob("model.pt")) if path.is_dir() else [path]
+    config = next((f / "config.json" for f in (folder, folder.parent) if (f / "config.json").is_file()), None)
+    if config is None or not files or not all(f.with_name("test.pt").is_file() for f in files):
+        raise InputError(f"--model {model_path}: no run of train.py, so it is not known which images are held out")
+    defaults = vars(train_parser().parse_args([]))  # for a run of an older version, which knew fewer options
+    args = argparse.Namespace(**{**defaults, **json.loads(config.read_text())["args"]})
+    args.data, args.cache = data_path or args.data, cache
+    images, pairs = load_images(args), []
+    for file in files:
+        rows = read_checkpoint(file.with_name("test.pt"), str(file.with_name("test.pt")))["rows"]
+        if int(rows.max()) >= len(images):
+            raise InputError(f"--data {args.data}: not the images that {folder} was trained on")
+        pairs.append((load_classifier(file), rows))
+    return images, pairs
+
+
+def recommended_method(model_path):
+    """(method, a note for the caption): what `explain.py --evaluate` recommended for the run of a model file; where it
+    recommended none or never ran, integrated gradients, whose map sums to the score."""
+    for folder in Path(model_path).resolve().parents[:2]:
+        if (folder / "explain.json").is_file():
+            method = json.loads((folder / "explain.json").read_text())["recommended"]
+            return (method, "") if method else ("ig", "no method is recommended for this model")
+    return "ig", "not evaluated on this model"
+
+
+SPARSE = ("ig", "smoothgrad")  # single pixels: smoothed, so that they can be seen
+
+
+def explain_picture(model, picture, method, target=None, meta=None):
+    """(map on the picture (h, w), box in pixels or None, probabilities (K,), the class explained) of a PIL image of
+    the model's channels. target: index of a class, None = the predicted one."""
+    info = model.info
+    pixels, (sx, sy, left, top) = letterbox(picture, info["load_size"])
+    x = torch.from_numpy(pixels)[None].to(model.device)
+    x = clahe(x) if info["equalise"] else x
+    patient = encode_meta([meta or {}], None, info["meta_spec"])[0].to(x.device) if info["meta_spec"] else None
+    with torch.no_grad():
+        boxes = model.locate(x)
+        p = model(x, boxes, patient)[0].tolist()
+    if target is None:
+        target = int(p[1] >= info["threshold"]) if len(p) == 2 else int(np.argmax(p))
+    heat = model.explain(x, method, target, patient, boxes)
+    if method in SPARSE:
+        heat = blur(heat[None], torch.full((1,), info["load_size"] / 64, device=x.device))[0]
+    box = None
+    if boxes is not None:
+        box = original_box(boxes[0].tolist(), (sx, sy, left, top), info["load_size"], picture.size)
+    w, h = max(1, round(picture.width * sx)), max(1, round(picture.height * sy))  # without the bars
+    return heat[0, top : top + h, left : left + w].cpu().numpy(), box, p, target
+
+
+def describe_map(method, label):
+    """What a map shows, in a line."""
+    what = "what the score is sensitive to" if method in CLASSLESS else f"evidence for {label}"
+    return f"{method}{' (smoothed)' if method in SPARSE else ''}: {what}, {UNITS[method]}"

@@ -55,7 +55,9 @@ def resolve_target(logits, target):
         return logits.argmax(1) if logits.shape[1] > 1 else (logits[:, 0] > 0).long()
     target, classes = torch.as_tensor(target, device=logits.device), max(2, logits.shape[1])
     if target.is_floating_point() or target.shape not in ((), (len(logits),)):
-        raise ValueError(f"target of {target.dtype} and shape {tuple(target.shape)}: give a class, or one an image (N,)")
+        raise ValueError(
+            f"target of {target.dtype} and shape {tuple(target.shape)}: give a class, or one an image (N,)"
+        )
     if not ((target >= 0) & (target < classes)).all():
         raise ValueError(f"target {target.tolist()}: the model's classes are 0 ... {classes - 1}")
     return target.long().expand(len(logits))
@@ -276,6 +278,7 @@ METHODS = {
     "rise": rise,
 }
 CAMS = ("gradcam", "gradcam++", "layercam")  # those that take a layer
+CLASSLESS = ("smoothgrad",)  # those whose map says what the score is sensitive to, and nothing for or against a class
 UNITS = {
     "gradcam": "logit",
     "gradcam++": "logit",

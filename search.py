@@ -24,10 +24,10 @@ import metrics
 import plots
 from data import partition
 from models import choose_device, write_atomically
-from options import claim, parse, prepare_folder, run_main, stop, train_parser
+from options import claim, load_images, parse, prepare_folder, run_main, stop, train_parser
 from readers import InputError
 from report import clean, describe_model
-from train import load_images, locate, predict, prepare, run_jobs, train_model
+from train import locate, predict, prepare, run_jobs, train_model
 
 HALVING = 3
 # fmt: off
@@ -158,17 +158,20 @@ def try_all(images, alive, settings, epochs, args, folder):
 
 
 def draw_search(images, ranges, tried, args, path):
-    panels, means = [], [r["mean"] for r in tried if math.isfinite(r["mean"])]
-    room = max(means) - min(means) + 0.01
-    span = (max(0.0, min(means) - 0.4 * room), min(1.0, max(means) + 0.1 * room))  # the names stand below the dots
+    """A panel an option: each setting's mean score and its sd over the folds."""
+    panels, y_label = [], f"mean {'IoU' if args.nets == 'dnet' else 'AUC'} of {args.search_folds} folds, with its sd"
     for key, values in ranges.items():
-        label, some = f"log10 {key}" if by_ratio(values) else key, {}
-        for row in tried:
-            xs, ys = some.setdefault(f"{row['epochs']} epochs", ([], []))
-            xs.append(math.log10(row[key]) if by_ratio(values) else row[key])
-            ys.append(row["mean"])
-        panels.append(plots.line_chart(some, key, label, "score", None, span, points=True, lines=False))
-    title = f"{images.source}: {describe_model(args)}, {args.settings} settings, mean of {args.search_folds} folds of train and val"
+        axis = "log" if by_ratio(values) else "whole" if isinstance(values[0], int) else "linear"
+        axis = values if isinstance(values, list) else axis
+        series = []
+        for epochs in dict.fromkeys(row["epochs"] for row in tried):
+            rows = [r for r in tried if r["epochs"] == epochs]
+            points = [(r[key], r["mean"], r["mean"] - r["sd"], min(r["mean"] + r["sd"], 1)) for r in rows]
+            name = f"{epochs} epoch{'s' if epochs > 1 else ''}"
+            series.append(plots.Series(name, *zip(*points, strict=True), dots=True))
+        title = f"{key}: the best has {rows[0][key]:g}"
+        panels.append(plots.line_chart(series, title, key, y_label, plots.data_range([values]), x_axis=axis))
+    title = f"{Path(images.source).name}: {describe_model(args)}, {args.settings} settings, judged on train and val"
     plots.save_png(plots.page(panels, min(3, len(panels)), title), path)
 
 

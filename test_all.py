@@ -23,6 +23,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+import torchvision
 from PIL import Image, ImageDraw
 
 import al_loop
@@ -31,12 +32,15 @@ import bench
 import data
 import explain
 import infer
+import losses
 import metrics
 import models
 import plots
 import pretrain
 import query
 import readers
+import report
+import saliency
 import search
 import train
 from options import parse, run_main
@@ -1526,7 +1530,9 @@ def test_a_loss_that_is_not_finite_keeps_the_last_good_state(tmp_path, monkeypat
         return real(*args, **kwargs) * (math.nan if len(calls) > 25 else 1)
 
     monkeypatch.setattr(train, "classification_loss", explodes)
-    with pytest.raises(InputError, match=r"epoch 2: the loss is not finite; the state after epoch 1 is kept in .*last.pt"):
+    with pytest.raises(
+        InputError, match=r"epoch 2: the loss is not finite; the state after epoch 1 is kept in .*last.pt"
+    ):
         quick(tmp_path, "--name", "x", "--nets", "cnet")
     saved = torch.load(tmp_path / "x" / "last.pt", weights_only=True)
     assert all(v.isfinite().all() for v in saved["net"].values())
@@ -1924,7 +1930,7 @@ def test_options_reach_the_networks_and_the_optimizer(tmp_path):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# explain.py
+# saliency.py and explain.py
 
 
 def explained_net(classes=2, **options):
@@ -1958,58 +1964,173 @@ def test_cams_by_hand(classes, target):
             bottom = 2 * g**2 + a.sum() * g**3
             alpha = torch.where(bottom.abs() > 1e-12, g**2 / bottom, 0.0)
             plus[n] += (alpha * g.clamp(min=0)).sum() * a
-    for method, expected in ((explain.grad_cam, cam), (explain.grad_cam_pp, plus), (explain.layer_cam, layer)):
+    for method, expected in ((saliency.grad_cam, cam), (saliency.grad_cam_pp, plus), (saliency.layer_cam, layer)):
         large = F.interpolate(expected.clamp(min=0)[:, None], size=(48, 48), mode="bilinear")[:, 0]
-        torch.testing.assert_close(method(net, x, target), large.float(), atol=1e-5, rtol=1e-3)
+        torch.testing.assert_close(method(net, x, target, net.features), large.float(), atol=1e-5, rtol=1e-3)
 
 
 def test_a_named_layer_is_the_one_that_is_used():
-    net, x = explained_net(), torch.rand(2, 1, 64, 64)
-    for layer, side in ((0, 32), ("0", 32), (-1, 4), (None, 4), ("3", 16)):
-        maps, gradients = explain.activations_and_gradients(net, x, 1, layer)
-        assert maps.shape == gradients.shape
-        assert maps.shape[-1] == side
-    with pytest.raises(InputError, match="no such layer"):
-        explain.grad_cam(net, x, layer="nowhere")
-    with pytest.raises(InputError, match=r"classes are 0 \.\.\. 1"):
-        explain.grad_cam(net, x, target=2)
+    net, x = explained_net(), torch.rand(2, 1, 64, 48)
+    for layer, side in (("features.0", 32), (net.features[3], 16), (net.features, 4), (None, 4)):
+        maps, gradients = saliency.activations_and_gradients(net, x, 1, layer)
+        assert maps.shape == gradients.shape == (2, maps.shape[1], side, side * 3 // 4)
+    parallel = torch.nn.Sequential(torch.nn.Conv2d(1, 2, 3), torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten())
+    for model, layer, why in [
+        (net, "nowhere", "no such module; there are features, features.0"),
+        (net, torch.nn.ReLU(), "does not come through it"),
+        (net, "head", "is no map"),
+        (net, net, "do not depend|is no map"),
+        (torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3072, 2)), None, "name a `layer`"),
+        (torch.nn.Identity(), "", "wrap it so that it gives logits"),
+    ]:
+        with pytest.raises(ValueError, match=why):
+            saliency.grad_cam(model, x, 1, layer)
+    assert saliency.last_map(parallel, x) is parallel[0]
+    assert saliency.grad_cam(parallel, x).shape == (2, 64, 48)
+    for target, why in ((2, r"classes are 0 \.\.\. 1"), ([0, 1, 0], "one an image"), (0.5, "one an image")):
+        with pytest.raises(ValueError, match=why):
+            saliency.grad_cam(net, x, target)
+    with pytest.raises(ValueError, match="give floats"):
+        saliency.integrated_gradients(net, (x * 255).byte())
+
+
+def test_the_default_layer_is_looked_for_again_where_the_network_or_the_size_changed():
+    net = torch.nn.Sequential(*[torch.nn.Conv2d(1, 4, 3, 2, 1), torch.nn.Conv2d(4, 4, 3, 2, 1)], torch.nn.Flatten())
+    net.append(torch.nn.LazyLinear(2))
+    assert saliency.last_map(net, torch.rand(1, 1, 16, 16)) is net[1]
+    net[1] = torch.nn.Sequential(torch.nn.Conv2d(4, 4, 3, 2, 1), torch.nn.ReLU(inplace=True))
+    assert saliency.last_map(net, torch.rand(1, 1, 16, 16)) is net[1]
+    small = torch.nn.Sequential(net[0], net[1], torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten())
+    assert saliency.last_map(small, torch.rand(1, 1, 16, 16)) is small[1]
+    assert saliency.last_map(small, torch.rand(1, 1, 3, 3)) is small[0]  # there the second gives 1 x 1
+
+
+def test_in_place_layers_and_inference_mode_change_nothing():
+    torch.manual_seed(0)
+    body = [torch.nn.Conv2d(1, 4, 3), torch.nn.Conv2d(4, 4, 3)]
+    tail = [torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), torch.nn.Linear(4, 3)]
+    written, plain = (torch.nn.Sequential(*body, torch.nn.ReLU(inplace=place), *tail) for place in (True, False))
+    x = torch.rand(2, 1, 12, 16)
+    for method in (saliency.grad_cam, saliency.grad_cam_pp, saliency.layer_cam):
+        expected = method(plain, x, 1, "1")
+        assert torch.equal(method(written, x, 1, "1"), expected)
+        with torch.inference_mode():
+            assert torch.equal(method(written, x, 1, "1"), expected)
+    with torch.no_grad():
+        assert torch.equal(saliency.integrated_gradients(written, x), saliency.integrated_gradients(plain, x))
+
+
+class Tokens(torch.nn.Module):
+    """A small transformer: patches of 8 pixels, a token for the class before them."""
+
+    def __init__(self):
+        super().__init__()
+        self.patches, self.start = torch.nn.Conv2d(1, 16, 8, 8), torch.nn.Parameter(torch.randn(1, 1, 16))
+        self.block = torch.nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
+        self.norm, self.head = torch.nn.LayerNorm(16), torch.nn.Linear(16, 3)
+
+    def forward(self, x):
+        x = self.patches(x).flatten(2).mT
+        x = self.norm(torch.cat([self.start.expand(len(x), 1, 16), x], 1))
+        return self.head(self.block(x)[:, 0])
+
+
+def test_tokens_are_reshaped_and_the_other_methods_need_nothing():
+    torch.manual_seed(0)
+    net, x = Tokens().eval(), torch.rand(2, 1, 24, 32)
+    with pytest.raises(ValueError, match="give `reshape`"):
+        saliency.grad_cam(net, x)
+    with pytest.raises(ValueError, match="give `reshape`"):
+        saliency.grad_cam(net, x, 1, "norm")
+    kept = {}
+    hook = net.norm.register_forward_hook(lambda _, __, out: kept.update(out=out) or out.retain_grad())
+    net(x)[:, 1].sum().backward()
+    hook.remove()
+    expected = torch.zeros(2, 3, 4)  # token by token, feature by feature
+    weights = kept["out"].grad[:, 1:].mean(1)
+    for t in range(12):
+        expected[:, t // 4, t % 4] = (weights * kept["out"][:, t + 1].detach()).sum(1)
+    maps = saliency.grad_cam(net, x, 1, "norm", lambda t: t[:, 1:].mT.unflatten(2, (3, 4)))
+    torch.testing.assert_close(maps, F.interpolate(expected.relu()[:, None], size=(24, 32), mode="bilinear")[:, 0])
+    for name in ("ig", "smoothgrad", "occlusion", "rise"):
+        assert saliency.METHODS[name](net, x).abs().max() > 0
+
+
+@pytest.mark.parametrize("classes", [1, 3])
+def test_occlusion_rise_and_smoothgrad_by_loops(classes):
+    """On an image that is not square, against a loop over windows, masks and copies; the network a weighted sum."""
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(16 * 24, classes), torch.nn.Tanh())
+    x = torch.rand(2, 1, 16, 24)
+
+    @torch.no_grad()
+    def score(images):
+        return net(images)[:, -1]
+
+    found = saliency.occlusion(net, x, max(1, classes - 1), window=0.5, stride=0.25)
+    for i in range(2):
+        total, count = torch.zeros(16, 24), torch.zeros(16, 24)
+        for top in (0, 4, 8):
+            for left in (0, 6, 12):
+                hidden = x[i].clone()
+                hidden[:, top : top + 8, left : left + 12] = x[i].mean()
+                fall = score(x[i, None]) - score(hidden[None])
+                total[top : top + 8, left : left + 12] += fall
+                count[top : top + 8, left : left + 12] += 1
+        torch.testing.assert_close(found[i], total / count, atol=1e-6, rtol=1e-4)
+    copies = []
+    noise = torch.Generator().manual_seed(3)
+    for _ in range(5):
+        noisy = (x + 0.1 * torch.randn(1, 16, 24, generator=noise)).requires_grad_()
+        copies.append(torch.autograd.grad(net(noisy)[:, -1].sum(), noisy)[0])
+    found = saliency.smooth_grad(net, x, max(1, classes - 1), samples=5, seed=3)
+    torch.testing.assert_close(found, torch.stack(copies).mean(0).abs()[:, 0])
+    # of a linear score, RISE is the regression of the score on each pixel's being seen: with many masks its own weight
+    # times what the pixel differs from the mean, smeared over the cells. So the two agree in sum and in place.
+    line = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(16 * 24, 1, bias=False))
+    torch.nn.init.zeros_(line[1].weight)
+    line[1].weight.data.view(16, 24)[:8, :8] = 1.0
+    bright = torch.zeros(1, 1, 16, 24)
+    bright[0, 0, :8, :8] = 1.0
+    heat = saliency.rise(line, bright, 1, masks=400, cells=3)[0]
+    assert heat[:8, :8].mean() > 4 * heat[8:, 8:].abs().mean()
 
 
 @pytest.mark.parametrize("classes", [2, 3])
 def test_integrated_gradients_sum_to_the_difference_of_the_scores(classes):
     net, x = explained_net(classes), torch.rand(3, 1, 32, 32)
     blank = x.mean((2, 3), keepdim=True).expand_as(x)
-    maps = explain.integrated_gradients(net, x, target=1, steps=200)
+    maps = saliency.integrated_gradients(net, x, target=1, steps=200)
     target = torch.ones(3, dtype=torch.long)
     with torch.no_grad():
-        expected = explain.class_score(net(x), target) - explain.class_score(net(blank), target)
+        expected = saliency.class_score(net(x), target) - saliency.class_score(net(blank), target)
     torch.testing.assert_close(maps.sum((1, 2)), expected, atol=0.02, rtol=0.02)
 
 
 def test_the_negative_class_of_a_single_logit_has_its_own_evidence():
     net, x = explained_net(), torch.rand(2, 1, 32, 32)
     for name in ("ig", "occlusion", "rise"):  # signed: the other direction is the other sign
-        a, b = (explain.METHODS[name](net, x, t) for t in (0, 1))
+        a, b = (saliency.METHODS[name](net, x, t) for t in (0, 1))
         torch.testing.assert_close(a, -b, atol=1e-5, rtol=1e-3)
         assert a.abs().max() > 0
-    maps, gradients = explain.activations_and_gradients(net, x, 1)
+    maps, gradients = saliency.activations_and_gradients(net, x, 1)
     raw = (gradients.mean((2, 3), keepdim=True) * maps).sum(1)
-    torch.testing.assert_close(explain.grad_cam(net, x, 0), explain.enlarge((-raw).relu(), 32))
-    torch.testing.assert_close(explain.grad_cam(net, x, 1), explain.enlarge(raw.relu(), 32))
+    torch.testing.assert_close(saliency.grad_cam(net, x, 0), saliency.enlarge((-raw).relu(), x))
+    torch.testing.assert_close(saliency.grad_cam(net, x, 1), saliency.enlarge(raw.relu(), x))
     likeliest = (torch.sigmoid(net(x)[:, 0]) > 0.5).long()
-    torch.testing.assert_close(explain.grad_cam(net, x), explain.grad_cam(net, x, likeliest))
+    torch.testing.assert_close(saliency.grad_cam(net, x), saliency.grad_cam(net, x, likeliest))
 
 
 def test_no_evidence_is_a_blank_map():
     net = explained_net()
     torch.nn.init.zeros_(net.head.weight)
-    maps = explain.grad_cam(net, torch.rand(2, 1, 32, 32), 1)
+    maps = saliency.grad_cam(net, torch.rand(2, 1, 32, 32), 1)
     assert (maps == 0).all()
-    assert (explain.energy_inside(maps, torch.ones(2, 32, 32, dtype=torch.bool)) == 0).all()
-    assert (explain.pointing_game(maps, torch.ones(2, 32, 32, dtype=torch.bool)) == 0).all()
+    assert (saliency.energy_inside(maps, torch.ones(2, 32, 32, dtype=torch.bool)) == 0).all()
+    assert (saliency.pointing_game(maps, torch.ones(2, 32, 32, dtype=torch.bool)) == 0).all()
 
 
-@pytest.mark.parametrize("name", explain.METHODS)
+@pytest.mark.parametrize("name", saliency.METHODS)
 def test_an_explanation_leaves_no_trace(name):
     net = explained_net(dropout=0.5)
     net.train()
@@ -2030,11 +2151,13 @@ def test_an_explanation_leaves_no_trace(name):
 
     then = look()
     options = {"rise": {"masks": 8}, "ig": {"steps": 2}, "smoothgrad": {"samples": 2}}.get(name, {})
-    first = explain.METHODS[name](net, x, 1, **options)
+    wrong, seeds = torch.rand(2, 5, 32, 32), torch.get_rng_state()
+    first = saliency.METHODS[name](net, x, 1, **options)
     assert not first.requires_grad
     with pytest.raises(RuntimeError):  # in the midst of a forward pass
-        explain.METHODS[name](net, torch.rand(2, 5, 32, 32), 1, **options)
+        saliency.METHODS[name](net, wrong, 1, **options)
     assert look() == then
+    assert torch.equal(torch.get_rng_state(), seeds)
     assert x.grad is None
     assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())  # BatchNorm's statistics too
 
@@ -2048,31 +2171,85 @@ def test_a_thousand_calls_hold_no_memory():
         gc.collect()
         return sum(isinstance(o, torch.Tensor) for o in gc.get_objects())
 
-    explain.grad_cam(net, x, 1)
+    saliency.grad_cam(net, x, 1)
     before = tensors()
     for _ in range(1000):
-        explain.grad_cam(net, x, 1)
+        saliency.grad_cam(net, x, 1)
     assert tensors() <= before
 
 
-@pytest.mark.parametrize("name", explain.METHODS)
+@pytest.mark.parametrize("name", saliency.METHODS)
 def test_maps_of_a_batch_equal_those_of_its_images(name):
     net, x = explained_net(), torch.rand(3, 1, 32, 32)
     options = {"rise": {"masks": 16}, "ig": {"steps": 4}, "smoothgrad": {"samples": 3}}.get(name, {})
-    together = explain.METHODS[name](net, x, **options)
-    alone = torch.cat([explain.METHODS[name](net, one[None], **options) for one in x])
+    together = saliency.METHODS[name](net, x, **options)
+    alone = torch.cat([saliency.METHODS[name](net, one[None], **options) for one in x])
     torch.testing.assert_close(together, alone, atol=1e-5, rtol=1e-3)
     assert together.shape == (3, 32, 32)
 
 
-@pytest.mark.parametrize("backbone", models.BACKBONES)
-def test_grad_cam_finds_the_layer_of_every_backbone(backbone):
+@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v2", "densenet121", "convnext_tiny", "vgg16", "swin_t"])
+def test_grad_cam_of_torchvision_networks_by_their_own_parts(name):
+    """Against the network cut by hand, at another size than it was made for, and not square."""
     torch.manual_seed(0)
-    net = models.CNet(backbone, 2, 1)
-    maps = explain.grad_cam(net, torch.rand(1, 1, 64, 64), 1) + explain.grad_cam(net, torch.rand(1, 1, 64, 64), 0)
+    net, x = torchvision.models.get_model(name, weights=None), torch.rand(1, 3, 64, 96)
+    cuts = {
+        "resnet18": lambda m: net.fc(m.mean((2, 3))),
+        "mobilenet_v2": lambda m: net.classifier(m.mean((2, 3))),
+        "densenet121": lambda m: net.classifier(m.relu().mean((2, 3))),
+        "convnext_tiny": lambda m: net.classifier(m.mean((2, 3), keepdim=True)),
+        "vgg16": lambda m: net.classifier(net.avgpool(m).flatten(1)),
+        "swin_t": lambda m: net.head(m.mean((2, 3))),
+    }
+    net.eval()
+    if name == "swin_t":
+        maps = net.permute(net.norm(net.features(x)))
+    else:
+        parts = list(net.children())[:-2] if name == "resnet18" else [net.features]
+        maps = torch.nn.Sequential(*parts)(x)
+    maps = maps.detach().requires_grad_()
+    (gradients,) = torch.autograd.grad(cuts[name](maps)[:, 7].sum(), maps)
+    expected = (gradients.mean((2, 3), keepdim=True) * maps.detach()).sum(1).relu()
+    net.train()
+    found = saliency.grad_cam(net, x, 7)
+    torch.testing.assert_close(found, F.interpolate(expected[:, None], size=(64, 96), mode="bilinear")[:, 0])
+    assert all(m.training for m in net.modules())
+
+
+@pytest.mark.parametrize("backbone", models.BACKBONES)
+def test_the_map_of_every_backbone_is_that_of_its_features(backbone):
+    torch.manual_seed(0)
+    net, x = models.CNet(backbone, 2, 1), torch.rand(1, 1, 64, 64)
+    maps = saliency.grad_cam(net, x, 1, net.features) + saliency.grad_cam(net, x, 0, net.features)
     assert maps.shape == (1, 64, 64)
-    assert net.training
     assert maps.max() > 0
+    ours = models.Ensemble([net.eval()], classes=["benign", "malignant"], size=64, load_size=64)
+    torch.testing.assert_close(ours.explain(x, "gradcam", 1), saliency.grad_cam(net, x, 1, net.features))
+
+
+class Weighed(torch.nn.Module):
+    """Patient data weigh the channels, so that they change every map."""
+
+    def __init__(self):
+        super().__init__()
+        self.features = torch.nn.Conv2d(1, 2, 5, padding=2)
+
+    def forward(self, x, meta):
+        return (self.features(x).relu().mean((2, 3)) * meta).sum(1)
+
+
+@pytest.mark.parametrize("name", saliency.METHODS)
+def test_patients_go_with_their_images(name):
+    torch.manual_seed(0)
+    net, x, meta = Weighed(), torch.rand(2, 1, 24, 32), torch.tensor([[3.0, 0.5], [0.5, 3.0]])
+
+    def look(x, meta):
+        options = {"rise": {"masks": 70}, "ig": {"steps": 3}, "smoothgrad": {"samples": 3}}.get(name, {})
+        return saliency.METHODS[name](models.WithPatients(net, meta), x, 1, **options)
+
+    alone = torch.cat([look(x[i, None], meta[i, None]) for i in range(2)])
+    torch.testing.assert_close(look(x, meta), alone, atol=1e-6, rtol=1e-4)
+    assert not torch.allclose(look(x, meta.flip(0)), alone, rtol=0.1)
 
 
 @pytest.fixture(scope="module")
@@ -2094,7 +2271,7 @@ def planted():
     optimizer = torch.optim.AdamW(net.parameters(), 3e-3)
     for _ in range(12):
         for rows in torch.randperm(n, generator=generator).split(32):
-            loss = train.classification_loss(net(x[rows]), labels[rows])
+            loss = losses.classification_loss(net(x[rows]), labels[rows])
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -2105,22 +2282,22 @@ def planted():
     return net, x[rows], masks[rows]
 
 
-@pytest.mark.parametrize("name", explain.METHODS)
+@pytest.mark.parametrize("name", saliency.METHODS)
 def test_every_method_finds_the_planted_square(planted, name):
     net, x, masks = planted
-    maps = explain.METHODS[name](net, x, 1, **({"layer": 3} if "cam" in name else {}))  # 12 x 12 cells
+    maps = saliency.METHODS[name](net, x, 1, **({"layer": net.features[3]} if "cam" in name else {}))  # 12 x 12 cells
     share = masks.float().mean((1, 2))
-    ratio = (explain.energy_inside(maps, masks) / share).mean()
-    for baseline in (explain.random_map, explain.centre_map):
-        assert ratio > 1.5 * (explain.energy_inside(baseline(net, x), masks) / share).mean()
+    ratio = (saliency.energy_inside(maps, masks) / share).mean()
+    for baseline in (saliency.random_map, saliency.centre_map):
+        assert ratio > 1.5 * (saliency.energy_inside(baseline(net, x), masks) / share).mean()
     assert ratio > 2
 
 
 def test_deletion_falls_sooner_along_the_right_map(planted):
     net, x, masks = planted
     target = torch.ones(len(x), dtype=torch.long)
-    right = explain.deletion_insertion(net, x, masks.float(), target)
-    wrong = explain.deletion_insertion(net, x, 1 - masks.float(), target)
+    right = saliency.deletion_insertion(net, x, masks.float(), target)
+    wrong = saliency.deletion_insertion(net, x, 1 - masks.float(), target)
     assert right[0].mean() < wrong[0].mean() - 0.1
     assert right[1].mean() > wrong[1].mean() + 0.1
 
@@ -2130,12 +2307,12 @@ def test_measures_of_a_map_by_hand():
     masks[:, 2:4, 2:6] = True
     maps[0, 2, 2], maps[0, 7, 7], maps[0, 0, 0] = 3.0, 1.0, -5.0  # negative evidence is none
     maps[1] = masks[1].float()
-    assert explain.energy_inside(maps, masks).tolist() == [0.75, 1.0]
-    assert explain.pointing_game(maps, masks).tolist() == [1.0, 1.0]
-    assert explain.best_iou(maps, masks).tolist() == pytest.approx([1 / 8, 1.0])
+    assert saliency.energy_inside(maps, masks).tolist() == [0.75, 1.0]
+    assert saliency.pointing_game(maps, masks).tolist() == [1.0, 1.0]
+    assert saliency.best_iou(maps, masks).tolist() == pytest.approx([1 / 8, 1.0])
     a, b = torch.rand(4, 8, 8), torch.rand(4, 8, 8)
     expected = [np.corrcoef(p.flatten(), q.flatten())[0, 1] for p, q in zip(a, b, strict=True)]
-    np.testing.assert_allclose(explain.correlation(a, b), expected, atol=1e-6)
+    np.testing.assert_allclose(saliency.correlation(a, b), expected, atol=1e-6)
 
 
 def test_regions_cover_the_image_once_and_behind_is_deeper():
@@ -2159,7 +2336,7 @@ def test_regions_cover_the_image_once_and_behind_is_deeper():
 def test_the_atlas_lays_lesions_on_each_other():
     maps, boxes = (
         torch.zeros(3, 60, 60),
-        torch.tensor([[0.1, 0.2, 0.3, 0.5], [0.6, 0.5, 0.8, 0.7], [0.4, 0.4, 0.6, 0.6]]),
+        torch.tensor([[0.3, 0.4, 0.5, 0.6], [0.6, 0.5, 0.8, 0.7], [0.4, 0.4, 0.6, 0.6]]),
     )
     for k in range(2):  # evidence in the boxes alone; the third map is blank and must not dilute the mean
         x0, y0, x1, y1 = (boxes[k] * 60).round().int().tolist()
@@ -2168,20 +2345,17 @@ def test_the_atlas_lays_lesions_on_each_other():
     assert float(mean.mean()) == pytest.approx(1, abs=1e-4)
     assert float(mean[32:58, 32:58].mean()) == pytest.approx(9, rel=0.1)
     assert float(mean[:24].sum()) == 0
+    edge = torch.tensor([[0.0, 0.0, 0.3, 0.3], [0.2, 0.0, 0.6, 0.1]])  # two thirds of what is cut lie outside
+    flat = explain.atlas(torch.ones(2, 60, 60), edge)
+    assert flat.isnan().any()
+    torch.testing.assert_close(flat[flat.isfinite()], torch.ones_like(flat[flat.isfinite()]))
 
 
-def test_crops_are_put_back_where_they_were_cut():
-    maps = torch.rand(2, 40, 40)
-    regions = torch.tensor([[0.25, 0.25, 0.75, 0.75], [0.5, 0.0, 1.0, 0.5]])
-    cut = explain.crop_map(maps, regions, 20)
-    back = explain.place(cut, regions, 40)
-    torch.testing.assert_close(back[0, 11:29, 11:29], maps[0, 11:29, 11:29], atol=1e-4, rtol=0)
-    assert (back[0, :9] == 0).all()
-    assert (back[1, 22:] == 0).all()
+def test_members_maps_are_weighted_by_their_votes():
     model = small_model()
     x = torch.randint(0, 256, (2, 1, 32, 32), dtype=torch.uint8)
-    a, b = (explain.grad_cam(m, x, 1) for m in model.members)
-    torch.testing.assert_close(explain.explain(model, x, "gradcam", 1), 0.7 * a + 0.3 * b)
+    a, b = (saliency.grad_cam(m, x / 255, 1, m.features) for m in model.members)
+    torch.testing.assert_close(model.explain(x, "gradcam", 1), 0.7 * a + 0.3 * b)
 
 
 def test_the_recommendation_needs_to_see_the_model_and_to_beat_every_baseline():
@@ -2201,29 +2375,46 @@ def test_the_recommendation_needs_to_see_the_model_and_to_beat_every_baseline():
 
 
 def test_randomised_weights_are_new_and_the_old_ones_stay():
-    net = explained_net()
-    before = [p.clone() for p in net.parameters()]
-    other = explain.randomised(net)
-    assert all(torch.equal(a, b) for a, b in zip(before, net.parameters(), strict=True))
-    assert not torch.equal(other.head.weight, net.head.weight)
+    for net in (explained_net(), Tokens()):
+        before, seeds = [p.clone() for p in net.parameters()], torch.get_rng_state()
+        other = saliency.randomised(net)
+        assert torch.equal(torch.get_rng_state(), seeds)
+        assert all(torch.equal(a, b) for a, b in zip(before, net.parameters(), strict=True))
+        fresh = [
+            not torch.equal(a, b)
+            for a, b in zip(before, other.parameters(), strict=True)
+            if a.numel() > 1 and a.std() > 0.01
+        ]
+        assert all(fresh)
+        assert len(fresh) > 5
 
 
 def test_the_evidence_for_each_class_is_shown(tmp_path):
-    model = small_model(classes=["benign", "malignant", "normal"])
+    model, image = small_model(classes=["benign", "malignant", "normal"]), picture(50, 40, 1)
     models.save(tmp_path / "m.pt", model)
-    picture(50, 40, 1).save(tmp_path / "i.png")
-    maps = [explain.explain_file(model, tmp_path / "i.png", ["ig"], target=k)[1]["ig"] for k in range(3)]
-    assert not torch.equal(maps[0], maps[1])
-    predicted = int(model(torch.from_numpy(data.letterbox(picture(50, 40, 1), 32)[0])[None]).argmax())
-    torch.testing.assert_close(explain.explain_file(model, tmp_path / "i.png", ["ig"])[1]["ig"], maps[predicted])
-    base = [tmp_path / "i.png", "--model", tmp_path / "m.pt", "--out", tmp_path / "o.png"]
-    assert call(explain, *base, "--target", "all").returncode == 0
-    wide = Image.open(tmp_path / "o.png").width
+    image.save(tmp_path / "i.png")
+    maps = [report.explain_picture(model, image, "occlusion", k)[0] for k in range(3)]
+    assert not np.array_equal(maps[0], maps[1])
+    predicted = int(model(torch.from_numpy(data.letterbox(image, 32)[0])[None]).argmax())
+    heat, box, p, target = report.explain_picture(model, image, "occlusion")
+    np.testing.assert_array_equal(heat, maps[predicted])
+    assert (len(box), target, len(p)) == (4, predicted, 3)
+    base = [tmp_path / "i.png", "--model", tmp_path / "m.pt", "--out", tmp_path / "o.png", "--method", "gradcam"]
     assert call(explain, *base, "--target", "normal").returncode == 0
-    assert wide == 3 * Image.open(tmp_path / "o.png").width
+    wide, high = Image.open(tmp_path / "o.png").size
+    assert call(explain, *base, "--target", "all").returncode == 0
+    assert Image.open(tmp_path / "o.png").width == wide  # a row a class: the picture, its map
+    assert Image.open(tmp_path / "o.png").height > 2.7 * high
     assert "the model knows benign, malignant, normal; or give all" in error_of(
         call(explain, *base, "--target", "cyst")
     )
+    said = error_of(call(explain, *base, "--target", "normal", "--method", "smoothgrad"))
+    assert "the map of smoothgrad has no class" in said
+    call(explain, *base[:-2])  # no method was asked for, and none evaluated
+    assert Image.open(tmp_path / "o.png").width == wide
+    assert report.recommended_method(tmp_path / "m.pt") == ("ig", "not evaluated on this model")
+    (tmp_path / "explain.json").write_text('{"recommended": "rise"}')
+    assert report.recommended_method(tmp_path / "m.pt") == ("rise", "")
 
 
 def test_explanations_from_the_command_line(tmp_path, folders, capsys):
@@ -2244,7 +2435,7 @@ def test_explanations_from_the_command_line(tmp_path, folders, capsys):
     common = ["--model", str(folder), "--cache", str(tmp_path / "cache"), "--out", str(tmp_path / "out")]
     explain.main([*common, "--evaluate", "--most", "6"])
     report = json.loads((tmp_path / "out" / "explain.json").read_text())
-    assert set(report["measures"]) == {*explain.METHODS, *explain.BASELINES}
+    assert set(report["measures"]) == {*saliency.METHODS, *saliency.BASELINES}
     assert set(report["measures"]["ig"]) == set(explain.MEASURES)
     assert report["images"] == 6
     assert report["why"]
@@ -2254,7 +2445,7 @@ def test_explanations_from_the_command_line(tmp_path, folders, capsys):
     assert len(table) % len(explain.REGIONS) == 1
     rows = (tmp_path / "out" / "suspects.csv").read_text().splitlines()
     assert len(rows) == 1 + 68  # every lesion once; normal images have none
-    near = [sum(map(float, r.split(",")[3:5])) for r in rows[1:] if "nan" not in r]
+    near = [float(r.split(",")[3]) for r in rows[1:] if "nan" not in r]
     assert near == sorted(near)  # the shortcut suspects first
     assert Image.open(tmp_path / "out" / "atlas.png").size[0] > 600
     image, model = next((folders / "benign").glob("*(2).png")), folder / "fold1" / "model.pt"
@@ -2266,7 +2457,7 @@ def test_explanations_from_the_command_line(tmp_path, folders, capsys):
     said = capsys.readouterr().out
     assert said.count(models.DISCLAIMER) == 4
     for options, why in [
-        (["--method", "x"], "--method x"),
+        (["--method", "x"], "argument --method: invalid choice"),
         ([], "give an image"),
         (["--evaluate", "--model", str(tmp_path)], "no run of train.py"),
         (["nowhere.png", "--model", str(model)], "no such file"),
@@ -2566,9 +2757,9 @@ def test_pretraining_sees_no_label_and_no_test_image(tmp_path, folders, method, 
 
     with contextlib.redirect_stdout(io.StringIO()):
         pretrain.main([*options, "--name", "a"])
-        monkeypatch.setattr(train, "load_images", poisoned)
+        monkeypatch.setattr(options, "load_images", poisoned)
         pretrain.main([*options, "--name", "b"])
-        monkeypatch.setattr(train, "load_images", honest)
+        monkeypatch.setattr(options, "load_images", honest)
     a, b = (torch.load(tmp_path / n / "backbone.pt", weights_only=True) for n in "ab")
     assert all(torch.equal(v, b[k]) for k, v in a.items())
     _, said, _ = quick(tmp_path, "--weights", str(tmp_path / "a" / "backbone.pt"), "--nets", "cnet", "--name", "t", data_folder=folders)  # fmt: skip
@@ -2704,7 +2895,7 @@ def toy_context(**more):
     """Six images: two near each other and labelled; one sure and far; two unsure; a copy of a labelled one."""
     embeddings = torch.tensor([[0.0, 1.0], [0.1, 1.0], [9.0, 0.0], [1.0, 2.0], [1.0, 2.5], [0.0, 1.0]])
     positive = torch.tensor([0.0, 0.1, 0.99, 0.5, 0.35, 0.02])
-    return al_loop.Context(
+    return query.Context(
         embeddings,
         torch.stack([1 - positive, positive], 1),
         torch.tensor([0, 1]),
@@ -2736,7 +2927,7 @@ def test_typiclust_takes_the_typical_image_of_the_largest_cluster_without_a_labe
             3.0 + 0.02 * torch.randn(10, generator=generator),
         ]
     )
-    context = al_loop.Context(
+    context = query.Context(
         torch.stack([angle.cos(), angle.sin()], 1), None, torch.tensor([0]), torch.arange(1, 60), generator
     )  # fmt: skip
     picks = al_loop.query_typiclust(context, 2).tolist()
@@ -2744,7 +2935,7 @@ def test_typiclust_takes_the_typical_image_of_the_largest_cluster_without_a_labe
     assert 50 <= picks[1] < 60
     middle = angle[30:50].median()
     assert (angle[picks[0]] - middle).abs() < 0.02
-    none = al_loop.Context(context.embeddings, None, torch.empty(0, dtype=torch.long), torch.arange(60), generator)
+    none = query.Context(context.embeddings, None, torch.empty(0, dtype=torch.long), torch.arange(60), generator)
     first = al_loop.query_typiclust(none, 3).tolist()
     assert sorted(i // 10 for i in first)[-1] == 5  # a cold start: one of each cluster
     assert len({0 if i < 30 else 1 if i < 50 else 2 for i in first}) == 3
@@ -2790,7 +2981,7 @@ def test_badge_measures_the_gradients_of_the_last_layer(classes):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(al_loop, "spread", record)
-        context = al_loop.Context(x, logits.detach().softmax(1), torch.empty(0).long(), torch.arange(12), generator)
+        context = query.Context(x, logits.detach().softmax(1), torch.empty(0).long(), torch.arange(12), generator)
         al_loop.query_badge(context, 3)
     torch.testing.assert_close(seen["distances"], torch.cdist(gradients, gradients).square(), atol=1e-4, rtol=1e-3)
     assert seen["first"] == int(gradients.norm(dim=1).argmax())
@@ -2816,15 +3007,15 @@ def test_every_strategy_returns_distinct_unlabelled_images():
     x[30:] = x[:30]  # exact copies
     p = torch.rand(4, 60, 3, generator=generator).softmax(2)
     labelled, unlabelled = torch.arange(0, 60, 4), torch.tensor([i for i in range(60) if i % 4])
-    for name, query in al_loop.STRATEGIES.items():
+    for name, choose in query.STRATEGIES.items():
         for k in (1, 7, len(unlabelled)):
-            context = al_loop.Context(x, p.mean(0), labelled, unlabelled, torch.Generator().manual_seed(k), p, p)
-            picks = query(context, k)
+            context = query.Context(x, p.mean(0), labelled, unlabelled, torch.Generator().manual_seed(k), p, p)
+            picks = choose(context, k)
             assert picks.dtype == torch.long, name
             assert len(set(picks.tolist())) == k, name
             assert set(picks.tolist()) <= set(unlabelled.tolist()), name
-            again = al_loop.Context(x, p.mean(0), labelled, unlabelled, torch.Generator().manual_seed(k), p, p)
-            assert torch.equal(query(again, k), picks), name
+            again = query.Context(x, p.mean(0), labelled, unlabelled, torch.Generator().manual_seed(k), p, p)
+            assert torch.equal(choose(again, k), picks), name
 
 
 def test_the_pool_is_seen_as_it_is_by_every_member(tmp_path):
@@ -2959,10 +3150,10 @@ def test_the_labels_of_the_pool_stay_hidden_until_they_are_bought(tmp_path, fold
 
     for name in ("coreset", "badge", "committee"):
         STRATEGY = {name, "random"}
-        monkeypatch.setattr(train, "load_images", poisoned)
+        monkeypatch.setattr(options, "load_images", poisoned)
         second, _ = loop(tmp_path, *options[:1], name, *options[2:], "--name", f"b-{name}", data_folder=folders)
-        for report in (first, second):
-            report["picked"] = {c["strategy"]: without_times(c) for c in report["chains"]}
+        for told in (first, second):
+            told["picked"] = {c["strategy"]: without_times(c) for c in told["chains"]}
         assert second["picked"][name] == first["picked"][name]
         assert second["picked"]["all"] != first["picked"]["all"]  # where the labels are bought, they count
     assert {8, 12, 16} < set(seen)

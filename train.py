@@ -31,7 +31,7 @@ import torch.nn.functional as F
 import metrics
 import plots
 from augment import augment, crop_regions
-from data import load, partition
+from data import partition
 from losses import class_weights, classification_loss, detection_loss, distillation_loss
 from models import (
     DISCLAIMER,
@@ -47,20 +47,11 @@ from models import (
     save_checkpoint,
     write_atomically,
 )
-from options import claim, parse, prepare_folder, run_main, stop
+from options import claim, load_images, parse, prepare_folder, run_main, stop
 from readers import InputError
 from report import finished_run, print_report, write_report
 
 EVAL_BATCH = 64  # images a step when nothing is learnt
-
-
-def load_images(args, log=print):
-    """The data set that the arguments name. With an ROI it is read at twice the size, so that a crop is sharp."""
-    columns = {name: getattr(args, f"{name}_column") for name in ("image", "label", "group", "split", "mask")}
-    columns |= {"box": args.box_columns, "meta": args.meta_columns}
-    same = {name: getattr(args, name) for name in ("positive", "channels", "cache", "skip_bad", "split_by_image", "seed", "dummy_boxes", "box_format")}  # fmt: skip
-    size = args.size * (1 if args.roi == "none" else 2)
-    return load(args.data, size, drop=args.drop_class, equalise=args.clahe, columns=columns, log=log, **same)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
