@@ -41,9 +41,9 @@ def augment(images, strength=1.0, boxes=None, regions=None, size=None, generator
     (h, w); generator: of the images' device. strength 0 only crops and resizes. ValueError where something doesn't fit.
 
     Flip, rotation (of pixels, whatever the aspect ratio), zoom, shift, elastic deformation and the crop are ONE
-    resampling; then come intensity, blur and cutout. Grey is ultrasound, where depth has a meaning: flips are left-right
-    only, and gain, gamma, depth gain and speckle vary. Colour is a tissue slide or skin, which have no up: all flips and
-    quarter turns (half turns where it is not square), and the stains vary (Tellez et al. 2018), which never makes a
+    resampling; then come intensity, blur and cutout. Grey is ultrasound, where depth has a meaning: flips are left-
+    right only, and gain, gamma, depth gain and speckle vary. Colour is a tissue slide or skin, with no up: all flips,
+    and quarter turns (half turns where it is not square), and the stains vary (Tellez et al. 2018), which never makes a
     colour that the stains can't mix. A box follows as the ellipse inscribed in it, which is what a lesion is, so that
     rotations don't inflate it; it does not follow the elastic part."""
     check_images(images, channels=(1, 3), values=True)
@@ -215,8 +215,9 @@ def cut(maps, regions, size, back=False):
     x, size = precise(maps)[:, None], output_size(maps, size)
     if regions is None:
         return F.interpolate(x, size=size, mode="bilinear", align_corners=False)[:, 0].to(maps.dtype)
-    matrices = base_matrices(maps, regions).to(x.dtype)
+    matrices = region_matrices(precise(regions)).to(x.dtype)  # unchecked: a box of no width is one value, stretched
     if back:
+        check_corners("region", regions, len(maps))
         linear = torch.linalg.inv_ex(matrices[:, :, :2]).inverse
         matrices = torch.cat([linear, -linear @ matrices[:, :, 2:]], 2)
     grid = F.affine_grid(matrices, (len(x), 1, *size), align_corners=False)

@@ -10,13 +10,13 @@ the last layer; that of the k-center greedy selection of k points is k products 
 that of `infer.py image.png` is `import torchvision`; that of an answer is the networks' bare forward passes."""
 
 import argparse
+import functools
 import resource
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -31,6 +31,7 @@ import infer
 import losses
 import models
 import options
+import query
 import saliency
 import train
 
@@ -125,10 +126,33 @@ def bench_grad_cam(runs, device, quick):
             compare(f"Grad-CAM, {name}, {side} px, batch {batch}", several(ours), several(floor), runs)
 
 
+def plain_k_center(points, k, centers):
+    """What everybody writes: direct differences of all points to each new pick, minimum, argmax."""
+    distance = query.nearest_distance(points, centers)
+    for _ in range(k):
+        pick = distance.argmax()
+        distance = torch.minimum(distance, query.nearest_distance(points, points[pick, None]))
+        distance[pick] = -1.0
+
+
 def bench_k_center(images, weights, runs, device, quick):
-    """k-center greedy on embeddings of mobilenet_v2 (pretrained, if --weights says so) and of an untrained resnet18,
-    against k products of the matrix with a vector; and its memory beside the matrix at the size of the IDC set."""
+    """k-center greedy on embeddings of mobilenet_v2 (pretrained, if --weights says so) and of an untrained resnet18, and
+    on its hardest case, isotropic Gaussians with 100 labelled centers, against k products of the matrix with a vector
+    (the Gaussians against a plain loop too); and its memory beside the matrix at the size of the IDC set."""
     k, sizes = (5, (100,)) if quick else (200, (2_000, 10_000))
+
+    def against_floor(name, points, k, centers, runs):
+        def ours():
+            query.k_center_greedy(points, k, centers)
+
+        def floor():
+            for _ in range(k):
+                product = torch.mv(points, points[0])
+            product.sum().item()
+
+        compare(f"k-center, {name}, {len(points)} x {points.shape[1]}, k = {k}", ours, floor, runs)
+        return ours
+
     for name in ("mobilenet_v2", "resnet18"):
         torch.manual_seed(0)
         channels = images.pixels.shape[1]
@@ -143,26 +167,30 @@ def bench_k_center(images, weights, runs, device, quick):
         embeddings = torch.cat(views)
         order = torch.randperm(len(embeddings), generator=torch.Generator().manual_seed(0)).to(device)
         for n in sizes:
-            points = embeddings[order[:n]].contiguous()
-
-            def ours(points=points):
-                al_loop.k_center_greedy(points, k)
-
-            def floor(points=points):
-                for _ in range(k):
-                    product = torch.mv(points, points[0])
-                product.sum().item()
-
-            compare(f"k-center, {name}, {n} x {points.shape[1]}, k = {k}", ours, floor, runs)
+            against_floor(name, embeddings[order[:n]].contiguous(), k, None, runs)
+    hard = ((100, 5),) if quick else ((2_000, 100), (10_000, 200), (50_000, 500), (277_524, 200))
+    for n, k in hard:
+        x = torch.randn(n + 100, 512, generator=torch.Generator().manual_seed(0)).to(device)
+        points, centers, few = x[100:], x[:100], runs if n <= 10_000 else min(runs, 2)
+        ours = against_floor("Gaussians, 100 labelled", points, k, centers, few)
+        if n <= 10_000:  # "floor" in this line: the plain loop
+            compare(
+                f"  the same, against a plain loop, {n}",
+                ours,
+                functools.partial(plain_k_center, points, k, centers),
+                few,
+            )
     if quick:
         return
     code = (
-        "import resource, torch, al_loop; peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024;"
+        "import re, torch, query;"  # not ru_maxrss, which a process inherits from the one that starts it
+        "peak = lambda: int(re.search(r'VmHWM:\\s+(\\d+)', open('/proc/self/status').read())[1]) / 1024;"
         "x = torch.randn(277_524, 512, generator=torch.Generator().manual_seed(0)); before = peak();"
-        "al_loop.k_center_greedy(x, 200); print(f'{peak() - before:.0f} MB beside the matrix of {x.nbytes / 2**20:.0f} MB')"
+        "query.k_center_greedy(x, 200, x[:100]);"
+        "print(f'{peak() - before:.0f} MB beside the matrix of {x.nbytes / 2**20:.0f} MB')"
     )
     said = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.strip()
-    print(f"k-center, 277524 x 512, k = 200: {said}")
+    print(f"k-center, 277524 x 512, 100 labelled, k = 200: {said}")
 
 
 def bench_start(runs):
@@ -208,7 +236,7 @@ def bench_models(paths, runs, device):
 
         size = Path(detector.path).stat().st_size / 1e6
         print(f"{path}: {len(nets)} networks, {weights / 1e6:.1f} M weights, {size:.1f} MB")
-        compare("  32 answers", partial(detector.predict, pictures), forward, runs)
+        compare("  32 answers", functools.partial(detector.predict, pictures), forward, runs)
 
 
 def bench_data(source):

@@ -311,7 +311,9 @@ def draw(model, path, methods, meta=None, target=None, note=""):
         k = len(p) - 1 if len(p) == 2 else shown
         tiles.append(plots.overlay(picture, box, f"{Path(path).name}\np({classes[k]}) = {p[k]:.3f}"))
         for method, top, (heat, *_) in zip(methods, tops, row, strict=True):
-            tiles.append(plots.overlay(picture, box, f"{describe_map(method, classes[shown])}\n{note}", heat, top))
+            tiles.append(
+                plots.overlay(picture, box, f"{describe_map(method, classes[shown])}{note and '; '}{note}", heat, top)
+            )
     columns = len(methods) + 1 if len(found) > 1 else min(4, len(tiles))
     return plots.page(tiles, columns, "" if len(tiles) < 3 else "Every method has its own scale")
 

@@ -12,9 +12,12 @@ An image is letterboxed, D-Net gives the box, C-Net looks at the whole or at the
 views at once (test-time augmentation); the mean is calibrated and held against the validation threshold. What is near
 the threshold, or where members and views disagree, is to be referred to a radiologist."""
 
+import io
+import itertools
 import json
 import math
 import os
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -29,6 +32,9 @@ from models import DISCLAIMER, choose_device, load_classifier, model_file, write
 from options import build_parser, run_main
 from readers import MASK, InputError, image_files, natural, walk
 
+KEYS = (
+    "image", "prediction", "probability", "confidence", "probabilities", "uncertainty", "box", "refer", "error"
+)  # fmt: skip
 REFER_ODDS = 2.0  # refer when the odds lie within this factor of the threshold's
 REFER_UNCERTAINTY = 0.15  # or when the opinions' standard deviation is above this
 
@@ -46,7 +52,7 @@ def answer(probabilities, uncertainty, info):
         near = best < REFER_ODDS * second
     return {
         "prediction": classes[predicted],
-        "probability": round(p, 6),
+        "probability": round(p if len(classes) == 2 else probabilities[predicted], 6),
         "confidence": round(probabilities[predicted], 6),
         "probabilities": {c: round(v, 6) for c, v in zip(classes, probabilities, strict=True)},
         "uncertainty": round(uncertainty, 6),
@@ -80,15 +86,16 @@ class BreastCancerDetector:
         self.info = self.model.info
 
     def predict(self, images, meta=None):
-        """A dict for one image, a list of dicts for a list. An image is a path, a PIL image, or an array: uint8 (H, W)
-        or (H, W, 3), or float in [0, 1]. meta: {"age": 55, ...}, one dict for all; what is not given counts as missing.
+        """A dict for one image, a list of dicts for several. An image is a path, bytes, an open file, a PIL image, an
+        array uint8 (H, W) or (H, W, 3), or float in [0, 1], or a tensor (C, H, W); several are any iterable of those, an
+        array (N, H, W) or (N, H, W, 3), or a tensor (N, C, H, W). InputError for what is none of these. meta: {"age":
+        55, ...}, one dict for all; what is not given counts as missing.
 
-        Keys: image, prediction, probability (of the positive class, the last of the model's classes), confidence (the
-        probability of the prediction), probabilities, uncertainty (standard deviation over members and views), box
-        (x_min, y_min, x_max, y_max in the image's own pixels, or None), refer, error (None, or one line and all else
-        None)."""
-        alone = not isinstance(images, (list, tuple))
-        images = [images] if alone else list(images)
+        Keys: image, prediction, probability (of the positive class, the last of the model's classes; of more than two
+        classes: of the predicted one), confidence (the probability of the prediction), probabilities, uncertainty
+        (standard deviation over members and views), box (x_min, y_min, x_max, y_max in the image's own pixels, or None),
+        refer, error (None, or one line of why the file can't be read, and all else None)."""
+        images, alone = one_by_one(images)
         results = []
         for start in range(0, len(images), 32):  # a batch on the device while memory stays bounded
             results += self._predict_batch(images[start : start + 32], meta)
@@ -96,59 +103,45 @@ class BreastCancerDetector:
 
     @torch.inference_mode()
     def _predict_batch(self, images, meta):
-        info = self.info
         with ThreadPoolExecutor(min(len(images), os.cpu_count() or 1)) as pool:
             opened = list(pool.map(self._open, images))
-        results = [
-            {
-                "image": name,
-                "prediction": None,
-                "probability": None,
-                "confidence": None,
-                "probabilities": None,
-                "uncertainty": None,
-                "box": None,
-                "refer": None,
-                "error": error,
-            }
-            for name, _, _, _, error in opened
-        ]
-        good = [i for i, o in enumerate(opened) if o[4] is None]
+        results = [dict.fromkeys(KEYS) | {"image": name, "error": error} for name, *_, error in opened]
+        good = [i for i, result in enumerate(results) if result["error"] is None]
         if not good:
             return results
         pixels = torch.from_numpy(np.stack([opened[i][1] for i in good])).to(self.device)
-        if info["equalise"]:
-            pixels = clahe(pixels)
-        patient = None
-        if info["meta_spec"]:
-            row = {str(k): str(v) for k, v in (meta or {}).items()}
-            known = [s["column"] for s in info["meta_spec"]]
-            if unknown := set(row) - set(known):
-                raise InputError(f"--meta {sorted(unknown)[0]}: the model knows {', '.join(known)}")
-            patient = encode_meta([row], None, info["meta_spec"])[0].to(self.device).expand(len(good), -1)
-        elif meta:
-            raise InputError("--meta: this model was trained on images alone")
-
+        pixels = clahe(pixels) if self.info["equalise"] else pixels
+        patients = self._patients(meta, len(good))
         boxes = self.model.locate(pixels)
-        opinions = self.model.opinions(pixels, boxes, patient, self.tta, self.scales)
+        opinions = self.model.opinions(pixels, boxes, patients, self.tta, self.scales)
         probabilities, uncertainty = self.model.conclude(opinions)
         for k, i in enumerate(good):
-            results[i].update(answer(probabilities[k].tolist(), float(uncertainty[k]), info))
+            results[i].update(answer(probabilities[k].tolist(), float(uncertainty[k]), self.info))
             if boxes is not None:
-                box = original_box(boxes[k].tolist(), opened[i][2], info["load_size"], opened[i][3])
+                box = original_box(boxes[k].tolist(), opened[i][2], self.info["load_size"], opened[i][3])
                 results[i]["box"] = [round(v, 1) for v in box]
         return results
 
+    def _patients(self, meta, n):
+        """The data (n, M) of one patient for n images, or None where the model knows none."""
+        if not self.info["meta_spec"]:
+            if meta:
+                raise InputError("--meta: this model was trained on images alone")
+            return None
+        row, known = {str(k): str(v) for k, v in (meta or {}).items()}, [s["column"] for s in self.info["meta_spec"]]
+        if unknown := set(row) - set(known):
+            raise InputError(f"--meta {sorted(unknown)[0]}: the model knows {', '.join(known)}")
+        return encode_meta([row], None, self.info["meta_spec"])[0].to(self.device).expand(n, -1)
+
     def _open(self, image):
-        """(name, letterboxed pixels, placement, size, error) of a path, a PIL image or an array."""
+        """(name, letterboxed pixels, placement, size, error) of one image."""
         name = str(image) if isinstance(image, (str, Path)) else None
+        image = array_image(image) if isinstance(image, (np.ndarray, torch.Tensor)) else image
         try:
-            if name is not None:
-                picture = read_image(name, self.info["channels"])
+            if isinstance(image, Image.Image):
+                picture = to_mode(image, self.info["channels"])
             else:
-                picture = to_mode(
-                    image if isinstance(image, Image.Image) else array_image(image), self.info["channels"]
-                )
+                picture = read_image(io.BytesIO(image) if isinstance(image, bytes) else image, self.info["channels"])
             pixels, placement = letterbox(picture, self.info["load_size"])
             return name, pixels, placement, picture.size, None
         except InputError as e:
@@ -158,33 +151,50 @@ class BreastCancerDetector:
 
     def describe(self):
         """Where the model comes from, in one line."""
-        made = self.info["made"]
+        made, warning = self.info["made"], ""
         members = "+".join(m.config["model"] for m in self.model.members)
-        warning = (
-            "; trained on PHANTOMS, its answer on a real picture means nothing"
-            if made.get("data") == "phantoms"
-            else ""
-        )
+        if made.get("data") == "phantoms":
+            warning = "; trained on PHANTOMS, its answer on a real picture means nothing"
         warning += "; PLACEHOLDER BOXES" if made.get("placeholder_boxes") else ""
         return f"model {self.path}: {members} of {made.get('data')}, {self.info['size']} px{warning}"
 
 
+def one_by_one(images):
+    """(list of images, whether there is but one). A batch as an array or a tensor is taken apart."""
+    if isinstance(images, torch.Tensor) and images.dim() == 4:
+        return list(images), False
+    if isinstance(images, np.ndarray) and (images.ndim == 4 or (images.ndim == 3 and images.shape[2] not in (1, 3, 4))):
+        return list(images), False
+    single = (str, Path, bytes, Image.Image, np.ndarray, torch.Tensor)
+    if isinstance(images, single) or hasattr(images, "read"):
+        return [images], True
+    if not isinstance(images, Iterable) or isinstance(images, Mapping):
+        raise InputError(f"{type(images).__name__} is no image: give a path, a PIL image, an array or a list of them")
+    images = list(images)
+    for i, image in enumerate(images):
+        if not (isinstance(image, single) or hasattr(image, "read")):
+            raise InputError(f"image {i} is a {type(image).__name__}: give a path, a PIL image or an array")
+    return images, False
+
+
 def array_image(array):
-    """A numpy array as a PIL image. Floats in [0, 1] and bools are scaled; anything else goes by its own range."""
+    """An array (H, W), (H, W, C) or a tensor (C, H, W) as a PIL image. Integers in 0 ... 255 are taken as they are, floats
+    in [0, 1] and bools are scaled; anything else goes by its own range."""
+    if isinstance(array, torch.Tensor):  # channels first
+        array = array.detach().cpu().float() if array.dtype == torch.bfloat16 else array.detach().cpu()
+        array = array.permute(1, 2, 0) if array.dim() == 3 else array
     array = np.asarray(array)
     if array.ndim not in (2, 3) or 0 in array.shape or (array.ndim == 3 and array.shape[2] not in (1, 3, 4)):
-        raise InputError(f"an array of shape {array.shape} is no image: give (H, W) or (H, W, 3)")
-    if array.dtype.kind not in "buif":
-        raise InputError(f"an array of {array.dtype} is no image")
-    if array.dtype.kind == "f" and not np.isfinite(array).all():
-        raise InputError("the array holds NaN or infinity")
-    if array.dtype != np.uint8:
-        low, high = (
-            (0.0, 1.0)
-            if array.dtype.kind == "b" or (array.dtype.kind == "f" and array.min() >= 0 and array.max() <= 1)
-            else (float(array.min()), float(array.max()))
-        )
-        array = ((array.astype(np.float64) - low) * (255 / max(high - low, 1e-12))).round().astype(np.uint8)
+        raise InputError(f"{array.shape} is no image: give an array (H, W) or (H, W, 3), or a tensor (C, H, W)")
+    kind = array.dtype.kind
+    if kind not in "buif" or not np.isfinite(array).all():
+        raise InputError(f"an array of {array.dtype} is no image" if kind not in "buif" else "it holds NaN or infinity")
+    low, high = float(array.min()), float(array.max())
+    if kind == "b" or (kind == "f" and low >= 0 and high <= 1):
+        low, high = 0.0, 1.0
+    elif kind in "ui" and low >= 0 and high <= 255:
+        low, high = 0.0, 255.0
+    array = ((array.astype(np.float64) - low) * (255 / max(high - low, 1e-12))).round().astype(np.uint8)
     return Image.fromarray(array[:, :, 0] if array.ndim == 3 and array.shape[2] == 1 else np.ascontiguousarray(array))
 
 
@@ -241,18 +251,18 @@ def main(argv=None):
     meta = parse_meta(args.meta)
 
     detector = BreastCancerDetector(args.model, args.device, args.tta, args.scales)
-    files = collect(args.images)
+    files, failed = collect(args.images), 0
+    overlays = iter(overlay_names(files))
     if not args.json:
         print(detector.describe())
         if missing := [s["column"] for s in detector.info["meta_spec"] if s["column"] not in (meta or {})]:
             print(f"not given, so counted as missing: {', '.join(missing)}")
-    failed = 0
     for start in range(0, len(files), 32):
         for result in detector.predict(files[start : start + 32], meta):
-            failed += result["error"] is not None
+            failed, name = failed + (result["error"] is not None), next(overlays)
             print(json.dumps(result) if args.json else sentence(result, detector.info), flush=True)
             if args.save_overlay and result["error"] is None:
-                save_overlay(result, detector, args.save_overlay, meta)
+                save_overlay(result, detector, Path(args.save_overlay) / name, meta)
     if not args.json:
         print(DISCLAIMER)
     if failed:
@@ -260,28 +270,48 @@ def main(argv=None):
 
 
 def sentence(result, info):
-    """One human-readable line."""
+    """One line for a person."""
     if result["error"]:
         return f"{result['image']}: error: {result['error']}"
-    held = f" (threshold {info['threshold']:.3f})" if len(info["classes"]) == 2 else ""
     box = f", box {' '.join(f'{v:.0f}' for v in result['box'])}" if result["box"] else ""
     refer = "  -> refer to a radiologist: the evidence is not clear" if result["refer"] else ""
-    return f"{result['image']}: {result['prediction']}, p({info['classes'][-1]}) = {result['probability']:.3f}{held}, uncertainty {result['uncertainty']:.3f}{box}{refer}"
+    return f"{result['image']}: {verdict(result, info)}, uncertainty {result['uncertainty']:.3f}{box}{refer}"
 
 
-def save_overlay(result, detector, folder, meta=None):
+def verdict(result, info):
+    """As in "malignant, p(malignant) = 0.705, at or above the threshold 0.662"."""
+    if len(info["classes"]) > 2:
+        return f"{result['prediction']}, p({result['prediction']}) = {result['probability']:.3f}"
+    positive, p, threshold = info["classes"][1], result["probability"], info["threshold"]
+    side = "at or above" if result["prediction"] == positive else "below"
+    digits = 3 if f"{p:.3f}" != f"{threshold:.3f}" else 6
+    return f"{result['prediction']}, p({positive}) = {p:.{digits}f}, {side} the threshold {threshold:.{digits}f}"
+
+
+def overlay_names(files):
+    """A file name for each picture: its path below the folder that all share, so that A/1.png, A/1.bmp and B/1.png stay
+    three; a number where two would still be one."""
+    paths, taken = [os.path.abspath(f) for f in files], set()
+    shared = os.path.commonpath([os.path.dirname(p) for p in paths])
+    for path in paths:
+        stem = "_".join(Path(os.path.relpath(path, shared)).parts)
+        numbered = (f"{stem}{'' if n == 1 else f'_{n}'}_overlay.png" for n in itertools.count(1))
+        name = next(n for n in numbered if n.lower() not in taken)
+        taken.add(name.lower())
+        yield name
+
+
+def save_overlay(result, detector, path, meta=None):
     """The picture with its box, its answer, and the map of what spoke for it, by the method recommended for the model."""
     import plots  # here and not above: a plain prediction starts without them
     from report import describe_map, explain_picture, recommended_method
 
-    path, info = Path(result["image"]), detector.info
-    method, note = recommended_method(detector.path)
-    picture = read_image(path, info["channels"])
+    info, (method, note) = detector.info, recommended_method(detector.path)
+    picture = read_image(result["image"], info["channels"])
     heat, _, _, target = explain_picture(detector.model, picture, method, None, meta)
-    answer = f"{result['prediction']}, p({info['classes'][-1]}) = {result['probability']:.3f}"
-    lines = [f"{answer}{', refer' if result['refer'] else ''}", describe_map(method, info["classes"][target]), note]
-    sheet = plots.overlay(picture, result["box"], "\n".join([*filter(None, lines), DISCLAIMER]), heat)
-    plots.save_png(sheet, Path(folder) / f"{path.parent.name}_{path.stem}_overlay.png")
+    lines = [f"{verdict(result, info)}{', refer' if result['refer'] else ''}"]
+    lines += [f"{describe_map(method, info['classes'][target])}{note and '; '}{note}", DISCLAIMER]
+    plots.save_png(plots.overlay(picture, result["box"], "\n".join(lines), heat), path)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

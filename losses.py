@@ -1,13 +1,11 @@
 """What is minimised: classification, self-distillation, and a detector whose every cell votes for a box.
 
     import torch
-    from losses import classification_loss, detection_loss, distillation_loss
+    from losses import classification_loss, distillation_loss
     logits, labels = torch.randn(8, 3), torch.randint(3, (8,))  # (N, K); one logit (N, 1) for two classes will do
     loss = classification_loss(logits, labels, smoothing=0.1)
     teacher = torch.randn(8, 3).softmax(1)  # probabilities, not logits
     loss = distillation_loss(logits, labels, teacher, alpha=0.5, temperature=3.0)
-    boxes, votes = torch.rand(8, 4, 5, 5), torch.randn(8, 25).log_softmax(1).view(8, 5, 5)
-    loss = detection_loss(boxes, votes, torch.tensor([[0.2, 0.3, 0.6, 0.8]] * 8))
 
 Logits in half precision are taken as float32. All boxes are x_min, y_min, x_max, y_max in [0, 1]."""
 
@@ -92,8 +90,8 @@ def box_loss(predicted, true):
 
 
 def detection_loss(boxes, log_weights, true):
-    """Loss of a detector in which every cell votes for a box: boxes (N, 4, h, w), the log of their weights (N, h, w), and
-    the true boxes (N, 4), all in [0, 1]. Every cell near the lesion's centre has to know the box by itself, and to vote:
+    """Loss of a detector in which every cell votes for a box: boxes (N, 4, h, w), the log of their weights (N, h, w),
+    the true boxes (N, 4), in [0, 1]. Every cell near the lesion's centre has to know the box by itself, and to vote:
     its box loss and the cross-entropy of its weight, under a Gaussian of a sixth of the lesion's sides (Zhou et al.,
     CenterNet, 2019). It fits faster than a loss of the mean box alone."""
     n, h, w = log_weights.shape

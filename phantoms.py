@@ -63,7 +63,7 @@ def draw_sign(labels, generator, benign, malignant, spread):
 
 
 def draw_tissue(y, x, uniform):
-    """Echo strength (N, S, S) of the tissue, in dB: wavy layers from the skin down to the muscle, and what means nothing.
+    """Echo strength (N, S, S) of the tissue, in dB: wavy layers from the skin down to the muscle, shadows, lobules.
     y, x: the pixels' places in [0, 1]."""
     wave = sum(
         a * torch.sin(2 * math.pi * f * x + p)

@@ -57,14 +57,14 @@ class Bounds:
         self.small = d < 64 or n * d < 2**17  # a pass over all points costs less than choosing among them
         if self.small:
             self.bound, self.seen = nearest_distance(points, centers), self.seen + len(centers)
+            return
         about = centers - self.mean  # about the mean, where a product rounds least
-        step = max(1, 2**17 // max(d, len(centers)))  # a block stays in the cache
+        step = max(64, 2**17 // max(d, len(centers)))  # a block stays in the cache
         for part in (slice(start, start + step) for start in range(0, n, step)):
             rows = points[part] - self.mean
             self.square[part] = rows.square().sum(1)
-            if not self.small:  # only the center that the product calls nearest is measured
-                nearest = torch.addmm(about.square().sum(1), rows, about.T, alpha=-2).argmin(1)
-                self.bound[part] = direct(points[part, None], centers[nearest, None])[:, 0, 0]
+            nearest = torch.addmm(about.square().sum(1), rows, about.T, alpha=-2).argmin(1)  # as the product sees it
+            self.bound[part] = direct(points[part, None], centers[nearest, None])[:, 0, 0]
 
     def refresh(self, index, rows):
         """Make the bounds of these points exact. One matrix product, a hundredth taken off for its rounding, tells which
@@ -139,6 +139,8 @@ def pick_farthest(state, picks, k):
         bound[work] = distance
         state.centers = torch.cat([state.centers, x[picks[before:]]])
         state.seen[work] = len(state.centers)
+        if len(picks) - before < 4:
+            size = min(max(size, n // 16), 2 * size)  # a round costs too much for so few
         tie = farthest if len(picks) == before and farthest == outside else None  # then all who share it come in next
 
 
@@ -156,11 +158,11 @@ class Context:
     sampled: torch.Tensor | None = None  # (V, P, K), Monte-Carlo dropout
 
     def __post_init__(self):
+        self.labelled = torch.as_tensor(self.labelled, dtype=torch.long)
+        self.unlabelled = torch.as_tensor(self.unlabelled, dtype=torch.long)
         for name in ("embeddings", "probabilities", "members", "sampled"):
             if getattr(self, name) is not None:
                 setattr(self, name, as_floats(getattr(self, name)))
-        for name in ("labelled", "unlabelled"):
-            setattr(self, name, torch.as_tensor(getattr(self, name), dtype=torch.long))
 
 
 def highest(scores, context, k):
@@ -230,13 +232,12 @@ def query_typiclust(context, k):
     labels = torch.bincount(cluster[~free], minlength=len(sizes))
     picks, known = [], {}  # known: a cluster's members, and each one's mean distance to its neighbours
     for _ in range(min(k, len(context.unlabelled))):
-        asked = torch.bincount(cluster[free], minlength=len(sizes)) == 0  # nobody is left in them
-        fewest = labels.double() - sizes / (len(rows) + 1)  # labels; among equals the largest cluster
-        chosen = int(fewest.masked_fill(asked, math.inf).argmin())
+        empty = torch.bincount(cluster[free], minlength=len(sizes)) == 0
+        rank = labels.double() - sizes / (len(rows) + 1)  # fewest labels, then largest
+        chosen = int(rank.masked_fill(empty, math.inf).argmin())
         if chosen not in known:
             members = torch.nonzero(cluster == chosen)[:, 0]
-            near = min(21, len(members))  # a point is its own nearest
-            blocks = x[members].split(1024)
+            near, blocks = min(21, len(members)), x[members].split(1024)  # 21: a point is its own nearest
             away = torch.cat([torch.cdist(b, x[members]).topk(near, largest=False).values for b in blocks])
             known[chosen] = members, away.mean(1)
         members, away = known[chosen]

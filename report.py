@@ -307,7 +307,7 @@ def explain_picture(model, picture, method, target=None, meta=None):
         target = int(p[1] >= info["threshold"]) if len(p) == 2 else int(np.argmax(p))
     heat = model.explain(x, method, target, patient, boxes)
     if method in SPARSE:
-        heat = blur(heat[None], torch.full((1,), info["load_size"] / 64, device=x.device))[0]
+        heat = blur(heat[None], torch.full((1,), info["load_size"] / 40, device=x.device))[0]
     box = None
     if boxes is not None:
         box = original_box(boxes[0].tolist(), (sx, sy, left, top), info["load_size"], picture.size)
@@ -316,6 +316,6 @@ def explain_picture(model, picture, method, target=None, meta=None):
 
 
 def describe_map(method, label):
-    """What a map shows, in a line."""
+    """What a map shows, in two lines."""
     what = "what the score is sensitive to" if method in CLASSLESS else f"evidence for {label}"
-    return f"{method}{' (smoothed)' if method in SPARSE else ''}: {what}, {UNITS[method]}"
+    return f"{method}{' (smoothed)' if method in SPARSE else ''}: {what}\nin {UNITS[method]}"

@@ -5,6 +5,7 @@ and through the command lines. With DATA=/path/to/data the real files are read t
 HAM10000/). The order is that of the house: data, models, metrics, plots, train, explain, infer, al_loop."""
 
 import argparse
+import ast
 import contextlib
 import csv
 import io
@@ -12,9 +13,11 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch: for tiny networks a second thread costs more than it brings
@@ -35,6 +38,7 @@ import infer
 import losses
 import metrics
 import models
+import phantoms
 import plots
 import pretrain
 import query
@@ -120,6 +124,778 @@ def class_folders(folder, counts=None, width=60, height=40):
 
 def quiet_load(*args, **kwargs):
     return data.load(*args, **{"cache": None, "log": lambda _: None, **kwargs})
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# augment.py, losses.py, phantoms.py
+
+
+HALF = [torch.float16, torch.bfloat16]
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def box_of(mask):
+    """The box of a mask (H, W), in [0, 1]."""
+    ys, xs = (torch.nonzero(mask.any(d))[:, 0] for d in (1, 0))
+    (h, w) = mask.shape
+    return torch.tensor([xs[0] / w, ys[0] / h, (xs[-1] + 1) / w, (ys[-1] + 1) / h])
+
+
+def lesions(n, h, w, seed=0):
+    """Bright ellipses on black, uint8 (n, 1, h, w), and their boxes."""
+    g = seeded(seed)
+    centre, radius = 0.35 + 0.3 * torch.rand(n, 2, generator=g), 0.08 + 0.12 * torch.rand(n, 2, generator=g)
+    y, x = ((torch.arange(side) + 0.5) / side for side in (h, w))
+    dx, dy = x - centre[:, 0, None, None], y[:, None] - centre[:, 1, None, None]
+    inside = (dx / radius[:, 0, None, None]) ** 2 + (dy / radius[:, 1, None, None]) ** 2 < 1
+    return inside[:, None].to(torch.uint8) * 255, torch.cat([centre - radius, centre + radius], 1)
+
+
+def switch_off(monkeypatch, *kept):
+    names = ["GAMMA", "GAIN", "DEPTH_GAIN", "SPECKLE", "BLUR", "CUTOUT", "ROTATE", "SCALE", "SHIFT", "ELASTIC"]
+    for name in {*names, "STAIN", "STAIN_SHIFT"} - set(kept):
+        monkeypatch.setattr(augment, name, 0.0)
+
+
+def test_warp_by_the_identity_and_by_a_flip_is_exact():
+    x = torch.rand(3, 2, 17, 23)
+    whole = augment.region_matrices(torch.tensor([[0.0, 0, 1, 1]]).expand(3, 4))
+    torch.testing.assert_close(augment.warp(x, whole, None), x, atol=1e-5, rtol=0)
+    torch.testing.assert_close(augment.warp(x, whole * torch.tensor([-1.0, 1, 1]), None), x.flip(3), atol=1e-5, rtol=0)
+    normalised = x * 7 - 3  # any floats
+    torch.testing.assert_close(augment.warp(normalised, whole, None), normalised, atol=1e-4, rtol=0)
+
+
+def test_crop_is_slicing_and_outside_is_the_mean():
+    x = torch.rand(2, 1, 32, 64)
+    region = torch.tensor([[0.25, 0.5, 0.5, 0.75], [-0.5, -0.5, 0.0, 0.0]])
+    torch.testing.assert_close(augment.crop(x, region, (8, 16))[0], x[0, :, 16:24, 16:32], atol=1e-5, rtol=0)
+    out = augment.crop(x[1:], region[1:], 16)
+    torch.testing.assert_close(out[0, :, :15, :15], x[1].mean().expand(1, 15, 15), atol=1e-5, rtol=0)
+    whole = augment.crop((x * 255).to(torch.uint8), None, (32, 64))
+    assert torch.equal(whole, (x * 255).to(torch.uint8) / 255)
+
+
+def test_crop_regions_are_square_and_hold_the_box():
+    boxes = torch.tensor([[0.2, 0.4, 0.6, 0.5], [math.nan] * 4, [0.5, 0.5, 0.5, 0.5]])
+    expected = torch.tensor([[0.1, 0.15, 0.7, 0.75], [0, 0, 1, 1], [0.4625, 0.4625, 0.5375, 0.5375]])
+    torch.testing.assert_close(augment.crop_regions(boxes, margin=0.25), expected)
+
+
+def test_maps_of_crops_are_put_back_where_they_were_cut():
+    maps, regions = torch.rand(2, 40, 60), torch.tensor([[0.25, 0.25, 0.75, 0.75], [0.5, 0.0, 1.0, 0.5]])
+    crops = augment.cut(maps, regions, (20, 30))
+    torch.testing.assert_close(crops[0], maps[0, 10:30, 15:45], atol=1e-4, rtol=0)
+    back = augment.place(crops, regions, (40, 60))
+    torch.testing.assert_close(back[0, 11:29, 16:44], maps[0, 11:29, 16:44], atol=1e-4, rtol=0)
+    assert (back[0, :9] == 0).all()
+    assert (back[1, 22:] == 0).all()
+    assert torch.equal(augment.place(maps, None, None), maps)
+    assert augment.cut(maps, torch.tensor([[0.4, 0.2, 0.4, 0.8]] * 2), 8).isfinite().all()  # a box of no width
+    with pytest.raises(ValueError, match="region 0"):
+        augment.place(maps, torch.tensor([[0.4, 0.2, 0.4, 0.8]] * 2), 8)
+
+
+def test_blur_is_a_gaussian_of_each_images_own_sigma():
+    x = torch.zeros(2, 2, 21, 25)
+    x[:, :, 10, 12] = 1
+    out = augment.blur(x, torch.tensor([0.7, 1.3]))
+    t = torch.arange(-4, 5)
+    for i, sigma in enumerate((0.7, 1.3)):
+        line = torch.exp(-(t**2) / (2 * sigma**2))
+        kernel = line[:, None] * line
+        torch.testing.assert_close(out[i, 1, 6:15, 8:17], kernel / kernel.sum(), atol=1e-6, rtol=0)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# augment.py: augmentation
+
+
+@pytest.mark.parametrize("crop_first", [False, True])
+@pytest.mark.parametrize("shape", [(96, 96), (64, 128)])
+def test_boxes_follow_the_augmented_lesion(monkeypatch, crop_first, shape):
+    switch_off(monkeypatch, "ROTATE", "SCALE", "SHIFT", "ELASTIC")
+    pixels, boxes = lesions(64, *shape)
+    regions = augment.crop_regions(boxes, 1.0) if crop_first else None
+    out, moved = augment.augment(pixels, 1.0, boxes, regions, generator=seeded())
+    assert out.shape == pixels.shape
+    # The background is not black after the warp (the bars are the mean), so the lesion is what is far above it.
+    found = torch.stack([box_of(o[0] > 0.6) for o in out])
+    iou = metrics.paired_iou(found, moved)
+    assert iou.median() > 0.85  # the elastic part moves the edge a little, and a box does not know of it
+    assert iou.min() > 0.6
+    still = augment.move_boxes(boxes, augment.base_matrices(pixels, regions))
+    assert metrics.paired_iou(found, still).mean() < iou.mean() - 0.1  # and the images did move
+
+
+def test_what_is_not_square_turns_without_shear(monkeypatch):
+    """A disc in pixels stays one: its width and height, in pixels, stay equal in every aspect ratio of the batch."""
+    switch_off(monkeypatch, "ROTATE")
+    monkeypatch.setattr(augment, "ROTATE", 45.0)
+    for h, w in ((64, 128), (128, 64), (96, 96)):
+        y, x = torch.arange(h)[:, None] + 0.5 - h / 2, torch.arange(w) + 0.5 - w / 2
+        bar = ((x.abs() < 24) & (y.abs() < 4)).to(torch.uint8).mul(255).expand(16, 1, h, w)
+        out = augment.augment(bar, 1.0, generator=seeded())[0][:, 0] > 0.6
+        for mask in out:  # the bar's second moments are those of the bar, whatever its angle
+            py, px = torch.nonzero(mask).float().T
+            spread = torch.linalg.eigvalsh(torch.cov(torch.stack([px, py])))
+            torch.testing.assert_close(spread.sqrt(), torch.tensor([8.0, 48.0]) / 12**0.5, atol=0.4, rtol=0.02)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_augmentation_resamples_once_is_seeded_and_stays_in_range(monkeypatch, channels):
+    calls, sample = [], F.grid_sample
+    monkeypatch.setattr(F, "grid_sample", lambda *a, **k: calls.append(1) or sample(*a, **k))
+    pixels, boxes = lesions(16, 48, 80)
+    pixels = pixels.expand(-1, channels, -1, -1)
+    out, _ = augment.augment(pixels, 2.0, boxes, generator=seeded(3))
+    assert len(calls) == 1
+    assert out.dtype == torch.float32
+    assert 0 <= float(out.min()) <= float(out.max()) <= 1
+    assert torch.equal(out, augment.augment(pixels, 2.0, boxes, generator=seeded(3))[0])
+    assert torch.equal(out, augment.augment(pixels / 255, 2.0, generator=seeded(3))[0])  # floats are the same images
+    assert not torch.equal(out, augment.augment(pixels, 2.0, boxes, generator=seeded(4))[0])
+    none, unmoved = augment.augment(pixels, 0, boxes)
+    torch.testing.assert_close(none, pixels / 255, atol=1e-5, rtol=0)
+    torch.testing.assert_close(unmoved, boxes, atol=1e-5, rtol=0)
+
+
+PARTS = ["GAMMA", "GAIN", "DEPTH_GAIN", "SPECKLE", "BLUR", "CUTOUT", "ROTATE", "SCALE", "SHIFT", "ELASTIC"]
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_every_part_of_the_augmentation_does_something(monkeypatch, part):
+    pixels = torch.randint(60, 190, (24, 1, 64, 96), generator=seeded()).to(torch.uint8)
+
+    def change(*kept):
+        with monkeypatch.context() as m:
+            switch_off(m, *kept)
+            out = augment.augment(pixels, 1.0, generator=seeded())[0]
+        plain = pixels / 255
+        return torch.minimum((out - plain).abs().mean((1, 2, 3)), (out - plain.flip(3)).abs().mean((1, 2, 3)))
+
+    assert change().max() < 1e-3  # all off: the image or its mirror image
+    assert (change(part) > 1e-3).sum() >= 3
+
+
+def test_the_elastic_part_moves_what_its_comment_says():
+    """In shares of the side: never above ELASTIC along an axis, 0.012 as root mean square, in both aspect ratios."""
+    base = torch.eye(2, 3).expand(1000, 2, 3)
+    moved = augment.random_displacement(base, torch.ones(1000), (48, 80), 1.0, seeded()) / 2  # the grid's side is 2
+    assert 0.03 < float(moved.abs().max()) <= augment.ELASTIC
+    assert float(moved.square().mean().sqrt()) == pytest.approx(0.012, abs=5e-4)
+    assert moved.shape == (1000, 48, 80, 2)
+    narrow = augment.region_matrices(torch.tensor([[0.2, 0.2, 0.4, 0.8]]).expand(1000, 4))  # of the region's own sides
+    moved = (
+        augment.random_displacement(narrow, torch.full((1000,), 3.0), (8, 8), 1.0, seeded()).abs().amax((0, 1, 2)) / 2
+    )
+    torch.testing.assert_close(moved / torch.tensor([0.2, 0.6]), torch.tensor([0.035, 0.035]), atol=0.005, rtol=0)
+
+
+def test_colour_has_no_up_and_grey_has():
+    """A bright bar at the top edge: in ultrasound it stays on top; on a slide it turns to every side, and where the
+    slide is not square to the two that keep its outline."""
+    for channels, width, sides in ((1, 32, 1), (3, 32, 4), (3, 48, 2)):
+        images = torch.full((200, channels, 32, width), 90, dtype=torch.uint8)
+        images[:, :, :6] = 220
+        out = augment.augment(images, 0.3, generator=seeded())[0].mean(1)
+        edges = [out[:, 2:5], out[:, -5:-2], out[:, :, 2:5], out[:, :, -5:-2]]
+        assert len(torch.stack([e.mean((1, 2)) for e in edges]).argmax(0).unique()) == sides
+
+
+def test_changing_stains_scales_each_by_itself():
+    amounts = torch.rand(5, 3, 4, 4, generator=seeded()) * 0.5
+    scale, shift = torch.rand(5, 3) + 0.5, torch.rand(5, 3) * 0.1
+
+    def mixed(amounts):
+        return torch.exp(-torch.einsum("nshw,sc->nchw", amounts, augment.STAINS))
+
+    expected = mixed(amounts * scale[:, :, None, None] + shift[:, :, None, None])
+    found = augment.change_stains(mixed(amounts), scale, shift)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
+    same = augment.change_stains(mixed(amounts), torch.ones(5, 3), torch.zeros(5, 3))
+    torch.testing.assert_close(same, mixed(amounts))
+
+
+@pytest.mark.parametrize("dtype", HALF)
+def test_half_precision_comes_back_as_it_came_and_close_to_float32(dtype):
+    x, boxes = (
+        torch.rand(4, 1, 48, 64, generator=seeded()).to(dtype),
+        torch.tensor([[0.2, 0.3, 0.5, 0.7]] * 4).to(dtype),
+    )
+    regions, coarse = augment.crop_regions(boxes), 2 * torch.finfo(dtype).eps
+    for function in (
+        lambda v, b: augment.augment(v, 1.0, b, generator=seeded())[0],
+        lambda v, b: augment.augment(v, 1.0, b, generator=seeded())[1],
+        lambda v, b: augment.tta_views(v, views=8),
+        lambda v, b: augment.tta_views(v, regions, 16, views=3),
+        lambda v, b: augment.crop(v, regions, (20, 30)),
+        lambda v, b: augment.clahe(v),
+        lambda v, b: augment.blur(v, torch.ones(4)),
+        lambda v, b: augment.cut(v[:, 0], regions, 9),
+    ):
+        half, full = function(x, boxes), function(x.float(), boxes.float())
+        assert half.dtype == dtype
+        torch.testing.assert_close(half.float(), full, atol=coarse, rtol=0)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_on_a_device_no_value_is_waited_for(channels):
+    """A meta tensor has shapes but no values: whoever asks for one, as a sync on a GPU does, gets an error."""
+    x, boxes = torch.rand(4, channels, 32, 48, device="meta"), torch.rand(4, 4, device="meta")
+    out, moved = augment.augment(x, 1.0, boxes, augment.crop_regions(boxes), (16, 24))
+    assert out.shape == (4, channels, 16, 24)
+    assert moved.shape == (4, 4)
+    assert augment.augment(x, 0, boxes)[0].shape == x.shape
+    assert augment.tta_views(x, augment.crop_regions(boxes), 8, 3).shape == (12, channels, 8, 8)
+    teacher = torch.rand(4, 3, device="meta")
+    losses.distillation_loss(teacher, torch.zeros(4, dtype=torch.long, device="meta"), teacher, 0.0, 2.0)
+
+
+def test_off_the_cpu_all_images_are_blurred_and_the_same_third_taken(monkeypatch):
+    x, u = torch.rand(12, 1, 24, 24, generator=seeded()), torch.rand(12, 20, generator=seeded(1))
+    expected = augment.random_blur(x.clone(), u, 1.0)
+    assert 0 < int((expected != x).any(3).any(2).sum()) < 12
+
+    class Elsewhere(torch.Tensor):
+        device = torch.device("cuda")
+
+    monkeypatch.setattr(augment, "blur", lambda images, sigma, real=augment.blur: real(torch.Tensor(images), sigma))
+    found = augment.random_blur(x.clone().as_subclass(Elsewhere), u, 1.0).as_subclass(torch.Tensor)
+    torch.testing.assert_close(found, expected)
+
+
+GREY, BOX = torch.zeros(2, 1, 16, 16, dtype=torch.uint8), torch.tensor([[0.1, 0.2, 0.6, 0.7]] * 2)
+
+
+def first(change):
+    """BOX whose first one is changed."""
+    boxes = BOX.clone()
+    boxes[0] = torch.tensor(change)
+    return boxes
+
+
+def distil(n, k, teacher):
+    return losses.distillation_loss(torch.zeros(n, k), torch.zeros(n).long(), teacher, 0.5, 2.0)
+
+
+@pytest.mark.parametrize(
+    ("call", "why"),
+    [
+        (lambda: augment.augment(GREY.float() + 200), r"from 200 to 200: give uint8, or floats in \[0, 1\]"),
+        (lambda: augment.augment(GREY.float() - 0.5), "from -0.5"),
+        (lambda: augment.augment(GREY.float() * math.nan), "nan"),
+        (lambda: augment.tta_views(GREY.float() + 2), "from 2 to 2"),
+        (lambda: augment.clahe(GREY.float() + 2), "from 2 to 2"),
+        (lambda: augment.augment(GREY.long()), "int64: give uint8"),
+        (lambda: augment.augment(GREY.expand(2, 2, 16, 16)), "1 or 3"),
+        (lambda: augment.augment(GREY[0]), r"shape \(1, 16, 16\)"),
+        (lambda: augment.augment(GREY[:0]), r"shape \(0, 1, 16, 16\)"),
+        (lambda: augment.augment(GREY, -1.0), "strength -1"),
+        (lambda: augment.augment(GREY, 1.0, BOX * 16), r"box 0 is \(1.6, 3.2, 9.6, 11.2\)"),
+        (lambda: augment.augment(GREY, 0, first([-0.2, 0.2, 0.6, 0.7])), "box 0"),
+        (lambda: augment.augment(GREY, 0, first([0.2, 0.2, 0.6, 1.3])), "box 0"),
+        (lambda: augment.crop_regions(first([0.6, 0.2, 0.1, 0.7])), "box 0"),
+        (lambda: augment.augment(GREY, 1.0, first([0.1, math.nan, 0.6, 0.7])), "four NaN"),
+        (lambda: augment.augment(GREY, 1.0, BOX[:1]), r"give floats \(2, 4\)"),
+        (lambda: augment.augment(GREY, 1.0, BOX.long()), "int64"),
+        (lambda: augment.augment(GREY, 1.0, regions=BOX[:1]), r"give floats \(2, 4\)"),
+        (lambda: augment.crop(GREY, first([0.5, 0.5, 0.5, 0.7]), 8), "region 0 .* x_min < x_max"),
+        (lambda: augment.tta_views(GREY, first([math.nan] * 4)), "region 0 is .nan"),
+        (lambda: augment.crop(GREY, BOX, 0), "size 0"),
+        (lambda: augment.tta_views(GREY, views=9), "9 views: give 1 to 8"),
+        (lambda: augment.tta_views(GREY, views=0), "0 views"),
+        (lambda: augment.cut(GREY[:, 0], None, 8), "maps of shape"),
+        (lambda: distil(2, 3, torch.eye(3)[:2, :2]), r"\(2, 3\)"),
+        (lambda: distil(2, 1, torch.ones(2, 1)), r"\(2, 2\)"),
+        (lambda: distil(2, 2, torch.eye(2)[:1]), r"\(2, 2\)"),
+        (lambda: distil(2, 2, torch.tensor([[1.0, 0], [-1, 2]])), "row 1"),
+        (lambda: distil(2, 2, torch.ones(2, 2)), "softmax"),
+        (lambda: distil(1, 2, torch.tensor([[math.nan, 1]])), "nan"),
+        (lambda: phantoms.phantoms(0), "at least 1"),
+    ],
+)  # fmt: skip
+def test_what_does_not_fit_is_a_value_error_that_says_so(call, why):
+    with pytest.raises(ValueError, match=why):
+        call()
+
+
+def test_what_is_odd_but_right_passes():
+    """Boxes of no width, NaN beside boxes, boxes that were moved out of the picture and come again, rounded floats."""
+    boxes = torch.tensor(
+        [[math.nan] * 4, [1.0, 0.3, 1.0, 0.3], [0.0, 0, 1, 1], [0.3, 0.2, 0.3, 0.9], [-5e-4, 0, 1.0005, 1]]
+    )
+    x = torch.rand(5, 1, 16, 24) * 1.0005
+    for seed in range(8):
+        x, boxes = augment.augment(x, 2.0, boxes, augment.crop_regions(boxes), generator=seeded(seed))
+        assert boxes[0].isnan().all()
+        assert boxes[1:].isfinite().all()
+        assert ((boxes[1:] >= 0) & (boxes[1:] <= 1)).all()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# augment.py: test-time augmentation and contrast
+
+
+@pytest.mark.parametrize(("h", "w"), [(32, 32), (32, 64)])
+def test_views_are_one_batch_and_the_first_is_the_picture(h, w):
+    x = torch.rand(3, 1, h, w)
+    views = augment.tta_views(x, views=5)
+    assert views.shape == (15, 1, h, w)
+    torch.testing.assert_close(views[:3], x, atol=1e-5, rtol=0)
+    torch.testing.assert_close(views[3:6], x.flip(3), atol=1e-5, rtol=0)
+    zoomed = augment.crop(x, torch.tensor([[0.05, 0.05, 0.95, 0.95]]).expand(3, 4), None)
+    torch.testing.assert_close(views[6:9], zoomed, atol=1e-5, rtol=0)
+    regions = torch.tensor([[0.25, 0.25, 0.75, 0.75]]).expand(3, 4)
+    cropped = augment.tta_views(x, regions, (h // 2, w // 2), 2)
+    torch.testing.assert_close(cropped[3:], x[:, :, h // 4 : -h // 4, w // 4 : -w // 4].flip(3), atol=1e-5, rtol=0)
+
+
+def test_clahe_of_one_tile_without_a_limit_is_histogram_equalisation():
+    x = torch.randint(30, 90, (2, 1, 16, 24), dtype=torch.uint8, generator=seeded())
+    out = augment.clahe(x, tiles=1, clip=1e9)
+    for image, result in zip(x, out, strict=True):
+        for v in image.unique():
+            expected = 255 * (image <= v).sum().item() / image.numel()
+            assert abs(result[image == v].float() - expected).max() <= 0.51
+    counts = torch.bincount(x[0].flatten(), minlength=256).float()  # with a limit, by hand
+    limit = 2.0 * x[0].numel() / 256
+    counts = counts.clamp(max=limit) + (counts - limit).clamp(min=0).sum() / 256
+    expected = (counts.cumsum(0) / x[0].numel() * 255)[x[0].long()]
+    assert (augment.clahe(x, tiles=1, clip=2.0)[0] - expected).abs().max() <= 0.51
+
+
+def test_clahe_raises_local_contrast_leaves_blank_images_blank_and_takes_floats():
+    noise = torch.randint(0, 8, (64, 64), generator=seeded())
+    x = (torch.linspace(100, 130, 64).expand(64, 64) + noise)[None, None].to(torch.uint8)
+    even = augment.clahe(x)
+    assert even.float().std() > 1.3 * x.float().std()
+    ramp = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16)
+    assert torch.equal(augment.clahe(ramp / 255), augment.clahe(ramp) / 255)
+    assert torch.equal(augment.clahe((ramp / 255).half()), (augment.clahe(ramp) / 255).half())
+    blank = augment.clahe(torch.full((1, 3, 33, 47), 90, dtype=torch.uint8))
+    assert blank.shape == (1, 3, 33, 47)
+    assert blank.unique().numel() == 1
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# losses.py
+
+
+def test_losses_by_hand():
+    z, y = torch.tensor([[0.3], [-1.2], [2.0]]), torch.tensor([1, 0, 1])
+    p = torch.sigmoid(z[:, 0])
+    plain = -torch.where(y == 1, p.log(), (1 - p).log())
+    torch.testing.assert_close(losses.classification_loss(z, y), plain.mean())
+    w = torch.tensor([1.0, 3.0])
+    torch.testing.assert_close(losses.classification_loss(z, y, w), (plain * w[y]).sum() / w[y].sum())
+    soft = y * 0.9 + 0.05
+    smooth = -(soft * p.log() + (1 - soft) * (1 - p).log()).mean()
+    torch.testing.assert_close(losses.classification_loss(z, y, smoothing=0.1), smooth)
+    both = losses.two_logits(z)  # two logits of which one is 0 are one logit
+    torch.testing.assert_close(losses.classification_loss(both, y, w), losses.classification_loss(z, y, w))
+    labels = torch.tensor([0, 0, 0, 1])
+    torch.testing.assert_close(losses.class_weights(labels, 2, "auto"), torch.tensor([4 / 6, 2.0]))
+    assert losses.class_weights(labels, 3, "auto").isfinite().all()  # a class that is not there
+    assert losses.class_weights(labels, 2, "none") is None
+    assert losses.class_weights(labels, 2, "2.5").tolist() == [1.0, 2.5]
+
+
+@pytest.mark.parametrize("classes", [2, 4])
+def test_distillation_is_the_weighted_sum_of_label_and_teacher(classes):
+    logits = torch.randn(6, 1 if classes == 2 else classes, generator=seeded(), requires_grad=True)
+    labels, teacher = torch.randint(classes, (6,)), torch.rand(6, classes, generator=seeded(1)).softmax(1)
+    hard = losses.classification_loss(logits, labels, smoothing=0.1)
+    torch.testing.assert_close(losses.distillation_loss(logits, labels, teacher, 1.0, 3.0, smoothing=0.1), hard)
+    soft = 0.0  # by hand, image by image
+    for z, t in zip(losses.two_logits(logits), teacher, strict=True):
+        t = t ** (1 / 3) / (t ** (1 / 3)).sum()
+        s = (z / 3).exp() / (z / 3).exp().sum()
+        soft += 9 * (t * (t / s).log()).sum() / 6
+    for known in (6, 2, 0):  # an image without a label learns from the teacher alone
+        some = torch.where(torch.arange(6) < known, labels, -1)
+        hard = losses.classification_loss(logits[:known], labels[:known]) if known else 0.0
+        found = losses.distillation_loss(logits, some, teacher, 0.3, 3.0)
+        torch.testing.assert_close(found, 0.3 * hard + 0.7 * soft)
+
+
+@pytest.mark.parametrize("classes", [2, 4])
+def test_at_high_temperature_distillation_matches_logits(classes):
+    """Hinton et al. 2015, eq. 4: as T grows the gradient tends to (z - v) / (N K), for logits of mean 0."""
+    z, v = torch.randn(2, 5, classes, generator=seeded(), dtype=torch.double)
+    z, v = z - z.mean(1, keepdim=True), v - v.mean(1, keepdim=True)
+    given = (z[:, 1:] - z[:, :1] if classes == 2 else z).requires_grad_()
+    loss = losses.distillation_loss(given, torch.zeros(5).long(), v.softmax(1), 0.0, 500.0)
+    (gradient,) = torch.autograd.grad(loss, given)
+    expected = (z - v) / (5 * classes)
+    torch.testing.assert_close(gradient, expected[:, 1:] if classes == 2 else expected, atol=2e-3, rtol=0.02)
+
+
+@pytest.mark.parametrize("dtype", HALF)
+def test_distillation_takes_half_precision(dtype):
+    teacher, logits = torch.randn(2, 9, 5, generator=seeded()).mul(3).to(dtype)
+    teacher, labels = teacher.softmax(1), torch.zeros(9).long()
+    found = losses.distillation_loss(logits, labels, teacher, 0.5, 2.0)
+    torch.testing.assert_close(found, losses.distillation_loss(logits.float(), labels, teacher.float(), 0.5, 2.0))
+
+
+def test_the_detection_loss_falls_to_its_least_at_the_true_box():
+    true = torch.tensor([[0.2, 0.3, 0.6, 0.8]])
+    assert float(losses.box_loss(true, true)) == pytest.approx(0, abs=1e-6)
+    found = [float(losses.box_loss(true + shift, true)) for shift in (0.05, 0.1, 0.3, 0.9)]
+    assert found == sorted(found)
+    # touching boxes of equal size: IoU 0, no gap in the hull, so GIoU 0; smooth L1 of 0.5 in two of four corners
+    beside = torch.tensor([[0.0, 0.0, 0.5, 1.0]]), torch.tensor([[0.5, 0.0, 1.0, 1.0]])
+    assert float(losses.box_loss(*beside)) == pytest.approx(1 + 4 * (0.5 - 0.025) / 2, abs=1e-5)
+
+    def voting(y, x, true):
+        scores = torch.zeros(1, 10, 10)
+        scores[0, y, x] = 5
+        boxes = torch.tensor([[0.2, 0.3, 0.6, 0.8]])[..., None, None].expand(1, 4, 10, 10)
+        return float(losses.detection_loss(boxes, scores.flatten(1).log_softmax(1).view(1, 10, 10), true))
+
+    # the box is right both times, but the centre cell should be the one that votes for it
+    assert voting(5, 3, true) < voting(0, 9, true)
+    nothing_left = torch.tensor([[1.0, 0.3, 1.0, 0.3]])  # a lesion that the augmentation moved out of the frame
+    assert math.isfinite(voting(0, 0, nothing_left))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# phantoms.py
+
+
+def test_phantoms_are_seeded_and_have_one_lesion_each():
+    (pixels, labels, masks), again, other = (phantoms.phantoms(70, 48, seed) for seed in (3, 3, 4))
+    assert (pixels.shape, pixels.dtype, masks.shape, masks.dtype) == (
+        (70, 1, 48, 48),
+        torch.uint8,
+        (70, 48, 48),
+        torch.bool,
+    )
+    assert all(torch.equal(a, b) for a, b in zip((pixels, labels, masks), again, strict=True))
+    assert not torch.equal(pixels, other[0])
+    assert labels.sum() == 28  # 40 %
+    share = masks.float().mean((1, 2))
+    assert ((share > 0.005) & (share < 0.25)).all()
+
+
+def test_phantoms_show_the_signs_of_their_class():
+    """Benign lesions are wider than tall and bright behind, malignant ones less so, as BI-RADS says."""
+    pixels, labels, masks = phantoms.phantoms(200, 64, 0)
+    boxes = torch.stack([box_of(m) for m in masks])
+    aspect = ((boxes[:, 2] - boxes[:, 0]) / (boxes[:, 3] - boxes[:, 1])).log()
+    below = (masks.cumsum(1) > 0) & ~masks & (masks.any(1, keepdim=True))  # under the lesion, in its columns
+    beside = ~masks.any(1, keepdim=True) & (below.any(2, keepdim=True))  # the same depths, in other columns
+
+    def mean(where):
+        return (pixels[:, 0] * where).sum((1, 2)) / where.sum((1, 2)).clamp(min=1)
+
+    shadow = mean(below) - mean(beside)
+    for sign in (aspect, shadow):
+        benign, malignant = sign[labels == 0], sign[labels == 1]
+        assert benign.mean() - malignant.mean() > 0.7 * sign.std()
+        assert benign.min() < malignant.max()  # and the classes overlap
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# query.py: k-center
+
+
+def brute_k_center(points, k, centers):
+    """The definition, in float64, from the full table of distances."""
+    points, taken = points.double(), []
+    if centers is None or not len(centers):
+        if k == 0:
+            return [], None
+        taken = [int((points - points.mean(0)).square().sum(1).argmin())]
+        centers = points[taken]
+    nearest = (points[:, None] - centers.double()[None]).square().sum(2).amin(1)
+    while len(taken) < k:
+        left = nearest.clone()
+        left[taken] = -1
+        taken.append(int(left.argmax()))
+        nearest = torch.minimum(nearest, (points - points[taken[-1]]).square().sum(1))
+    return taken, float(nearest.amax()) ** 0.5
+
+
+def plain_k_center(points, k, centers):
+    """The algorithm as everybody writes it: one pass of direct differences a pick, in the numbers' own precision."""
+    taken, distance = [], torch.cdist(points, centers, compute_mode="donot_use_mm_for_euclid_dist").amin(1)
+    while len(taken) < k:
+        distance[taken] = -1.0
+        taken.append(int(distance.argmax()))
+        new = torch.cdist(points, points[taken[-1:]], compute_mode="donot_use_mm_for_euclid_dist")[:, 0]
+        distance = torch.minimum(distance, new)
+    return taken, float(distance.amax())
+
+
+def test_k_center_is_the_brute_force_choice_on_hundreds_of_sets_with_duplicates():
+    generator = torch.Generator().manual_seed(0)
+
+    def below(n):
+        return int(torch.randint(n, (1,), generator=generator))
+
+    for trial in range(200):
+        n, d = (1 + below(300), 1 + below(5)) if trial % 10 else (1200 + below(300), 128)  # the latter in work sets
+        points = torch.randint(0, 4 if trial % 2 else 1000, (n, d), generator=generator).float()  # ties, exact copies
+        points[below(n) :] = points[below(n)]
+        centers = None if trial % 3 == 0 else torch.randint(0, 4, (below(5), d), generator=generator).float()
+        k = below(n + 1) if d < 128 else below(40)
+        picks, radius = query.k_center_greedy(points, k, centers)
+        expected, expected_radius = brute_k_center(points, k, centers)
+        assert picks.tolist() == expected, trial
+        assert expected_radius is None or radius == pytest.approx(expected_radius, rel=1e-5), trial
+
+
+@pytest.mark.parametrize("shape", [(2000, 3), (1500, 300), (4000, 128)])
+def test_k_center_on_floats_equals_the_plain_algorithm_to_the_bit(shape):
+    generator = torch.Generator().manual_seed(shape[1])
+    gauss = torch.randn(shape, generator=generator)
+    clusters = 50 * gauss[torch.randint(20, (len(gauss),), generator=generator)] + 0.01 * gauss
+    half_copies = gauss[torch.randint(len(gauss) // 2, (len(gauss),), generator=generator)]
+    corners = torch.randint(0, 2, shape, generator=generator).float()  # many at the same distance
+    for name, x in {"far": gauss + 100, "clusters": clusters, "copies": half_copies, "corners": corners}.items():
+        for centers in (x[:100] + 0.01, x[5:6]):
+            picks, radius = query.k_center_greedy(x, 120, centers)
+            plain, plain_radius = plain_k_center(x, 120, centers)
+            assert picks.tolist() == plain, name
+            assert radius == plain_radius, name
+
+
+def test_k_center_on_awkward_sets():
+    k_center = query.k_center_greedy
+    same = torch.full((500, 8), 0.1)
+    picks, radius = k_center(same, 500)  # one point, 500 times
+    assert picks.tolist() == list(range(500))
+    assert radius == 0
+    assert k_center(same, 3, same[:1])[0].tolist() == [0, 1, 2]
+    many = torch.full((1100, 256), 0.1)  # too many for a plain loop
+    many[7] = 3
+    assert k_center(many, 1100, many[:1])[0].tolist() == [7, *range(7), *range(8, 1100)]
+    corners = torch.eye(600)  # everyone as far from everyone: ties beyond the work set
+    assert k_center(corners, 600, corners[:1])[0].tolist() == [*range(1, 600), 0]
+    picks, radius = k_center(torch.zeros(0, 4), 0)
+    assert (picks.tolist(), picks.dtype, radius) == ([], torch.long, 0.0)
+    near = torch.tensor([[1000.0, 1000.0], [1000.0001, 1000.0], [1000.0, 1000.0]])
+    assert sorted(k_center(near, 3)[0].tolist()) == [0, 1, 2]
+    for k in (-1, 5):
+        with pytest.raises(ValueError, match="of 4 points"):
+            k_center(torch.rand(4, 2), k)
+    for bad in (math.nan, math.inf, -math.inf):
+        with pytest.raises(ValueError, match="NaN"):
+            k_center(torch.tensor([[0.0], [bad]]), 1)
+        with pytest.raises(ValueError, match="NaN"):
+            k_center(torch.rand(3, 1), 1, torch.tensor([[bad]]))
+    for points, centers in ((torch.rand(4), None), (torch.rand(4, 2), torch.rand(3, 3))):
+        with pytest.raises(ValueError, match=r"\(N, D\)"):
+            k_center(points, 1, centers)
+    doubles = torch.rand(50, 3, dtype=torch.double)
+    assert k_center(doubles, 5)[0].tolist() == brute_k_center(doubles, 5, None)[0]
+
+
+def test_k_center_takes_finite_numbers_of_any_size():
+    """Squares of these overflow or vanish; a power of two changes nothing but the radius."""
+    generator = torch.Generator().manual_seed(0)
+    x, biggest = torch.randn(1500, 100, generator=generator), {torch.float32: 126, torch.float64: 1022}
+    for dtype, most in biggest.items():
+        points = x.to(dtype)
+        for centers in (None, points[:7] + 0.5):
+            expected, radius = query.k_center_greedy(points, 40, centers)
+            for power in (most - 3, 70, -50, 20 - most):
+                shift = torch.tensor(2.0, dtype=dtype) ** power
+                picks, there = query.k_center_greedy(points * shift, 40, None if centers is None else centers * shift)
+                assert torch.equal(picks, expected), (dtype, power)
+                assert there == pytest.approx(radius * 2.0**power, rel=1e-6), (dtype, power)
+    assert query.k_center_greedy(torch.tensor([[3e38], [-3e38], [0.0]]), 3)[0].tolist() == [2, 0, 1]
+    assert query.k_center_greedy(torch.tensor([[1e-44], [4e-45], [0.0]]), 3)[0].tolist() == [1, 0, 2]
+
+
+def test_query_takes_arrays_lists_half_precision_and_leaves_gradients_alone(recwarn):
+    x = torch.randint(0, 60, (40, 6), generator=torch.Generator().manual_seed(0))
+    expected = query.k_center_greedy(x.float(), 9, x[:3].float())
+    forms = [x, x.tolist(), x.numpy(), x.half(), x.bfloat16(), x.numpy().astype(np.float16), x.double().numpy()]
+    for form in [*forms, x.float().requires_grad_()]:
+        picks, radius = query.k_center_greedy(form, 9, form[:3])
+        assert torch.equal(picks, expected[0])
+        assert radius == pytest.approx(expected[1], rel=1e-6)
+        p = torch.rand(2, 40, 3, generator=torch.Generator().manual_seed(1)).softmax(2)
+        given = (p[0], list(range(5)), np.arange(5, 40), torch.Generator().manual_seed(2), p.requires_grad_(), p)
+        reference = (p[0].detach(), torch.arange(5), torch.arange(5, 40), torch.Generator().manual_seed(2), p, p)
+        context, plain = query.Context(form, *given), query.Context(x.float(), *reference)
+        assert not context.embeddings.requires_grad
+        assert not context.probabilities.requires_grad
+        for name, strategy in query.STRATEGIES.items():
+            assert torch.equal(strategy(context, 6), strategy(plain, 6)), name
+    assert not recwarn.list
+
+
+def test_k_center_measures_few_distances(monkeypatch):
+    """The hardest case, isotropic Gaussians: what is measured by direct differences, beside what a plain loop would."""
+    x, measured = torch.randn(5000, 256, generator=torch.Generator().manual_seed(0)), [0]
+    before = query.direct
+
+    def count(a, b):
+        out = before(a, b)
+        measured[0] += out.numel()
+        return out
+
+    monkeypatch.setattr(query, "direct", count)
+    picks, _ = query.k_center_greedy(x, 100, x[:100] + 0.01)
+    assert picks.tolist() == plain_k_center(x, 100, x[:100] + 0.01)[0]
+    assert measured[0] < 0.02 * len(x) * 200
+
+
+def test_k_center_needs_little_memory():
+    """At 40,000 x 256 (41 MB): a table of all pairs would be 6.4 GB, one of all points against the picks 16 MB."""
+    code = (
+        "import re, torch, query; x = torch.randn(40_000, 256, generator=torch.Generator().manual_seed(0));"
+        "peak = lambda: int(re.search(r'VmHWM:\\s+(\\d+)', open('/proc/self/status').read())[1]);"  # ru_maxrss is inherited
+        "query.k_center_greedy(x[:1000], 5); before = peak(); query.k_center_greedy(x, 100);"
+        "query.k_center_greedy(x, 100, x[:100] + 1); print((peak() - before) / 1024)"
+    )
+    assert float(run("-c", code).stdout) < 60
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# query.py: strategies
+
+
+def toy_context(**more):
+    """Six images: two near each other and labelled; one sure and far; two unsure; a copy of a labelled one."""
+    embeddings = torch.tensor([[0.0, 1.0], [0.1, 1.0], [9.0, 0.0], [1.0, 2.0], [1.0, 2.5], [0.0, 1.0]])
+    positive = torch.tensor([0.0, 0.1, 0.99, 0.5, 0.35, 0.02])
+    p = torch.stack([1 - positive, positive], 1)
+    return query.Context(embeddings, p, [0, 1], [2, 3, 4, 5], torch.Generator().manual_seed(0), **more)
+
+
+def test_each_strategy_chooses_what_it_should_on_a_toy_pool():
+    context = toy_context()
+    assert query.query_entropy(context, 2).tolist() == [3, 4]
+    assert query.query_coreset(context, 3).tolist() == [2, 4, 3]
+    assert sorted(query.query_random(context, 4).tolist()) == [2, 3, 4, 5]
+    # gradient: (p - one-hot) x embedding; by hand: 2 -> 0.01 * 9, 3 -> 0.5 * 2.2, 4 -> 0.35 * 2.7, 5 -> 0.02 * 1
+    assert query.query_badge(context, 1).tolist() == [3]
+    opinions = torch.tensor([[0.5, 0.5, 0.9, 0.5, 0.2, 0.0], [0.5, 0.5, 0.9, 0.5, 0.8, 0.0]])
+    members = torch.stack([1 - opinions, opinions], 2)
+    assert query.query_committee(toy_context(members=members), 1).tolist() == [4]  # 3 is unsure, but all agree
+    assert query.query_bald(toy_context(sampled=members), 1).tolist() == [4]
+
+
+def test_typiclust_takes_the_typical_image_of_the_largest_cluster_without_a_label():
+    generator = torch.Generator().manual_seed(0)
+    angle = torch.cat([at + 0.02 * torch.randn(n, generator=generator) for at, n in ((0, 30), (1.5, 20), (3, 10))])
+    x = torch.stack([angle.cos(), angle.sin()], 1)
+    picks = query.query_typiclust(query.Context(x, None, [0], torch.arange(1, 60), generator), 2).tolist()
+    assert 30 <= picks[0] < 50  # the cluster of 30 has a label
+    assert 50 <= picks[1] < 60
+    assert (angle[picks[0]] - angle[30:50].median()).abs() < 0.02
+    first = query.query_typiclust(query.Context(x, None, [], torch.arange(60), generator), 3).tolist()
+    assert sorted(0 if i < 30 else 1 if i < 50 else 2 for i in first) == [0, 1, 2]  # a cold start: one of each cluster
+
+
+def test_k_means_is_lloyds_algorithm_from_the_seeds_of_k_means_plus_plus():
+    """Against the same from the full tables of distances, with the same draws: copies, and nearly the same points."""
+    for seed in range(6):
+        generator = torch.Generator().manual_seed(seed)
+        x = F.normalize(torch.randn(300, 40, generator=generator) + 3, dim=1)
+        x[200:] = x[:100] + (seed % 2) * 1e-4
+        k = 30 + 40 * seed
+
+        def distance_to(i, x=x):
+            return (x - x[i]).square().sum(1)
+
+        draws = torch.Generator().manual_seed(seed)
+        first = int(torch.randint(len(x), (1,), generator=draws))
+        centers = x[query.spread(distance_to, first, k, draws)]
+        for _ in range(20):
+            expected = torch.cdist(x, centers).argmin(1)
+            for c in range(k):
+                if (expected == c).any():
+                    centers[c] = x[expected == c].mean(0)
+        found = query.k_means(x, k, torch.Generator().manual_seed(seed))
+        assert (found == expected).double().mean() > 0.99  # float32: a mean in another order rounds otherwise
+
+
+def test_mutual_information_is_the_mean_divergence_from_the_consensus():
+    p = torch.rand(5, 40, 3, generator=torch.Generator().manual_seed(0)).softmax(2)
+    mean = p.mean(0, keepdim=True)
+    divergence = (p * (p / mean).log()).sum(2).mean(0)
+    torch.testing.assert_close(query.mutual_information(p), divergence, atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize("classes", [2, 5])
+def test_badge_measures_the_gradients_of_the_last_layer(classes, monkeypatch):
+    """Squared distances against those of the gradients that autograd gives for the predicted label."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(12, 7, generator=generator)
+    weight = torch.randn(classes, 7, generator=generator, requires_grad=True)
+    logits = x @ weight.T
+    gradients = []
+    for z in logits:
+        loss = F.cross_entropy(z[None], z.argmax()[None])
+        gradients.append(torch.autograd.grad(loss, weight, retain_graph=True)[0].flatten())
+    gradients = torch.stack(gradients)
+    seen = {}
+
+    def record(distance_to, first, k, generator):
+        seen.update(distances=torch.stack([distance_to(i) for i in range(12)]), first=first)
+        return torch.arange(k)
+
+    monkeypatch.setattr(query, "spread", record)
+    query.query_badge(query.Context(x, logits.softmax(1), [], torch.arange(12), generator), 3)
+    torch.testing.assert_close(seen["distances"], torch.cdist(gradients, gradients).square(), atol=1e-4, rtol=1e-3)
+    assert seen["first"] == int(gradients.norm(dim=1).argmax())
+
+
+def test_spread_draws_by_squared_distance_and_never_twice():
+    x = torch.tensor([[0.0], [1.0], [3.0]])
+    generator = torch.Generator().manual_seed(0)
+
+    def distance_to(i):
+        return (x - x[i]).square().sum(1)
+
+    second = [int(query.spread(distance_to, 0, 2, generator)[1]) for _ in range(4000)]
+    assert second.count(2) / 4000 == pytest.approx(0.9, abs=0.02)  # 9 : 1
+    copies = torch.zeros(6, 2)
+    picks = query.spread(lambda i: (copies - copies[i]).square().sum(1), 2, 6, generator)
+    assert sorted(picks.tolist()) == list(range(6))
+
+
+def test_every_strategy_returns_distinct_unlabelled_images():
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(60, 9, generator=generator)
+    x[30:] = x[:30]  # exact copies
+    p = torch.rand(4, 60, 3, generator=generator).softmax(2)
+    labelled, unlabelled = torch.arange(0, 60, 4), torch.tensor([i for i in range(60) if i % 4])
+    for name, strategy in query.STRATEGIES.items():
+        for k in (1, 7, len(unlabelled)):
+            contexts = [query.Context(x, p.mean(0), labelled, unlabelled, None, p, p) for _ in range(2)]
+            for context in contexts:
+                context.generator = torch.Generator().manual_seed(k)
+            picks, again = (strategy(context, k) for context in contexts)
+            assert picks.dtype == torch.long, name
+            assert len(set(picks.tolist())) == k, name
+            assert set(picks.tolist()) <= set(unlabelled.tolist()), name
+            assert torch.equal(again, picks), name
+
+
+def test_one_image_of_each_unlabelled_group_is_offered():
+    groups = torch.tensor([7, 3, 3, 7, 5, 5, 9])
+    assert query.candidates(groups, torch.tensor([1]), 2).tolist() == [0, 4, 6]  # 2 shows what 1 shows
+    assert query.candidates(groups, torch.tensor([1]), 4).tolist() == [0, 2, 3, 4, 5, 6]  # too few groups: all
+    assert query.candidates(groups, torch.empty(0, dtype=torch.long), 3).tolist() == [0, 1, 4, 6]
+
+
+def test_the_example_of_query_runs_as_printed():
+    example = [line[4:] for line in query.__doc__.splitlines() if line.startswith("    ")]
+    room = {}
+    exec("\n".join(example), room)
+    assert len(example) == 5
+    assert room["picks"].shape == (20,)
+    assert (room["picks"] >= 10).all()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -213,28 +989,6 @@ def test_bad_files_say_what_is_wrong(tmp_path):
         data.read_image(tmp_path / "nowhere.png", 1)
 
 
-def test_changing_stains_scales_each_by_itself():
-    stains = data.STAINS
-    amounts = torch.rand(5, 3, 4, 4, generator=torch.Generator().manual_seed(0)) * 0.5
-    colours = torch.exp(-torch.einsum("nshw,sc->nchw", amounts, stains))
-    scale, shift = torch.rand(5, 3) + 0.5, torch.rand(5, 3) * 0.1
-    expected = amounts * scale[:, :, None, None] + shift[:, :, None, None]
-    expected = torch.exp(-torch.einsum("nshw,sc->nchw", expected, stains))
-    torch.testing.assert_close(data.change_stains(colours, scale, shift), expected, atol=1e-5, rtol=1e-4)
-    torch.testing.assert_close(data.change_stains(colours, torch.ones(5, 3), torch.zeros(5, 3)), colours)
-
-
-def test_colour_has_no_up_and_grey_has():
-    """A bright bar at the top edge: in ultrasound it stays on top; on a slide it turns to every side."""
-    for channels, sides in ((1, 1), (3, 4)):
-        images = torch.full((200, channels, 32, 32), 90, dtype=torch.uint8)
-        images[:, :, :6] = 220
-        out, _ = augment.augment(images, 0.3, generator=torch.Generator().manual_seed(0))
-        out = out.mean(1)
-        edges = torch.stack([out[:, 2:5].mean((1, 2)), out[:, -5:-2].mean((1, 2)), out[:, :, 2:5].mean((1, 2)), out[:, :, -5:-2].mean((1, 2))])  # fmt: skip
-        assert len(edges.argmax(0).unique()) == sides
-
-
 def test_join_groups_near_duplicates_over_both_sets():
     a, b = data.phantom_set(8, 32, seed=1), data.phantom_set(6, 32, seed=2)
     b.thumbnails[4] = a.thumbnails[2].flip(2)  # the mirror image of one of a's
@@ -249,23 +1003,6 @@ def test_join_groups_near_duplicates_over_both_sets():
     b.masks = b.thumbnails = None  # of too many images
     assert data.join(a, b).masks is None
     assert len(data.join(a, b).groups.unique()) == 14
-
-
-def test_clahe_of_one_tile_without_a_limit_is_histogram_equalisation():
-    x = torch.randint(30, 90, (2, 1, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    out = data.clahe(x, tiles=1, clip=1e9)
-    for image, result in zip(x, out, strict=True):
-        for v in image.unique():
-            expected = 255 * (image <= v).sum().item() / image.numel()
-            assert abs(result[image == v].float() - expected).max() <= 0.51
-
-
-def test_clahe_raises_local_contrast_and_leaves_blank_images_blank():
-    x = (torch.linspace(100, 130, 64).expand(64, 64) + torch.randint(0, 8, (64, 64)))[None, None].to(torch.uint8)
-    assert data.clahe(x).float().std() > 1.3 * x.float().std()
-    blank = data.clahe(torch.full((1, 3, 33, 47), 90, dtype=torch.uint8))
-    assert blank.shape == (1, 3, 33, 47)
-    assert blank.unique().numel() == 1
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -613,105 +1350,6 @@ def test_merge_groups_is_transitive():
 
 # ---------------------------------------------------------------------------------------------------------------------
 # data.py: resampling and augmentation
-
-
-def test_warp_by_the_identity_and_by_a_flip_is_exact():
-    x = torch.rand(3, 2, 17, 17)
-    whole = data.region_matrices(torch.tensor([[0.0, 0, 1, 1]]).expand(3, 4))
-    torch.testing.assert_close(data.warp(x, whole, 17), x, atol=1e-5, rtol=0)
-    flip = whole * torch.tensor([-1.0, 1, 1])
-    torch.testing.assert_close(data.warp(x, flip, 17), x.flip(3), atol=1e-5, rtol=0)
-
-
-def test_crop_is_slicing_and_outside_is_the_mean():
-    x = torch.rand(2, 1, 32, 32)
-    region = torch.tensor([[0.25, 0.5, 0.5, 0.75], [-0.5, -0.5, 0.0, 0.0]])
-    out = augment.crop(x, region, 8)
-    torch.testing.assert_close(out[0], x[0, :, 16:24, 8:16], atol=1e-5, rtol=0)
-    out = augment.crop(x[1:], region[1:], 16)
-    torch.testing.assert_close(out[0, :, :15, :15], x[1].mean().expand(1, 15, 15), atol=1e-5, rtol=0)
-
-
-def test_crop_regions_are_square_and_hold_the_box():
-    boxes = torch.tensor([[0.2, 0.4, 0.6, 0.5], [math.nan] * 4])
-    regions = augment.crop_regions(boxes, margin=0.25)
-    np.testing.assert_allclose(regions, [[0.1, 0.15, 0.7, 0.75], [0, 0, 1, 1]], atol=1e-6)
-
-
-def lesions(n, size, seed=0):
-    """Bright ellipses on black, and their boxes."""
-    g = torch.Generator().manual_seed(seed)
-    centre, radius = 0.35 + 0.3 * torch.rand(n, 2, generator=g), 0.08 + 0.12 * torch.rand(n, 2, generator=g)
-    axis = (torch.arange(size) + 0.5) / size
-    dx, dy = (axis[None, None] - centre[:, 0, None, None]), (axis[None, :, None] - centre[:, 1, None, None])
-    inside = (dx / radius[:, 0, None, None]) ** 2 + (dy / radius[:, 1, None, None]) ** 2 < 1
-    return inside[:, None].to(torch.uint8) * 255, torch.cat([centre - radius, centre + radius], 1)
-
-
-@pytest.mark.parametrize("crop_first", [False, True])
-def test_boxes_follow_the_augmented_lesion(monkeypatch, crop_first):
-    for name in ("GAMMA", "GAIN", "DEPTH_GAIN", "SPECKLE", "CUTOUT", "BLUR"):  # leave the geometry alone
-        monkeypatch.setattr(data, name, 0.0)
-    pixels, boxes = lesions(64, 96)
-    regions = augment.crop_regions(boxes, 1.0) if crop_first else None
-    out, moved = augment.augment(pixels, 1.0, boxes, regions, 96, torch.Generator().manual_seed(0))
-    # The background is not black after the warp (the bars are the mean), so the lesion is what is far above it.
-    found = torch.stack([torch.from_numpy(data.box_of((o[0] > 0.6).numpy())) for o in out]) / 96
-    iou = metrics.paired_iou(found, moved)
-    assert iou.median() > 0.85  # the elastic part moves the edge a little, and a box does not know of it
-    assert iou.min() > 0.6
-    still = metrics.paired_iou(
-        found, boxes if not crop_first else data.move_boxes(boxes, data.region_matrices(regions))
-    )
-    assert still.mean() < iou.mean() - 0.1  # and the images did move
-
-
-def test_augmentation_resamples_once_is_seeded_and_stays_in_range(monkeypatch):
-    calls = []
-    sample = F.grid_sample
-    monkeypatch.setattr(F, "grid_sample", lambda *a, **k: calls.append(1) or sample(*a, **k))
-    pixels, boxes = lesions(16, 64)
-    out, _ = augment.augment(pixels, 1.0, boxes, generator=torch.Generator().manual_seed(3))
-    assert len(calls) == 1
-    assert out.dtype == torch.float32
-    assert 0 <= float(out.min()) <= float(out.max()) <= 1
-    same, _ = augment.augment(pixels, 1.0, boxes, generator=torch.Generator().manual_seed(3))
-    other, _ = augment.augment(pixels, 1.0, boxes, generator=torch.Generator().manual_seed(4))
-    assert torch.equal(out, same)
-    assert not torch.equal(out, other)
-    none, unmoved = augment.augment(pixels, 0, boxes)
-    torch.testing.assert_close(none, pixels / 255, atol=1e-5, rtol=0)
-    torch.testing.assert_close(unmoved, boxes, atol=1e-5, rtol=0)
-
-
-@pytest.mark.parametrize(
-    "part", ["GAMMA", "GAIN", "DEPTH_GAIN", "SPECKLE", "BLUR", "CUTOUT", "ROTATE", "SCALE", "SHIFT", "ELASTIC"]
-)
-def test_every_part_of_the_augmentation_does_something(monkeypatch, part):
-    names = ["GAMMA", "GAIN", "DEPTH_GAIN", "SPECKLE", "BLUR", "CUTOUT", "ROTATE", "SCALE", "SHIFT", "ELASTIC"]
-    pixels = torch.randint(60, 190, (24, 1, 96, 96), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
-
-    def change(kept):
-        with monkeypatch.context() as m:
-            for name in names:
-                m.setattr(data, name, getattr(data, name) if name in kept else 0.0)
-            out = augment.augment(pixels, 1.0, generator=torch.Generator().manual_seed(0))[0]
-        plain = pixels / 255
-        return torch.minimum((out - plain).abs().mean((1, 2, 3)), (out - plain.flip(3)).abs().mean((1, 2, 3)))
-
-    assert change([]).max() < 1e-3  # all off: the image or its mirror image
-    assert (change([part]) > 1e-3).sum() >= 3
-
-
-def test_blur_is_a_gaussian_of_each_images_own_sigma():
-    x = torch.zeros(2, 2, 21, 21)
-    x[:, :, 10, 10] = 1
-    out = data.blur(x, torch.tensor([0.7, 1.3]))
-    t = torch.arange(-4, 5)
-    for i, sigma in enumerate((0.7, 1.3)):
-        line = torch.exp(-(t**2) / (2 * sigma**2))
-        kernel = line[:, None] * line
-        torch.testing.assert_close(out[i, 1, 6:15, 6:15], kernel / kernel.sum(), atol=1e-6, rtol=0)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1151,48 +1789,6 @@ def test_boxes_and_sheets():
 # train.py: losses and the loop
 
 
-def test_losses_by_hand():
-    z, y = torch.tensor([[0.3], [-1.2], [2.0]]), torch.tensor([1, 0, 1])
-    p = torch.sigmoid(z[:, 0])
-    plain = -torch.where(y == 1, p.log(), (1 - p).log())
-    torch.testing.assert_close(train.classification_loss(z, y), plain.mean())
-    w = torch.tensor([1.0, 3.0])
-    torch.testing.assert_close(train.classification_loss(z, y, w), (plain * w[y]).sum() / w[y].sum())
-    soft = y * 0.9 + 0.05
-    smooth = -(soft * p.log() + (1 - soft) * (1 - p).log()).mean()
-    torch.testing.assert_close(train.classification_loss(z, y, smoothing=0.1), smooth)
-    both = torch.cat([torch.zeros_like(z), z], 1)  # two logits of which one is 0 are one logit
-    torch.testing.assert_close(train.classification_loss(both, y, w), train.classification_loss(z, y, w))
-    labels = torch.tensor([0, 0, 0, 1])
-    torch.testing.assert_close(train.class_weights(labels, 2, "auto"), torch.tensor([4 / 6, 2.0]))
-    assert train.class_weights(labels, 2, "none") is None
-    assert train.class_weights(labels, 2, "2.5").tolist() == [1.0, 2.5]
-
-
-def test_the_detection_loss_falls_to_its_least_at_the_true_box():
-    true = torch.tensor([[0.2, 0.3, 0.6, 0.8]])
-    assert float(train.box_loss(true, true)) == pytest.approx(0, abs=1e-6)
-    losses = [float(train.box_loss(true + shift, true)) for shift in (0.05, 0.1, 0.3, 0.9)]
-    assert losses == sorted(losses)
-
-    class Voter(torch.nn.Module):
-        config = {"design": "votes"}
-
-        def __init__(self, y, x):
-            super().__init__()
-            self.where = (y, x)
-
-        def vote(self, images):
-            scores = torch.zeros(1, 10, 10)
-            scores[0, self.where[0], self.where[1]] = 5
-            return true[..., None, None].expand(1, 4, 10, 10), scores.flatten(1).log_softmax(1).view(1, 10, 10)
-
-    centre, corner = (float(train.detection_loss(Voter(*where), None, true)) for where in ((5, 3), (0, 9)))
-    assert centre < corner  # the box is right both times, but the centre cell should be the one that votes for it
-    nothing_left = torch.tensor([[1.0, 0.3, 1.0, 0.3]])  # a lesion that the augmentation moved out of the frame
-    assert math.isfinite(float(train.detection_loss(Voter(0, 0), None, nothing_left)))
-
-
 @pytest.mark.parametrize(("n", "batch"), [(33, 32), (65, 32), (5, 32), (64, 32), (97, 16)])
 def test_batches_hold_every_row_once_and_never_one_alone(n, batch):
     rows = torch.arange(100, 100 + n)
@@ -1265,43 +1861,6 @@ def test_an_epoch_of_steps_draws_that_many_full_batches():
     assert set(counts.tolist()) <= {2, 3}  # whole shuffles: nobody is drawn twice before all were drawn once
     weighted = train.draw_batches(rows, 4, generator, torch.tensor([0, 0, 0, 1.0, 0, 0, 0]), steps=3)
     assert torch.cat(weighted).tolist() == [13] * 12
-
-
-@pytest.mark.parametrize("classes", [2, 4])
-def test_distillation_is_the_weighted_sum_of_label_and_teacher(classes):
-    generator = torch.Generator().manual_seed(0)
-    logits = torch.randn(6, 1 if classes == 2 else classes, generator=generator, requires_grad=True)
-    labels = torch.randint(classes, (6,), generator=generator)
-    teacher = torch.rand(6, classes, generator=generator).softmax(1)
-    hard = train.classification_loss(logits, labels, smoothing=0.1)
-    torch.testing.assert_close(train.distillation_loss(logits, labels, teacher, 1.0, 3.0, smoothing=0.1), hard)
-    soft = 0.0  # by hand, image by image
-    for z, t in zip(models.two_logits(logits), teacher, strict=True):
-        t = t ** (1 / 3) / (t ** (1 / 3)).sum()
-        s = (z / 3).exp() / (z / 3).exp().sum()
-        soft += 9 * (t * (t / s).log()).sum() / 6
-    expected = 0.3 * train.classification_loss(logits, labels) + 0.7 * soft
-    torch.testing.assert_close(train.distillation_loss(logits, labels, teacher, 0.3, 3.0), expected)
-    # an image without a label learns from the teacher alone
-    unknown = labels.clone()
-    unknown[2:] = -1
-    expected = 0.3 * train.classification_loss(logits[:2], labels[:2]) + 0.7 * soft
-    torch.testing.assert_close(train.distillation_loss(logits, unknown, teacher, 0.3, 3.0), expected)
-    torch.testing.assert_close(train.distillation_loss(logits, labels * 0 - 1, teacher, 0.0, 3.0), soft)
-
-
-@pytest.mark.parametrize("classes", [2, 4])
-def test_at_high_temperature_distillation_matches_logits(classes):
-    """Hinton et al. 2015, eq. 4: as T grows the gradient tends to (z - v) / (N K), for logits of mean 0."""
-    generator = torch.Generator().manual_seed(0)
-    z = torch.randn(5, classes, generator=generator, dtype=torch.double)
-    v = torch.randn(5, classes, generator=generator, dtype=torch.double)
-    z, v = z - z.mean(1, keepdim=True), v - v.mean(1, keepdim=True)
-    given = (z[:, 1:] - z[:, :1] if classes == 2 else z).requires_grad_()
-    loss = train.distillation_loss(given, torch.zeros(5).long(), v.softmax(1), 0.0, 500.0)
-    (gradient,) = torch.autograd.grad(loss, given)
-    expected = (z - v) / (5 * classes)
-    torch.testing.assert_close(gradient, expected[:, 1:] if classes == 2 else expected, atol=2e-3, rtol=0.02)
 
 
 def test_the_report_tells_what_each_member_does_alone(tmp_path, folders):
@@ -2342,7 +2901,7 @@ def test_the_atlas_lays_lesions_on_each_other():
         x0, y0, x1, y1 = (boxes[k] * 60).round().int().tolist()
         maps[k, y0:y1, x0:x1] = 5.0 + k
     mean = explain.atlas(maps, boxes, side=90)
-    assert float(mean.mean()) == pytest.approx(1, abs=1e-4)
+    assert float(mean.mean()) == pytest.approx(1, abs=0.01)
     assert float(mean[32:58, 32:58].mean()) == pytest.approx(9, rel=0.1)
     assert float(mean[:24].sum()) == 0
     edge = torch.tensor([[0.0, 0.0, 0.3, 0.3], [0.2, 0.0, 0.6, 0.1]])  # two thirds of what is cut lie outside
@@ -2518,16 +3077,61 @@ def test_every_kind_of_input_gives_the_same_answer(tmp_path, detector):
         assert {**other, "image": None} == {**first, "image": None}
 
 
-def test_wrong_arrays_are_errors_of_their_own(detector):
-    for array, why in [
+def test_what_is_no_image_is_refused_at_once(detector):
+    for wrong, why in [
         (np.zeros((2, 3, 4, 5)), "no image"),
         (np.full((4, 4), np.nan), "NaN"),
         (np.zeros((0, 4)), "no image"),
         (np.array([["a"]]), "no image"),
+        (torch.zeros(2, 5, 6), "no image"),
+        ([picture(), None], "image 1 is a NoneType"),
+        (7, "int is no image"),
+        ({"a": 1}, "dict is no image"),
     ]:
-        result = detector.predict(array)
-        assert why in result["error"]
-        assert result["probability"] is None
+        with pytest.raises(InputError, match=why):
+            detector.predict(wrong)
+    assert detector.predict([]) == []
+
+
+def test_one_picture_in_every_form_has_one_answer(detector, tmp_path):
+    image = picture(48, 48, 3)
+    image.save(tmp_path / "i.png")
+    array = np.asarray(image)
+    expected = detector.predict(image)
+    tensor = torch.from_numpy(array.copy())
+    with open(tmp_path / "i.png", "rb") as file:
+        for form in [
+            tmp_path / "i.png", file, (tmp_path / "i.png").read_bytes(), array, array.astype(np.int32),
+            array.astype(np.uint16), array / 255, np.stack([array] * 3, 2), tensor, tensor[None], tensor.expand(3, 48, 48),
+        ]:  # fmt: skip
+            found = detector.predict(form)
+            for key in ("probability", "uncertainty", "box"):
+                assert found[key] == pytest.approx(expected[key], abs=1e-3), (key, type(form))
+    batches = [np.stack([array] * 5), np.stack([np.stack([array] * 3, 2)] * 2), tensor.expand(2, 1, 48, 48)]
+    for batch in [*batches, (one for one in [array, array])]:
+        found = detector.predict(batch)
+        assert len(found) == (2 if batch is not batches[0] else 5)
+        assert all(r["probability"] == pytest.approx(expected["probability"], abs=1e-5) for r in found)
+
+
+def test_pictures_of_one_name_get_overlays_of_their_own(tmp_path):
+    files = ["A/us/1.png", "A/us/1.bmp", "B/us/1.png", "B/us/1.png", "A/us_1.png"]
+    names = list(infer.overlay_names([str(tmp_path / f) for f in files]))
+    assert names == [f"{n}_overlay.png" for n in ("A_us_1.png", "A_us_1.bmp", "B_us_1.png", "B_us_1.png_2", "A_us_1.png_2")]  # fmt: skip
+    assert list(infer.overlay_names(["x/one.png"])) == ["one.png_overlay.png"]
+
+
+def test_sentences_say_the_probability_that_decided():
+    two = {"classes": ["benign", "malignant"], "threshold": 0.032}
+    said = infer.sentence({"image": "i", "error": None, "box": None, **infer.answer([0.95, 0.05], 0, two)}, two)
+    assert said.startswith("i: malignant, p(malignant) = 0.050, at or above the threshold 0.032, uncertainty")
+    assert "confidence" not in said
+    said = infer.verdict(infer.answer([1 - 0.03197, 0.03197], 0, two), two)
+    assert said == "benign, p(malignant) = 0.031970, below the threshold 0.032000"
+    many = {"classes": ["akiec", "nv", "vasc"]}
+    found = infer.answer([0.6, 0.256, 0.144], 0, many)
+    assert found["probability"] == found["confidence"] == 0.6
+    assert infer.verdict(found, many) == "akiec, p(akiec) = 0.600"
 
 
 def test_boxes_are_in_the_pixels_of_the_original(detector):
@@ -2544,19 +3148,6 @@ def test_boxes_are_in_the_pixels_of_the_original(detector):
             break
     else:
         pytest.fail("no box lies where its lesion is")
-
-
-def test_views_are_one_batch_and_the_first_is_the_picture():
-    x = torch.rand(3, 1, 32, 32)
-    views = augment.tta_views(x, views=5)
-    assert views.shape == (15, 1, 32, 32)
-    torch.testing.assert_close(views[:3], x, atol=1e-5, rtol=0)
-    torch.testing.assert_close(views[3:6], x.flip(3), atol=1e-5, rtol=0)
-    zoomed = augment.crop(x, torch.tensor([[0.05, 0.05, 0.95, 0.95]]).expand(3, 4), 32)
-    torch.testing.assert_close(views[6:9], zoomed, atol=1e-5, rtol=0)
-    regions = torch.tensor([[0.25, 0.25, 0.75, 0.75]]).expand(3, 4)
-    cropped = augment.tta_views(x, regions, 16, 2)
-    torch.testing.assert_close(cropped[3:], x[:, :, 8:24, 8:24].flip(3), atol=1e-5, rtol=0)
 
 
 def test_a_batch_equals_its_images_one_by_one(tmp_path):
@@ -2757,9 +3348,9 @@ def test_pretraining_sees_no_label_and_no_test_image(tmp_path, folders, method, 
 
     with contextlib.redirect_stdout(io.StringIO()):
         pretrain.main([*options, "--name", "a"])
-        monkeypatch.setattr(options, "load_images", poisoned)
+        monkeypatch.setattr("options.load_images", poisoned)
         pretrain.main([*options, "--name", "b"])
-        monkeypatch.setattr(options, "load_images", honest)
+        monkeypatch.setattr("options.load_images", honest)
     a, b = (torch.load(tmp_path / n / "backbone.pt", weights_only=True) for n in "ab")
     assert all(torch.equal(v, b[k]) for k, v in a.items())
     _, said, _ = quick(tmp_path, "--weights", str(tmp_path / "a" / "backbone.pt"), "--nets", "cnet", "--name", "t", data_folder=folders)  # fmt: skip
@@ -2807,145 +3398,8 @@ def test_pretraining_makes_two_views_of_an_image_alike(tmp_path):
 # al_loop.py: k-center
 
 
-def brute_k_center(points, k, centers):
-    """The definition, in float64, from the full table of distances."""
-    points, taken = points.double(), []
-    if centers is None or not len(centers):
-        if k == 0:
-            return [], None
-        taken = [int((points - points.mean(0)).square().sum(1).argmin())]
-        centers = points[taken]
-    nearest = (points[:, None] - centers.double()[None]).square().sum(2).amin(1)
-    while len(taken) < k:
-        left = nearest.clone()
-        left[taken] = -1
-        taken.append(int(left.argmax()))
-        nearest = torch.minimum(nearest, (points - points[taken[-1]]).square().sum(1))
-    return taken, float(nearest.amax()) ** 0.5
-
-
-def test_k_center_is_the_brute_force_choice_on_hundreds_of_sets_with_duplicates():
-    generator = torch.Generator().manual_seed(0)
-
-    def below(n):
-        return int(torch.randint(n, (1,), generator=generator))
-
-    for trial in range(400):
-        n, d = 1 + below(300), 1 + below(5)
-        points = torch.randint(0, 4 if trial % 2 else 1000, (n, d), generator=generator).float()  # ties, exact copies
-        centers = None if trial % 3 == 0 else torch.randint(0, 4, (below(5), d), generator=generator).float()
-        k = below(n + 1)
-        picks, radius = al_loop.k_center_greedy(points, k, centers)
-        expected, expected_radius = brute_k_center(points, k, centers)
-        assert picks.tolist() == expected, trial
-        assert expected_radius is None or radius == pytest.approx(expected_radius, rel=1e-5), trial
-        if k:
-            plain, plain_radius = al_loop.k_center_greedy_plain(points, k, centers)
-            assert plain.tolist() == expected
-            assert plain_radius == pytest.approx(radius, rel=1e-6)
-
-
-def test_k_center_on_floats_equals_the_plain_algorithm_and_repeats_itself():
-    for seed, shape in ((0, (3000, 64)), (1, (2000, 3)), (2, (1500, 300))):
-        x = torch.randn(shape, generator=torch.Generator().manual_seed(seed)) + 100  # far from the origin: rounding
-        picks, radius = al_loop.k_center_greedy(x, 150, x[:7] + 0.01)
-        plain, plain_radius = al_loop.k_center_greedy_plain(x, 150, x[:7] + 0.01)
-        assert torch.equal(picks, plain)
-        assert radius == plain_radius
-        assert torch.equal(picks, al_loop.k_center_greedy(x, 150, x[:7] + 0.01)[0])
-
-
-def test_k_center_on_awkward_sets():
-    k_center = al_loop.k_center_greedy
-    same = torch.full((500, 8), 0.1)
-    picks, radius = k_center(same, 500)  # one point, 500 times
-    assert picks.tolist() == list(range(500))
-    assert radius == 0
-    assert k_center(same, 3, same[:1])[0].tolist() == [0, 1, 2]
-    corners = torch.eye(400)  # everyone as far from everyone: ties beyond the work set
-    assert k_center(corners, 400, corners[:1])[0].tolist() == [*range(1, 400), 0]
-    assert k_center(torch.zeros(0, 4), 0) == (pytest.approx([]), 0.0) or len(k_center(torch.zeros(0, 4), 0)[0]) == 0
-    near = torch.tensor([[1000.0, 1000.0], [1000.0001, 1000.0], [1000.0, 1000.0]])
-    assert sorted(k_center(near, 3)[0].tolist()) == [0, 1, 2]
-    for k in (-1, 5):
-        with pytest.raises(ValueError, match="of 4 points"):
-            k_center(torch.rand(4, 2), k)
-    with pytest.raises(ValueError, match="NaN"):
-        k_center(torch.tensor([[0.0], [math.nan]]), 1)
-    doubles = torch.rand(50, 3, dtype=torch.double)
-    assert k_center(doubles, 5)[0].tolist() == brute_k_center(doubles, 5, None)[0]
-
-
-def test_k_center_needs_little_memory():
-    """At 40,000 x 256 (41 MB): a table of all pairs would be 6.4 GB, one of all points against the picks 16 MB."""
-    code = (
-        "import resource, torch, al_loop; x = torch.randn(40_000, 256, generator=torch.Generator().manual_seed(0));"
-        "al_loop.k_center_greedy(x[:300], 5); before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss;"
-        "al_loop.k_center_greedy(x, 100);"
-        "print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)"
-    )
-    assert float(run("-c", code).stdout) < 60
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # al_loop.py: strategies
-
-
-def toy_context(**more):
-    """Six images: two near each other and labelled; one sure and far; two unsure; a copy of a labelled one."""
-    embeddings = torch.tensor([[0.0, 1.0], [0.1, 1.0], [9.0, 0.0], [1.0, 2.0], [1.0, 2.5], [0.0, 1.0]])
-    positive = torch.tensor([0.0, 0.1, 0.99, 0.5, 0.35, 0.02])
-    return query.Context(
-        embeddings,
-        torch.stack([1 - positive, positive], 1),
-        torch.tensor([0, 1]),
-        torch.tensor([2, 3, 4, 5]),
-        torch.Generator().manual_seed(0),
-        **more,
-    )
-
-
-def test_each_strategy_chooses_what_it_should_on_a_toy_pool():
-    context = toy_context()
-    assert al_loop.query_entropy(context, 2).tolist() == [3, 4]
-    assert al_loop.query_coreset(context, 3).tolist() == [2, 4, 3]
-    assert sorted(al_loop.query_random(context, 4).tolist()) == [2, 3, 4, 5]
-    # gradient: (p - one-hot) x embedding; by hand: 2 -> 0.01 * 9, 3 -> 0.5 * 2.2, 4 -> 0.35 * 2.7, 5 -> 0.02 * 1
-    assert al_loop.query_badge(context, 1).tolist() == [3]
-    opinions = torch.tensor([[0.5, 0.5, 0.9, 0.5, 0.2, 0.0], [0.5, 0.5, 0.9, 0.5, 0.8, 0.0]])
-    members = torch.stack([1 - opinions, opinions], 2)
-    assert al_loop.query_committee(toy_context(members=members), 1).tolist() == [4]  # 3 is unsure, but all agree
-    assert al_loop.query_bald(toy_context(sampled=members), 1).tolist() == [4]
-
-
-def test_typiclust_takes_the_typical_image_of_the_largest_cluster_without_a_label():
-    generator = torch.Generator().manual_seed(0)
-    angle = torch.cat(
-        [
-            0.0 + 0.02 * torch.randn(30, generator=generator),
-            1.5 + 0.02 * torch.randn(20, generator=generator),
-            3.0 + 0.02 * torch.randn(10, generator=generator),
-        ]
-    )
-    context = query.Context(
-        torch.stack([angle.cos(), angle.sin()], 1), None, torch.tensor([0]), torch.arange(1, 60), generator
-    )  # fmt: skip
-    picks = al_loop.query_typiclust(context, 2).tolist()
-    assert 30 <= picks[0] < 50  # the cluster of 30 has a label
-    assert 50 <= picks[1] < 60
-    middle = angle[30:50].median()
-    assert (angle[picks[0]] - middle).abs() < 0.02
-    none = query.Context(context.embeddings, None, torch.empty(0, dtype=torch.long), torch.arange(60), generator)
-    first = al_loop.query_typiclust(none, 3).tolist()
-    assert sorted(i // 10 for i in first)[-1] == 5  # a cold start: one of each cluster
-    assert len({0 if i < 30 else 1 if i < 50 else 2 for i in first}) == 3
-
-
-def test_mutual_information_is_the_mean_divergence_from_the_consensus():
-    p = torch.rand(5, 40, 3, generator=torch.Generator().manual_seed(0)).softmax(2)
-    mean = p.mean(0, keepdim=True)
-    divergence = (p * (p / mean).log()).sum(2).mean(0)
-    torch.testing.assert_close(query.mutual_information(p), divergence, atol=1e-6, rtol=1e-4)
 
 
 def test_monte_carlo_dropout_is_dropout():
@@ -2959,63 +3413,6 @@ def test_monte_carlo_dropout_is_dropout():
         theirs = torch.stack([models.to_probabilities(member.classify(x)) for _ in range(4000)])
     torch.testing.assert_close(ours.mean(0), theirs.mean(0), atol=0.02, rtol=0)
     torch.testing.assert_close(ours.std(0), theirs.std(0), atol=0.02, rtol=0)
-
-
-@pytest.mark.parametrize("classes", [2, 5])
-def test_badge_measures_the_gradients_of_the_last_layer(classes):
-    """Squared distances against those of the gradients that autograd gives for the predicted label."""
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(12, 7, generator=generator)
-    weight = torch.randn(classes, 7, generator=generator, requires_grad=True)
-    logits = x @ weight.T
-    gradients = []
-    for z in logits:
-        loss = F.cross_entropy(z[None], z.argmax()[None])
-        gradients.append(torch.autograd.grad(loss, weight, retain_graph=True)[0].flatten())
-    gradients = torch.stack(gradients)
-    seen = {}
-
-    def record(distance_to, first, k, generator):
-        seen.update(distances=torch.stack([distance_to(i) for i in range(12)]), first=first)
-        return torch.arange(k)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(al_loop, "spread", record)
-        context = query.Context(x, logits.detach().softmax(1), torch.empty(0).long(), torch.arange(12), generator)
-        al_loop.query_badge(context, 3)
-    torch.testing.assert_close(seen["distances"], torch.cdist(gradients, gradients).square(), atol=1e-4, rtol=1e-3)
-    assert seen["first"] == int(gradients.norm(dim=1).argmax())
-
-
-def test_spread_draws_by_squared_distance_and_never_twice():
-    x = torch.tensor([[0.0], [1.0], [3.0]])
-    generator = torch.Generator().manual_seed(0)
-
-    def distance_to(i):
-        return (x - x[i]).square().sum(1)
-
-    second = [int(al_loop.spread(distance_to, 0, 2, generator)[1]) for _ in range(4000)]
-    assert second.count(2) / 4000 == pytest.approx(0.9, abs=0.02)  # 9 : 1
-    copies = torch.zeros(6, 2)
-    picks = al_loop.spread(lambda i: (copies - copies[i]).square().sum(1), 2, 6, generator)
-    assert sorted(picks.tolist()) == list(range(6))
-
-
-def test_every_strategy_returns_distinct_unlabelled_images():
-    generator = torch.Generator().manual_seed(1)
-    x = torch.randn(60, 9, generator=generator)
-    x[30:] = x[:30]  # exact copies
-    p = torch.rand(4, 60, 3, generator=generator).softmax(2)
-    labelled, unlabelled = torch.arange(0, 60, 4), torch.tensor([i for i in range(60) if i % 4])
-    for name, choose in query.STRATEGIES.items():
-        for k in (1, 7, len(unlabelled)):
-            context = query.Context(x, p.mean(0), labelled, unlabelled, torch.Generator().manual_seed(k), p, p)
-            picks = choose(context, k)
-            assert picks.dtype == torch.long, name
-            assert len(set(picks.tolist())) == k, name
-            assert set(picks.tolist()) <= set(unlabelled.tolist()), name
-            again = query.Context(x, p.mean(0), labelled, unlabelled, torch.Generator().manual_seed(k), p, p)
-            assert torch.equal(choose(again, k), picks), name
 
 
 def test_the_pool_is_seen_as_it_is_by_every_member(tmp_path):
@@ -3034,13 +3431,6 @@ def test_the_pool_is_seen_as_it_is_by_every_member(tmp_path):
             torch.testing.assert_close(embeddings[i], expected, atol=1e-5, rtol=1e-4)
             each = model.member_probabilities(pixels, boxes[row : row + 1])[:, 0]
             torch.testing.assert_close(probabilities[:, i], each, atol=1e-5, rtol=1e-4)
-
-
-def test_one_image_of_each_unlabelled_group_is_offered():
-    groups = torch.tensor([7, 3, 3, 7, 5, 5, 9])
-    assert query.candidates(groups, torch.tensor([1]), 2).tolist() == [0, 4, 6]  # 2 shows what 1 shows
-    assert query.candidates(groups, torch.tensor([1]), 4).tolist() == [0, 2, 3, 4, 5, 6]  # too few groups: all
-    assert query.candidates(groups, torch.empty(0, dtype=torch.long), 3).tolist() == [0, 1, 4, 6]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -3150,7 +3540,7 @@ def test_the_labels_of_the_pool_stay_hidden_until_they_are_bought(tmp_path, fold
 
     for name in ("coreset", "badge", "committee"):
         STRATEGY = {name, "random"}
-        monkeypatch.setattr(options, "load_images", poisoned)
+        monkeypatch.setattr("options.load_images", poisoned)
         second, _ = loop(tmp_path, *options[:1], name, *options[2:], "--name", f"b-{name}", data_folder=folders)
         for told in (first, second):
             told["picked"] = {c["strategy"]: without_times(c) for c in told["chains"]}
@@ -3418,6 +3808,121 @@ def test_the_benchmark_weighs_model_files(tmp_path):
     size = (tmp_path / "m.pt").stat().st_size
     assert f"3 networks, {weights / 1e6:.1f} M weights, {size / 1e6:.1f} MB" in out.getvalue()
     assert re.search(r"32 answers .*ours +\d+\.\d+ s   floor", out.getvalue())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The house: what may import what, rooms of one sitting, files to copy whole, a README that runs
+
+FLOORS = [
+    ["augment", "losses", "query", "saliency", "metrics", "phantoms"],
+    ["readers"],
+    ["data"],
+    ["models"],
+    ["plots"],
+    ["options"],
+    ["report"],
+    ["train"],
+    ["infer", "explain", "al_loop", "search", "pretrain"],
+    ["bench"],
+]
+
+
+def sources():
+    return {p.stem: ast.parse(p.read_text()) for p in HERE.glob("*.py") if p.stem != "test_all"}
+
+
+def imports_of(tree):
+    """Names of all modules that a file imports, anywhere in it."""
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found |= {alias.name.split(".")[0] for alias in node.names}
+        if isinstance(node, ast.ImportFrom):
+            found.add(node.module.split(".")[0])
+    return found
+
+
+def test_a_file_imports_only_files_on_floors_below():
+    floor = {name: i for i, names in enumerate(FLOORS) for name in names}
+    files = sources()
+    assert set(files) == set(floor)
+    packages = {"torch", "torchvision", "numpy", "PIL"}
+    for name, tree in files.items():
+        found = imports_of(tree)
+        ours = found & set(floor)
+        assert all(floor[other] < floor[name] for other in ours), (name, ours)
+        allowed = {"torch", "torchvision"} if name in FLOORS[0] else packages
+        foreign = {m for m in found - set(floor) if m not in sys.stdlib_module_names}
+        assert foreign <= allowed, (name, foreign)
+
+
+def test_rooms_of_one_sitting():
+    for name, tree in sources().items():
+        assert len((HERE / f"{name}.py").read_text().splitlines()) <= 750, name
+        for node in ast.walk(tree):
+            if isinstance(node, ast.FunctionDef):
+                assert node.end_lineno - node.lineno < 60, (name, node.name)
+    assert len(Path(__file__).read_text().splitlines()) < 3000
+    assert len((HERE / "README.md").read_text().splitlines()) < 170
+
+
+def alone(folder, name, code):
+    """Run code in a fresh process beside a copy of one file, with no way to the project."""
+    shutil.copy(HERE / f"{name}.py", folder)
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    return subprocess.run(
+        [sys.executable, "-c", code], cwd=folder, env=environment, capture_output=True, text=True, timeout=300
+    )
+
+
+@pytest.mark.parametrize("name", FLOORS[0])
+def test_a_file_of_the_ground_floor_works_alone_on_a_torchvision_network(tmp_path, name):
+    """What its own docstring shows runs as printed, and it meets a network that is none of ours."""
+    text = ast.get_docstring(ast.parse((HERE / f"{name}.py").read_text()))
+    example = "\n".join(line[4:] for line in text.splitlines() if line.startswith("    "))
+    assert len(example.splitlines()) >= 3
+    code = f"import torch, torchvision\nfrom {name} import *\n{example}\n" + textwrap.dedent("""
+        torch.manual_seed(0)
+        net, images = torchvision.models.resnet18(weights=None).eval(), torch.rand(4, 3, 64, 96)
+    """)
+    code += {
+        "augment": "assert net(augment(images)[0]).shape == (4, 1000); assert len(net(tta_views(images, views=3))) == 12",
+        "losses": "loss = distillation_loss(net(images), torch.arange(4), net(images).softmax(1).detach(), 0.5, 2.0)\nloss.backward()",
+        "query": "e = net(images).detach()\nassert len(set(k_center_greedy(e, 3)[0].tolist())) == 3",
+        "saliency": "assert grad_cam(net, images).shape == (4, 64, 96); assert rise(net, images, masks=4).shape == (4, 64, 96)",
+        "metrics": "p = net(images).softmax(1)[:, :2]\nassert 0 <= with_intervals(p / p.sum(1, True), [0, 1, 1, 0])['auc']['value'] <= 1",
+        "phantoms": "pixels, labels, masks = phantoms(4, 64)\nassert net(pixels.float().expand(-1, 3, -1, -1)).shape == (4, 1000)",
+    }[name]
+    done = alone(
+        tmp_path,
+        name,
+        code
+        + "\nimport sys\nassert not {'numpy.random.mtrand', 'data', 'models'} - {'numpy.random.mtrand'} & set(sys.modules)",
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def readme_blocks(kind):
+    return re.findall(rf"```{kind}\n(.*?)```", (HERE / "README.md").read_text(), re.DOTALL)
+
+
+def test_every_python_block_of_the_readme_runs_as_printed(tmp_path):
+    blocks = readme_blocks("python")
+    assert len(blocks) >= 5
+    result = run("-c", "\n".join(blocks), cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert "(2, 64, 64)" in result.stdout
+
+
+def test_the_readme_speaks_of_options_and_files_that_are_there():
+    text = (HERE / "README.md").read_text()
+    told = set(re.findall(r"(?<![\w-])--([a-z][a-z-]+)", text))
+    tables = "".join((HERE / f"{name}.py").read_text() for name in ("options", "infer", "explain", "al_loop"))
+    known = set(re.findall(r'\("([a-z][a-z-]*)", ', tables))
+    assert told <= known, told - known
+    for name in re.findall(r"`([\w/]+\.(?:py|md|args|txt))`", text) + re.findall(r"\]\(([\w/.]+)\)", text):
+        assert (HERE / name).is_file(), name
+    assert sum(p.stat().st_size for p in (HERE / "docs").glob("*.png")) < 400_000
 
 
 # ---------------------------------------------------------------------------------------------------------------------
