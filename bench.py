@@ -24,7 +24,6 @@ import torch.nn.functional as F
 import torchvision
 from torch import nn
 
-import al_loop
 import augment
 import data
 import infer

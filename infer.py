@@ -275,17 +275,18 @@ def sentence(result, info):
         return f"{result['image']}: error: {result['error']}"
     box = f", box {' '.join(f'{v:.0f}' for v in result['box'])}" if result["box"] else ""
     refer = "  -> refer to a radiologist: the evidence is not clear" if result["refer"] else ""
-    return f"{result['image']}: {verdict(result, info)}, uncertainty {result['uncertainty']:.3f}{box}{refer}"
+    return f"{result['image']}: {', '.join(verdict(result, info))}, uncertainty {result['uncertainty']:.3f}{box}{refer}"
 
 
 def verdict(result, info):
-    """As in "malignant, p(malignant) = 0.705, at or above the threshold 0.662"."""
+    """As in ["malignant, p(malignant) = 0.705", "at or above the threshold 0.662"]."""
     if len(info["classes"]) > 2:
-        return f"{result['prediction']}, p({result['prediction']}) = {result['probability']:.3f}"
+        return [f"{result['prediction']}, p({result['prediction']}) = {result['probability']:.3f}"]
     positive, p, threshold = info["classes"][1], result["probability"], info["threshold"]
     side = "at or above" if result["prediction"] == positive else "below"
     digits = 3 if f"{p:.3f}" != f"{threshold:.3f}" else 6
-    return f"{result['prediction']}, p({positive}) = {p:.{digits}f}, {side} the threshold {threshold:.{digits}f}"
+    said = f"{result['prediction']}, p({positive}) = {p:.{digits}f}"
+    return [said, f"{side} the threshold {threshold:.{digits}f}"]
 
 
 def overlay_names(files):
@@ -309,7 +310,7 @@ def save_overlay(result, detector, path, meta=None):
     info, (method, note) = detector.info, recommended_method(detector.path)
     picture = read_image(result["image"], info["channels"])
     heat, _, _, target = explain_picture(detector.model, picture, method, None, meta)
-    lines = [f"{verdict(result, info)}{', refer' if result['refer'] else ''}"]
+    lines = [*verdict(result, info), *(["refer"] if result["refer"] else [])]
     lines += [f"{describe_map(method, info['classes'][target])}{note and '; '}{note}", DISCLAIMER]
     plots.save_png(plots.overlay(picture, result["box"], "\n".join(lines), heat), path)
 

@@ -3127,11 +3127,11 @@ def test_sentences_say_the_probability_that_decided():
     assert said.startswith("i: malignant, p(malignant) = 0.050, at or above the threshold 0.032, uncertainty")
     assert "confidence" not in said
     said = infer.verdict(infer.answer([1 - 0.03197, 0.03197], 0, two), two)
-    assert said == "benign, p(malignant) = 0.031970, below the threshold 0.032000"
+    assert said == ["benign, p(malignant) = 0.031970", "below the threshold 0.032000"]
     many = {"classes": ["akiec", "nv", "vasc"]}
     found = infer.answer([0.6, 0.256, 0.144], 0, many)
     assert found["probability"] == found["confidence"] == 0.6
-    assert infer.verdict(found, many) == "akiec, p(akiec) = 0.600"
+    assert infer.verdict(found, many) == ["akiec, p(akiec) = 0.600"]
 
 
 def test_boxes_are_in_the_pixels_of_the_original(detector):
