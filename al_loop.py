@@ -30,25 +30,12 @@ import torch
 
 import data
 import metrics
+import models
 import options
 import plots
 import train
 from augment import crop
-from data import ImageSet, encode_meta
-from models import (
-    DISCLAIMER,
-    CNet,
-    Ensemble,
-    choose_device,
-    load,
-    load_classifier,
-    read_checkpoint,
-    save,
-    save_checkpoint,
-    to_probabilities,
-    write_atomically,
-)
-from query import COLD, STRATEGIES, Context, candidates, query_random
+from query import COLD, STRATEGIES, Context, candidates
 from readers import COLUMNS, InputError, read_csv
 from report import clean, describe_model, print_change
 from report import compare as compare_models
@@ -64,33 +51,29 @@ def reveal(images, rows):
     return dataclasses.replace(images, labels=labels, boxes=boxes, masks=None)
 
 
-DROPOUT_PASSES = 20
-
-
 @torch.no_grad()
 def observe(model, images, rows, boxes=None, batch=64):
     """Embeddings (P, D) of the first member and the members' probabilities (M, P, K), on the CPU, in one pass."""
     embeddings, probabilities = [], []
     for index in rows.split(batch):
         pixels = images.pixels[index].to(model.device)
-        around = None if boxes is None else boxes[index].to(model.device)
-        meta = None if images.meta is None else images.meta[index].to(model.device)
+        meta, around = (None if v is None else v[index].to(model.device) for v in (images.meta, boxes))
         found = [m.embed(crop(pixels, model.regions(m, around), model.info["size"]), meta) for m in model.members]
         embeddings.append(found[0].float().cpu())
         heads = zip(model.members, found, strict=True)
-        probabilities.append(torch.stack([to_probabilities(m.classify(e)) for m, e in heads]).cpu())
+        probabilities.append(torch.stack([models.to_probabilities(m.classify(e)) for m, e in heads]).cpu())
     return torch.cat(embeddings), torch.cat(probabilities, 1)
 
 
 @torch.no_grad()
-def sample_dropout(member, embeddings, generator, passes=DROPOUT_PASSES):
+def sample_dropout(member, embeddings, generator, passes=20):
     """Probabilities (V, P, K) under as many dropout masks (Gal & Ghahramani 2016). C-Net drops only before its last
     layer, so that the backbone need not run again."""
     keep, device = 1 - member.dropout.p, next(member.parameters()).device
     answers = []
     for _ in range(passes):
         mask = (torch.rand(embeddings.shape, generator=generator) < keep) / keep
-        answers.append(to_probabilities(member.head((embeddings * mask).to(device))).cpu())
+        answers.append(models.to_probabilities(member.head((embeddings * mask).to(device))).cpu())
     return torch.stack(answers)
 
 
@@ -109,15 +92,14 @@ def ask(strategy, model, images, pool, labelled, free, k, generator, boxes=None)
 def first_labels(images, pool, groups, seed, args):
     """Indices into the pool of the start set, the same for every strategy; chosen, if not at random, on the embeddings
     of the initial network: there is no label to learn from yet."""
-    generator = torch.Generator().manual_seed(seed)
-    nothing = torch.empty(0, dtype=torch.long)
+    generator, nothing = torch.Generator().manual_seed(seed), torch.empty(0, dtype=torch.long)
     free = candidates(groups, nothing, args.start)
     if args.start_by == "random":
-        return query_random(Context(None, None, nothing, free, generator), args.start)
+        return STRATEGIES["random"](Context(None, None, nothing, free, generator), args.start)
     torch.manual_seed(seed)
     same = {**train.network_options(images, args), "meta": 0 if images.meta is None else images.meta.shape[1]}
-    net = CNet((args.ensemble or args.model).split(",")[0], len(images.classes), **same)
-    model = Ensemble([net.eval().to(choose_device(args.device))], **train.model_info(images, args, seed))
+    net = models.CNet((args.ensemble or args.model).split(",")[0], len(images.classes), **same)
+    model = models.Ensemble([net.eval().to(models.choose_device(args.device))], **train.model_info(images, args, seed))
     return ask(args.start_by, model, images, pool, nothing, free, args.start, generator)
 
 
@@ -130,14 +112,11 @@ def self_teacher(before, known, rows, args):
 
 
 def judge(model, images, test, look):
-    """{"auc"} of C-Net and {"iou", "iou_at_50"} of D-Net, whichever there is, on the test images."""
-    result = {}
-    if len(model.members):
-        answers = model.combine(train.predict(model, images, test, look))
-        result["auc"] = metrics.evaluate(answers, images.labels[test])["auc"]
+    """{"auc"} of C-Net, and {"iou", "iou_at_50"} where there is a D-Net, on the test images."""
+    answers = model.combine(train.predict(model, images, test, look))
+    result = {"auc": metrics.evaluate(answers, images.labels[test])["auc"]}
     if model.dnet is not None:
-        found = metrics.paired_iou(train.locate(model, images, test), images.boxes[test])
-        result |= metrics.localisation(found)
+        result |= metrics.localisation(metrics.paired_iou(train.locate(model, images, test), images.boxes[test]))
     return {name: float(value) for name, value in result.items()}
 
 
@@ -148,27 +127,25 @@ def run_chain(images, strategy, seed, args, folder):
     The state is saved after every round; a chain that was killed goes on from there to the same result."""
     pool, test, folder = images.rows("train"), images.rows("test"), Path(folder) / f"{strategy}-{seed}"
     groups = torch.arange(len(pool)) if args.ignore_groups else images.groups[pool]
+    rounds, labelled, last = [], torch.arange(len(pool)), 0 if strategy == "all" else args.rounds
     if (folder / "state.pt").exists():
-        state = read_checkpoint(folder / "state.pt", str(folder / "state.pt"))
+        state = models.read_checkpoint(folder / "state.pt", str(folder / "state.pt"))
         rounds, labelled = state["rounds"], state["labelled"]
-    else:
-        rounds = []
-        labelled = torch.arange(len(pool)) if strategy == "all" else first_labels(images, pool, groups, seed, args)
-    last = 0 if strategy == "all" else args.rounds
+    elif strategy != "all":
+        labelled = first_labels(images, pool, groups, seed, args)
     own = (args.ensemble or args.model).split(",")
     asked = own * args.committee if strategy == "committee" and len(own) == 1 else own
     judged = len(own) * len(args.roi.split(","))  # of a committee that was only trained to be asked, one is judged
     follows = args.warm_start or args.distill != "none"  # every round needs the model of the last one
-    while len(rounds) <= last:
-        number, began = len(rounds), time.time()
-        known, rows = reveal(images, pool[labelled]), pool[labelled]
-        before = teacher = unlabelled = None
+    for number in range(len(rounds), last + 1):
+        began, rows, before, teacher, unlabelled = time.time(), pool[labelled], None, None, None
+        known = reveal(images, rows)
         if number and follows:
-            before = load(folder / f"round{number - 1}.pt", choose_device(args.device))
+            before = models.load(folder / f"round{number - 1}.pt", models.choose_device(args.device))
         if number and args.distill != "none":
             if args.distill == "pool":
-                unlabelled = pool[~torch.isin(torch.arange(len(pool)), labelled)]
-            one = Ensemble(before.members[:judged], dnet=before.dnet, **before.info)
+                unlabelled = pool[~torch.isin(pool, rows)]
+            one = models.Ensemble(before.members[:judged], dnet=before.dnet, **before.info)
             teacher = self_teacher(one, known, rows if unlabelled is None else pool, args)
         settings = argparse.Namespace(**{**vars(args), "ensemble": ",".join(asked if number < last else own)})
         work = folder / f"round{number}"
@@ -176,18 +153,18 @@ def run_chain(images, strategy, seed, args, folder):
         with open(work / "output.txt", "a") as file, contextlib.redirect_stdout(file):
             start = before if args.warm_start else None
             model, look, _ = train.train_model(known, rows, pool[:0], settings, work, seed, teacher, unlabelled, start)
-        new = rows[rounds[-1]["labels"] if rounds else 0 :].tolist()
-        result = {"labels": len(rows), "picks": [images.names[i] for i in new]}
-        result |= judge(Ensemble(model.members[:judged], dnet=model.dnet, **model.info), images, test, look)
+        new = rows[rounds[-1]["labels"] if rounds else 0 :]
+        result = {"labels": len(rows), "picks": [images.names[i] for i in new.tolist()]}
+        result |= judge(models.Ensemble(model.members[:judged], dnet=model.dnet, **model.info), images, test, look)
         if number < last:
             free = candidates(groups, labelled, args.query)
             generator = torch.Generator().manual_seed(1000 * seed + number + 1)
             picks = ask(strategy, model, known, pool, labelled, free, args.query, generator, look)
             labelled = torch.cat([labelled, picks])
             if follows:
-                save(folder / f"round{number}.pt", model)
+                models.save(folder / f"round{number}.pt", model)
         rounds.append(result | {"seconds": round(time.time() - began, 1)})
-        save_checkpoint(folder / "state.pt", {"rounds": rounds, "labelled": labelled})
+        models.save_checkpoint(folder / "state.pt", {"rounds": rounds, "labelled": labelled})
         shutil.rmtree(work)
         (folder / f"round{number - 1}.pt").unlink(missing_ok=True)
         values = "  ".join(f"{k} {result[k]:.3f}" for k in ("auc", "iou") if k in result)
@@ -206,19 +183,16 @@ def labels_to_reach(curves, labels, goal):
     two rounds by a straight line. inf where it never does."""
     goal = torch.as_tensor(goal, dtype=torch.double).expand(len(curves))[:, None]
     above = curves >= goal
-    i = above.int().argmax(1)  # the first round that is above
+    i = above.int().argmax(1, keepdim=True)  # the first round that is above
     before = (i - 1).clamp(min=0)
-    rows = torch.arange(len(curves))
-    low, high = curves[rows, before], curves[rows, i]
-    share = ((goal[:, 0] - low) / (high - low)).nan_to_num(0).clamp(0, 1)
+    low, high = curves.gather(1, before), curves.gather(1, i)
+    share = ((goal - low) / (high - low)).nan_to_num(0).clamp(0, 1)
     reached = labels[before] + share * (labels[i] - labels[before])
-    return torch.where(above.any(1), torch.where(i == 0, labels[0], reached), math.inf)
+    return torch.where(above.any(1), reached[:, 0], math.inf)
 
 
 def area(curves, labels):
     """Mean height (R,) of learning curves (R, T) over the labels (T,): the area under the curve over its width."""
-    if len(labels) == 1:
-        return curves[:, 0]
     return torch.trapezoid(curves, labels, dim=1) / (labels[-1] - labels[0])
 
 
@@ -228,26 +202,23 @@ def compare(curves, full, labels, replicates=2000):
     {name: {"area": mean, "gain": paired difference to random, its t interval and p, "needed": {share: {"labels",
     "ratio", "low", "high"}}}}. The ratio is that of the mean curves' labels, its interval a bootstrap over the seeds
     (pairs kept); a curve that does not get there is counted as one query after its last round, and its labels are None."""
-    repeats = len(full)
-    drawn = torch.randint(repeats, (replicates, repeats), generator=torch.Generator().manual_seed(0))
-    end = float(2 * labels[-1] - labels[-2]) if len(labels) > 1 else float(labels[-1])
-    tests = max(1, len(curves) - 1)
-    table = {}
+    drawn = torch.randint(len(full), (replicates, len(full)), generator=torch.Generator().manual_seed(0))
+    drawn = torch.cat([torch.arange(len(full))[None], drawn])  # the first is no resample
+    end, quantiles, table = float(2 * labels[-1] - labels[-2]), torch.tensor([0.025, 0.975], dtype=torch.double), {}
     for name, curve in curves.items():
         mean, low, high, p = metrics.mean_interval(area(curve, labels) - area(curves["random"], labels))
         row = {"area": float(area(curve, labels).mean()), "gain": mean, "low": low, "high": high, "needed": {}}
-        row["p"] = min(1.0, p * tests) if math.isfinite(p) else math.nan  # Bonferroni: so many strategies were tried
+        tests = max(1, len(curves) - 1)  # Bonferroni: so many strategies were tried
+        row["p"] = min(1.0, p * tests) if math.isfinite(p) else math.nan
         for share in SHARES:
-            point, spread = [], []
-            for some in (curve, curves["random"]):
-                point.append(float(labels_to_reach(some.mean(0, keepdim=True), labels, share * float(full.mean()))))
-                spread.append(labels_to_reach(some[drawn].mean(1), labels, share * full[drawn].mean(1)).clamp(max=end))
-            quantiles = torch.tensor([0.025, 0.975], dtype=torch.double)
-            low, high = torch.quantile(spread[0] / spread[1], quantiles).tolist() if repeats > 1 else (math.nan,) * 2
-            ratio = min(point[0], end) / min(point[1], end)
-            if min(point) == math.inf:  # neither gets there
+            goal = share * full[drawn].mean(1)
+            own, chance = (labels_to_reach(c[drawn].mean(1), labels, goal) for c in (curve, curves["random"]))
+            ratios = own.clamp(max=end) / chance.clamp(max=end)
+            low, high = torch.quantile(ratios[1:], quantiles).tolist() if len(full) > 1 else (math.nan, math.nan)
+            ratio = float(ratios[0])
+            if own[0] == chance[0] == math.inf:  # neither gets there
                 ratio = low = high = math.nan
-            needed = {"labels": point[0] if point[0] < math.inf else None, "ratio": ratio, "low": low, "high": high}
+            needed = {"labels": float(own[0]) if own[0] < math.inf else None, "ratio": ratio, "low": low, "high": high}
             row["needed"][f"{share:.2f}"] = needed
         table[name] = row
     return table
@@ -255,10 +226,10 @@ def compare(curves, full, labels, replicates=2000):
 
 def verdict(name, row):
     """One strategy against random, in words."""
-    change = f"{row['gain']:+.4f} [{row['low']:+.4f}, {row['high']:+.4f}] of mean AUC, p {row['p']:.3f}"
+    words = "better than random" if row["gain"] > 0 else "WORSE than random"
     if not row["p"] < 0.05:  # also where one repeat gives no p
-        return f"{name}: no better than random could be shown on this data ({change})"
-    return f"{name}: {'better' if row['gain'] > 0 else 'WORSE'} than random ({change})"
+        words = "no better than random could be shown on this data"
+    return f"{name}: {words} ({row['gain']:+.4f} [{row['low']:+.4f}, {row['high']:+.4f}] of mean AUC, p {row['p']:.3f})"
 
 
 def finished_loop(images, args):
@@ -270,70 +241,54 @@ def finished_loop(images, args):
     own = {"classes": images.classes, "pool": len(images.rows("train")), "test": len(images.rows("test"))}
     if any(other["data"][k] != v for k, v in own.items()):
         raise InputError(f"--against {args.against}: it has other classes, or another pool or test split")
-    if other["labels"] != [args.start + i * args.query for i in range(args.rounds + 1)]:
+    if other["labels"] != list(range(args.start, args.start + args.rounds * args.query + 1, args.query)):
         raise InputError(f"--against {args.against}: its rounds have other numbers of labels")
-    seeds = {c["seed"] for c in other["chains"]} & set(range(args.seed, args.seed + args.repeats))
-    if not seeds or args.nets == "dnet" or "auc" not in other:
-        raise InputError(f"--against {args.against}: no seed in common, or no C-Net: nothing to compare")
+    if not {c["seed"] for c in other["chains"]} & set(range(args.seed, args.seed + args.repeats)):
+        raise InputError(f"--against {args.against}: no seed in common: nothing to compare")
     return other
 
 
 def compare_runs(report, other):
     """Each strategy's mean AUC in one al.json against its own in another, with the same seeds and numbers of labels:
     {strategy: {"gain", "low", "high", "p"}}, paired over the seeds. It tells what distillation, or the groups, are worth."""
-    areas = []
-    for some in (report, other):
-        labels = torch.tensor(some["labels"], dtype=torch.double)
-        chains = {(c["strategy"], c["seed"]): [r["auc"] for r in c["rounds"]] for c in some["chains"]}
-        curves = {k: torch.tensor([v], dtype=torch.double) for k, v in chains.items() if k[0] != "all"}
-        areas.append({k: float(area(v, labels)) for k, v in curves.items()})
-    gains = {}
-    for strategy, seed in sorted(areas[0].keys() & areas[1].keys()):
-        gains.setdefault(strategy, []).append(areas[0][strategy, seed] - areas[1][strategy, seed])
+    own, others = (
+        {(c["strategy"], c["seed"]): [r["auc"] for r in c["rounds"]] for c in some["chains"] if c["strategy"] != "all"}
+        for some in (report, other)
+    )
+    gains, labels = {}, torch.tensor(report["labels"], dtype=torch.double)
+    for strategy, seed in sorted(own.keys() & others.keys()):
+        pair = torch.tensor([others[strategy, seed], own[strategy, seed]], dtype=torch.double)
+        gains.setdefault(strategy, []).append(float(area(pair, labels).diff()))
     return {n: dict(zip(("gain", "low", "high", "p"), metrics.mean_interval(v), strict=True)) for n, v in gains.items()}
 
 
-def write_al_report(images, chains, args, folder, seconds, other=None):
+def write_al_report(images, chains, args, folder, other=None):
     """al.json and curves.png from the chains; other: see finished_loop. Returns the report."""
-    names = ["random", *(s for s in args.strategies if s != "random")]
-    by_name = {n: sorted((c for c in chains if c["strategy"] == n), key=lambda c: c["seed"]) for n in [*names, "all"]}
-    labels = torch.tensor([r["labels"] for r in by_name["random"][0]["rounds"]], dtype=torch.double)
-    report = {
-        "data": {
-            "source": images.source,
-            "classes": images.classes,
-            "size": args.size,
-            "pool": len(images.rows("train")),
-            "test": len(images.rows("test")),
-            "placeholder_boxes": images.placeholder_boxes,
-        },
-        "model": describe_model(args),
-        "distill": args.distill,
-        "seconds": round(seconds, 1),
-        "labels": labels.int().tolist(),
-        "chains": chains,
-    }
+    chains = sorted(chains, key=lambda c: c["seed"])  # workers finish in any order
+    by_name = {n: [c["rounds"] for c in chains if c["strategy"] == n] for n in [*args.strategies, "all"]}
+    labels = [r["labels"] for r in by_name["random"][0]]
+    about = {"source": images.source, "classes": images.classes, "size": args.size, "pool": len(images.rows("train"))}
+    about |= {"test": len(images.rows("test")), "placeholder_boxes": images.placeholder_boxes}
+    seconds = round(sum(r["seconds"] for c in chains for r in c["rounds"]), 1)
+    report = {"data": about, "model": describe_model(args), "distill": args.distill, "seconds": seconds}
+    report |= {"labels": labels, "chains": chains}
     columns = []
     for metric, title in (("auc", "test AUC"), ("iou", "mean IoU of D-Net's boxes")):
         if not all(metric in r for c in chains for r in c["rounds"]):
             continue
-        curves = {
-            n: torch.tensor([[r[metric] for r in c["rounds"]] for c in found], dtype=torch.double)
-            for n, found in by_name.items()
-        }
+        values = {n: [[r[metric] for r in rounds] for rounds in repeats] for n, repeats in by_name.items()}
+        curves = {n: torch.tensor(v, dtype=torch.double) for n, v in values.items()}
+        points = {n: [metrics.mean_interval(v)[:3] for v in curve.T] for n, curve in curves.items()}
+        names = ("mean", "low", "high")
+        report[metric] = {n: [dict(zip(names, v, strict=True)) for v in some] for n, some in points.items()}
+        columns.append(curve_panels(points, labels, title))
         full = curves.pop("all")[:, 0]
         if metric == "auc":
-            report["table"] = compare(curves, full, labels)
-            report["words"] = [verdict(n, report["table"][n]) for n in names if n != "random"]
-        points = {n: [metrics.mean_interval(round_) for round_ in curve.T] for n, curve in curves.items()}
-        points["all"] = [metrics.mean_interval(full)]
-        report[metric] = {
-            n: [dict(zip(("mean", "low", "high"), point[:3], strict=True)) for point in v] for n, v in points.items()
-        }
-        columns.append(curve_panels(points, labels.tolist(), title))
+            report["table"] = compare(curves, full, torch.tensor(labels, dtype=torch.double))
+            report["words"] = [verdict(n, row) for n, row in report["table"].items() if n != "random"]
     if other:
         report["against"] = compare_runs(report, other)
-    write_atomically(folder / "al.json", json.dumps(clean(report), indent=1).encode())
+    models.write_atomically(folder / "al.json", json.dumps(clean(report), indent=1).encode())
     seeds = f"mean of {args.repeats} seeds with its 95 % t band" if args.repeats > 1 else "one seed"
     note = f"{Path(images.source).name}: {report['model']}, {seeds}"
     note += "   PLACEHOLDER BOXES: localisation means nothing" if images.placeholder_boxes else ""
@@ -345,13 +300,10 @@ def write_al_report(images, chains, args, folder, seconds, other=None):
 
 def curve_panels(points, x, title):
     """Charts of one metric: all means together, then each strategy beside random, with their bands. points: {strategy:
-    [(mean, low, high, p), ...]}, with the full-data line under "all". A strategy looks alike in all of them."""
-    names = [n for n in points if n != "all"]
-    curves = [
-        plots.Series(n, x, *[*zip(*points[n], strict=True)][:3], style=i - 1 if i else "#888888")
-        for i, n in enumerate(names)
-    ]
+    [(mean, low, high), ...]}, with the full-data line under "all". A strategy looks alike in all of them."""
     full = plots.Series("all labels", [x[0], x[-1]], [points["all"][0][0]] * 2, style="black")
+    styles = {n: i - 1 if i else "#888888" for i, n in enumerate(points) if n != "all"}
+    curves = [plots.Series(n, x, *zip(*points[n], strict=True), style=style) for n, style in styles.items()]
     low, high = plots.data_range(s.y for s in [*curves, full])
     room = 0.3 * (high - low) + 0.01
     span = (max(0.0, low - room), min(1.0, high + room))  # bands that reach further are cut
@@ -372,8 +324,6 @@ def needed_text(needed, most):
 
 
 def print_al_report(report):
-    if "table" not in report:
-        return
     full = report["auc"]["all"][0]
     print(f"\nfull data: AUC {full['mean']:.3f} [{full['low']:.3f}, {full['high']:.3f}]")
     print("labels needed for a share of it, and as a ratio to random's [95 %, bootstrap over the seeds]")
@@ -391,7 +341,6 @@ def print_al_report(report):
 # ---------------------------------------------------------------------------------------------------------------------
 # The command line of the loop
 
-
 # fmt: off
 LOOP = [
     ("strategies", "random,coreset", "A,B", f"all, or some of: {', '.join(STRATEGIES)}"),
@@ -408,9 +357,8 @@ LOOP = [
 
 
 def build_parser():
-    p = options.train_parser(
-        __doc__.split("\n\n")[0] + " Also: al_loop.py suggest -h, al_loop.py learn -h.", **{"active learning": LOOP}
-    )
+    what = __doc__.split("\n\n")[0] + " Also: al_loop.py suggest -h, al_loop.py learn -h."
+    p = options.train_parser(what, **{"active learning": LOOP})
     p.set_defaults(steps_per_epoch=5)  # rounds of few and of many labels train alike
     return p
 
@@ -419,7 +367,7 @@ def parse(argv=None):
     args = options.parse(argv, build_parser())
     if isinstance(args.strategies, str):
         args.strategies = list(STRATEGIES) if args.strategies == "all" else args.strategies.split(",")
-    args.strategies = list(dict.fromkeys(args.strategies))
+    args.strategies = list(dict.fromkeys(["random", *args.strategies]))
     for name in args.strategies:
         if name not in STRATEGIES:
             raise InputError(f"--strategies {name}: no such strategy (there are: {', '.join(STRATEGIES)})")
@@ -427,32 +375,29 @@ def parse(argv=None):
         raise InputError("--strategies bald draws its committee by dropout: give a --dropout above 0")
     if args.folds > 1 or args.teacher or "mask" in args.roi:
         raise InputError("--folds, --teacher and --roi mask have no meaning in the loop; leave them out")
+    if args.nets == "dnet":
+        raise InputError("--nets dnet: there is no C-Net, whose embeddings and answers choose the images")
     return args
 
 
 def main(argv=None):
     """The loop, or suggest or learn, as the command line says. The loop returns its report and the run folder."""
     argv = sys.argv[1:] if argv is None else argv
-    if argv[:1] == ["suggest"]:
-        return suggest(argv[1:])
-    if argv[:1] == ["learn"]:
-        return learn(argv[1:])
+    if argv[:1] in (["suggest"], ["learn"]):
+        return {"suggest": suggest, "learn": learn}[argv[0]](argv[1:])
     args = parse(argv)
-    choose_device(args.device)
+    models.choose_device(args.device)
     images = options.load_images(args)
-    pool = images.rows("train")
     train.check_split(images, images.rows("test"), "test")
-    if args.start + args.rounds * args.query > len(pool):
-        raise InputError(
-            f"--start {args.start} + --rounds {args.rounds} x --query {args.query}: more than the pool of {len(pool)} images"
-        )
-    train.build_backbone(args.model, images.pixels.shape[1], args.weights)  # a wrong name is said before a run begins
+    if args.start + args.rounds * args.query > (most := len(images.rows("train"))):
+        asked = f"--start {args.start} + --rounds {args.rounds} x --query {args.query}"
+        raise InputError(f"{asked}: more than the pool of {most} images")
+    models.build_backbone(args.model, images.pixels.shape[1], args.weights)  # a wrong name is said before a run begins
     other = finished_loop(images, args) if args.against else None
     folder = options.prepare_folder(args, "al-")
     print(f"run folder: {folder}")
-    names = ["random", *(s for s in args.strategies if s != "random")]
     seeds = range(args.seed, args.seed + args.repeats)
-    jobs = [(n, seed, args, folder) for seed in seeds for n in ["all", *names]]
+    jobs = [(name, seed, args, folder) for seed in seeds for name in ["all", *args.strategies]]
     chains, start = [], time.time()
     try:
         with options.claim(folder), train.Interrupt() if args.workers == 1 else contextlib.nullcontext():
@@ -462,11 +407,10 @@ def main(argv=None):
                 print(f"{len(chains)} of {len(jobs)} chains, about {left / 60:.0f} min left", flush=True)
     except (train.Stopped, KeyboardInterrupt):
         options.stop("al_loop.py", folder)
-    seconds = sum(r["seconds"] for c in chains for r in c["rounds"])
-    report = write_al_report(images, chains, args, folder, seconds, other)
+    report = write_al_report(images, chains, args, folder, other)
     print_al_report(report)
     print(f"\n{folder}: al.json, curves.png   ({time.time() - start:.0f} s)")
-    print(DISCLAIMER)
+    print(models.DISCLAIMER)
     return report, folder
 
 
@@ -475,7 +419,6 @@ def main(argv=None):
 
 # probability: of the positive class, as everywhere; with more than two classes of the suggested one.
 HEADER = ["number", "image", "suggested_label", "probability", "suggested_box", "label", "box"]
-
 
 # fmt: off
 SUGGEST = [
@@ -506,7 +449,7 @@ def suggest(argv):
     out = Path(args.out)
     if (out / "to_label.csv").exists():
         raise InputError(f"--out {out}: holds a to_label.csv, which may have answers; give another folder")
-    model = load_classifier(args.model, choose_device(args.device))
+    model = models.load_classifier(args.model, models.choose_device(args.device))
     images, labelled = read_pool(args, model.info)
     free = candidates(images.groups, labelled, args.query)
     if args.query > len(free):
@@ -514,34 +457,30 @@ def suggest(argv):
     everything, generator = torch.arange(len(images)), torch.Generator().manual_seed(args.seed)
     boxes = None if model.dnet is None else train.locate(model, images, everything)
     picks = ask(args.strategy, model, images, everything, labelled, free, args.query, generator, boxes)
-    title = f"{args.strategy}: {args.query} of {len(free)} images to label"
-    write_sheet(out, images, picks, model, boxes, title)
-    classes = ", ".join(model.info["classes"])
-    print(f"{out / 'to_label.csv'}: fill in the column label with {classes}, and box (x_min y_min x_max y_max in pixels) where you can")  # fmt: skip
+    write_sheet(out, images, picks, model, boxes, f"{args.strategy}: {args.query} of {len(free)} images to label")
+    file, classes = out / "to_label.csv", ", ".join(model.info["classes"])
+    box = "box (x_min y_min x_max y_max in pixels) where you can"
+    print(f"{file}: fill in the column label with {classes}, and {box}")
     print(f"{out / 'to_label.png'}: the same images, numbered")
-    print(f"then: python al_loop.py learn --labels {out / 'to_label.csv'} --data ...")
-    print(DISCLAIMER)
-    return out / "to_label.csv"
+    print(f"then: python al_loop.py learn --labels {file} --data ...")
+    print(models.DISCLAIMER)
+    return file
 
 
 def read_pool(args, info):
     """The pool and what is labelled as one ImageSet, as a model of this info sees it, and the labelled rows."""
-
-    def read(source):
-        return data.load(
-            source, info["load_size"], channels=info["channels"], equalise=info["equalise"], cache=args.cache,
-            skip_bad=True, log=lambda _: None,
-        )  # fmt: skip
-
-    images = read(args.pool)
-    count = len(images)
-    for source in args.labelled:
-        images = data.join(images, read(source))
-    paths = [str(Path(name).resolve()) for name in images.names]
-    known, spec = set(paths[count:]), info["meta_spec"]
-    twice = torch.tensor([i for i in range(count) if paths[i] in known], dtype=torch.long)
-    images.meta = encode_meta([{}] * len(images), None, spec)[0] if spec else None  # the pool's patients are not known
-    return images, torch.cat([torch.arange(count, len(images)), twice])
+    same = {k: info[k] for k in ("channels", "equalise")} | {"cache": args.cache, "skip_bad": True}
+    sources = [args.pool, *args.labelled]
+    images, *more = (data.load(source, info["load_size"], **same, log=lambda _: None) for source in sources)
+    count, spec = len(images), info["meta_spec"]
+    for labelled in more:
+        images = data.join(images, labelled)
+    paths = [Path(name).resolve() for name in images.names]
+    known = set(paths[count:])
+    rows = [*range(count, len(images)), *(i for i in range(count) if paths[i] in known)]
+    # what is known of the patients of the labelled images is forgotten: of the pool's nothing is known
+    images.meta = data.encode_meta([{}] * len(images), None, spec)[0] if spec else None
+    return images, torch.tensor(rows, dtype=torch.long)
 
 
 def write_sheet(out, images, picks, model, boxes, title):
@@ -564,7 +503,7 @@ def write_sheet(out, images, picks, model, boxes, title):
         captions.append(f"{number}: {path.name[-24:]}\n{opinion}")
     pixels, found = [images.pixels[i] for i in picks.tolist()], None if boxes is None else boxes[picks]
     sheet = plots.contact_sheet(pixels, captions, found, title=title + ("" if boxes is None else " (D-Net's box)"))
-    write_atomically(out / "to_label.csv", file.getvalue().encode())
+    models.write_atomically(out / "to_label.csv", file.getvalue().encode())
     plots.save_png(sheet, out / "to_label.png")
 
 
@@ -572,57 +511,50 @@ def read_answers(path, classes, partial=False):
     """What a person wrote into a to_label.csv: Entry objects whose label is an index into `classes`. A class that was
     merged (benign+normal) may be named by its parts. partial: pass over rows without a label. InputError names the row."""
     words = {part.lower(): k for k, name in enumerate(classes) for part in [name, *name.split("+")]}
-    entries, empty = [], []
+    entries = []
     for line, entry in enumerate(read_csv(path, COLUMNS), 2):
         where = f"{path}, row {line} ({Path(entry.name).name})"
         if not Path(entry.image).is_file():
             raise InputError(f"{where}: the image is not there any more; put it back, or correct its path")
-        if not entry.label:
-            if entry.box:
-                raise InputError(f"{where}: a box but no label; fill it in")
-            empty.append(line)
-            continue
-        if entry.label.lower() not in words:
+        if entry.box and not entry.label:
+            raise InputError(f"{where}: a box but no label; fill it in")
+        if entry.label and entry.label.lower() not in words:
             raise InputError(f"{where}: label {entry.label!r} is none of {', '.join(words)}")
-        entries.append(dataclasses.replace(entry, label=words[entry.label.lower()]))
+        entries.append(dataclasses.replace(entry, label=words.get(entry.label.lower())))
+    empty = [line for line, entry in enumerate(entries, 2) if entry.label is None]
     if empty and not partial:
-        raise InputError(
-            f"{path}: no label in {len(empty)} rows ({', '.join(map(str, empty[:8]))}{' ...' if len(empty) > 8 else ''}); fill them in, or learn from the others with --partial"
-        )
-    if not entries:
+        rows = f"{len(empty)} rows ({', '.join(map(str, empty[:8]))}{' ...' if len(empty) > 8 else ''})"
+        raise InputError(f"{path}: no label in {rows}; fill them in, or learn from the others with --partial")
+    if len(empty) == len(entries):
         raise InputError(f"{path}: no row has a label")
-    return entries
+    return [entry for entry in entries if entry.label is not None]
 
 
 def add_answers(images, entries, args):
     """The ImageSet with the answered images joined to it, and their rows. Those that show the same as an image of the
     validation or test split are left out: the test would not be one any more."""
-    pixels, _, boxes, thumbnails, kept = data.decode(
-        entries, images.pixels.shape[-1], images.pixels.shape[1], args.clahe, args.cache, args.skip_bad
-    )
-    entries, count = [entries[i] for i in kept], len(images)
-    meta = None if images.meta is None else encode_meta([{}] * len(entries), None, images.meta_spec)[0]
-    new = ImageSet(
+    _, channels, _, size = images.pixels.shape
+    pixels, _, boxes, thumbnails, kept = data.decode(entries, size, channels, args.clahe, args.cache, args.skip_bad)
+    entries = [entries[i] for i in kept]
+    meta = None if images.meta is None else data.encode_meta([{}] * len(entries), None, images.meta_spec)[0]
+    new = data.ImageSet(
         pixels, torch.tensor([e.label for e in entries]), boxes, None, torch.arange(len(entries)),
         ["train"] * len(entries), meta, [e.image for e in entries], images.classes, thumbnails=thumbnails,
     )  # fmt: skip
     everything = data.join(images, new)
-    held_out = [i for i in range(count) if images.splits[i] in ("val", "test")]
-    held_out = torch.isin(everything.groups[count:], everything.groups[held_out])
-    known = {
-        str(Path(n).resolve()) for n, label in zip(images.names, images.labels.tolist(), strict=True) if label >= 0
-    }
-    again = torch.tensor([str(Path(e.image).resolve()) in known for e in entries])
-    for i, entry in enumerate(entries):
-        if held_out[i] or again[i]:
-            why = (
-                "shows the same as an image of the validation or test split" if held_out[i] else "has a label in --data"
-            )
-            print(f"left out {entry.image}: it {why}")
-    rows = count + torch.nonzero(~held_out & ~again)[:, 0]
-    if not len(rows):
+    groups, rows = everything.groups.tolist(), []
+    held_out = {group for group, split in zip(groups, everything.splits, strict=True) if split in ("val", "test")}
+    known = {Path(images.names[i]).resolve() for i in torch.nonzero(images.labels >= 0)[:, 0].tolist()}
+    for i, entry in enumerate(entries, len(images)):
+        if groups[i] in held_out:
+            print(f"left out {entry.image}: it shows the same as an image of the validation or test split")
+        elif Path(entry.image).resolve() in known:
+            print(f"left out {entry.image}: it has a label in --data")
+        else:
+            rows.append(i)
+    if not rows:
         raise InputError("--labels: no image is left to learn from")
-    return everything, rows
+    return everything, torch.tensor(rows)
 
 
 def learn(argv):
@@ -648,11 +580,11 @@ def learn(argv):
     except (train.Stopped, KeyboardInterrupt):
         options.stop("al_loop.py learn", folder)
     change = compare_models(more, [before], [after])
-    write_atomically(folder / "change.json", json.dumps(clean(change), indent=1).encode())
+    models.write_atomically(folder / "change.json", json.dumps(clean(change), indent=1).encode())
     print()
     print_change(change)
     print(f"\n{folder}: before/model.pt, after/model.pt, change.json")
-    print(DISCLAIMER)
+    print(models.DISCLAIMER)
     return change, folder
 
 

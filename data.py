@@ -12,7 +12,10 @@ Images of one patient, one lesion, or near-duplicates of each other share a grou
 import concurrent.futures
 import dataclasses
 import hashlib
+import io
+import itertools
 import json
+import math
 import os
 import shutil
 import sys
@@ -57,23 +60,21 @@ class ImageSet:
 
     def rows(self, split):
         """Indices (int64) of the LABELLED images in a split."""
-        return torch.tensor(
-            [i for i, s in enumerate(self.splits) if s == split and self.labels[i] >= 0], dtype=torch.long
-        )
+        rows = [i for i, s in enumerate(self.splits) if s == split and self.labels[i] >= 0]
+        return torch.tensor(rows, dtype=torch.long)
 
     def summary(self):
         """Counts per class and split, one line each: a flipped label is seen here first."""
         n, c, s, _ = self.pixels.shape
-        lines = [
-            f"{self.source}: {n} images, {s}x{s} px, {'grey' if c == 1 else 'colour'}, {len(self.groups.unique())} groups"
-        ]
+        colour = "grey" if c == 1 else "colour"
+        lines = [f"{self.source}: {n} images, {s}x{s} px, {colour}, {len(self.groups.unique())} groups"]
         for split in ("train", "val", "test", ""):
             labels = self.labels[[i for i, x in enumerate(self.splits) if x == split]]
             if not len(labels):
                 continue
-            unlabelled = int((labels < 0).sum())
             counts = [f"{int((labels == k).sum())} {name}" for k, name in enumerate(self.classes)]
-            counts += [f"{unlabelled} not labelled"] if unlabelled else []
+            if unlabelled := int((labels < 0).sum()):
+                counts.append(f"{unlabelled} not labelled")
             lines.append(f"  {split or 'pool':5s} {len(labels):6d}: {', '.join(counts)}")
         if len(self.classes) == 2:
             lines.append(f"  positive class: {self.classes[-1]}   (wrong? --positive NAME)")
@@ -86,15 +87,20 @@ class ImageSet:
 # One image
 
 
+def open_image(source):
+    """A file, or uint8 (H, W) or (H, W, 3), as a PIL image; of a file nothing but its header is read yet."""
+    return Image.fromarray(source) if isinstance(source, np.ndarray) else Image.open(source)
+
+
 def read_image(path, channels):
-    """Any image file as an upright 8-bit PIL image, "L" for channels=1 or "RGB" for 3.
+    """Any image file, or array as open_image takes it, as an upright 8-bit PIL image: "L" for channels=1, "RGB" for 3.
 
     EXIF rotation is applied, transparency is laid on black, 16-bit and float images are scaled by their own range.
     Raises InputError (one line) when the file is missing, truncated, no image, or a decompression bomb."""
     if isinstance(path, (str, Path)) and not os.path.exists(path):
         raise InputError("no such file")
     try:
-        with Image.open(path) as image:
+        with open_image(path) as image:
             image.load()
             return to_mode(image, channels)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as e:
@@ -133,8 +139,7 @@ def letterbox(image, size):
     small = np.asarray(image.resize((w, h), Image.Resampling.BILINEAR, reducing_gap=3.0))  # antialiased
     small = small.reshape(h, w, -1).transpose(2, 0, 1)
     left, top = (size - w) // 2, (size - h) // 2
-    square = np.empty((len(small), size, size), np.uint8)
-    square[:] = np.rint(small.mean((1, 2))).astype(np.uint8)[:, None, None]
+    square = np.rint(small.mean((1, 2), keepdims=True)).astype(np.uint8).repeat(size, 1).repeat(size, 2)
     square[:, top : top + h, left : left + w] = small
     return square, (w / width, h / height, left, top)
 
@@ -149,8 +154,8 @@ def thumbnail(image):
 def original_box(box, placement, side, size):
     """A box in [0, 1] of a letterboxed square of `side` pixels, in the pixels of the original image of `size` (w, h)."""
     sx, sy, left, top = placement
-    corners = ((v * side - o) / s for v, o, s in zip(box, (left, top) * 2, (sx, sy) * 2, strict=True))
-    return [min(max(v, 0.0), float(most)) for v, most in zip(corners, tuple(size) * 2, strict=True)]
+    corners = (np.array(box) * side - [left, top, left, top]) / [sx, sy, sx, sy]
+    return corners.clip(0, [*size, *size]).tolist()
 
 
 def box_of(mask):
@@ -165,6 +170,7 @@ def box_of(mask):
 # Labels and patient data: from the source's words to numbers
 
 POSITIVE_WORDS = ("malignant", "cancer", "carcinoma", "idc", "tumor", "tumour", "melanoma", "positive", "abnormal", "1")
+MISSING = {"", "na", "nan", "none", "null", "unknown", "?"}
 
 
 def resolve_classes(words, positive=None, drop=()):
@@ -194,9 +200,6 @@ def resolve_classes(words, positive=None, drop=()):
     return classes, [-1 if not w else index.get(w) for w in words]
 
 
-MISSING = {"", "na", "nan", "none", "null", "unknown", "?"}
-
-
 def encode_meta(rows, columns, spec=None):
     """Patient data as numbers. rows: dicts of strings. Returns float32 (N, M), the M column names, and the spec.
 
@@ -210,27 +213,23 @@ def encode_meta(rows, columns, spec=None):
             try:
                 numbers = np.array([float(v) for v in values])
             except ValueError:
-                spec.append({"column": column, "levels": sorted(set(values))})
-                continue
+                numbers = np.array([])
             if not np.isfinite(numbers).all():
                 raise InputError(f"{column}: a cell is infinite; leave it empty where the number is not known")
             if len(numbers):
                 spec.append({"column": column, "mean": float(numbers.mean()), "sd": float(numbers.std()) or 1.0})
-            else:
-                spec.append({"column": column, "levels": []})
-    names, parts = [], []
+            else:  # words, or nothing at all
+                spec.append({"column": column, "levels": sorted(set(values))})
+    coded = []  # (name, values) of each of the M columns
     for s in spec:
         column = s["column"]
         values = [str(r.get(column, "")).strip() for r in rows]
         missing = np.array([v.lower() in MISSING for v in values])
         if "levels" in s:
-            unknown = sorted({v for v, m in zip(values, missing, strict=True) if not m and v not in s["levels"]})
-            if unknown:
-                raise InputError(
-                    f"{column}={unknown[0]}: a value not seen in training (known: {', '.join(s['levels'])})"
-                )
-            parts += [np.array([v == level for v in values]) for level in s["levels"]]
-            names += [f"{column}={level}" for level in s["levels"]]
+            if unknown := sorted({v for v in values if v.lower() not in MISSING} - set(s["levels"])):
+                known = ", ".join(s["levels"])
+                raise InputError(f"{column}={unknown[0]}: a value not seen in training (known: {known})")
+            coded += [(f"{column}={level}", [v == level for v in values]) for level in s["levels"]]
         else:
             try:
                 numbers = np.array([0.0 if m else float(v) for v, m in zip(values, missing, strict=True)])
@@ -238,11 +237,10 @@ def encode_meta(rows, columns, spec=None):
                 raise InputError(f"{column}: {e}") from e
             if not np.isfinite(numbers).all():
                 raise InputError(f"{column}={values[int(np.isfinite(numbers).argmin())]}: give a finite number")
-            parts.append(np.where(missing, 0.0, (numbers - s["mean"]) / s["sd"]))
-            names.append(column)
-        parts.append(missing)
-        names.append(f"{column} missing")
-    return torch.tensor(np.stack(parts, 1).astype(np.float32)), names, spec
+            coded.append((column, np.where(missing, 0.0, (numbers - s["mean"]) / s["sd"])))
+        coded.append((f"{column} missing", missing))
+    names, parts = zip(*coded, strict=True)
+    return torch.tensor(np.stack(parts, 1).astype(np.float32)), list(names), spec
 
 
 def parse_meta(text):
@@ -253,7 +251,6 @@ def parse_meta(text):
 # ---------------------------------------------------------------------------------------------------------------------
 # Groups and splits
 
-
 MOST_COMPARED = 20_000  # images among which near-duplicates are looked for: the cost grows with the square
 
 
@@ -262,8 +259,7 @@ def near_duplicates(thumbnails, threshold=0.95):
 
     Two images are near-duplicates if the correlation of their thumbnails, or of one with the other's mirror image,
     reaches `threshold`. Costs N^2 / 2 correlations, in blocks. thumbnails: uint8 (N, 1, T, T), see thumbnail."""
-    thumbs = thumbnails.float()
-    thumbs = thumbs - thumbs.mean((2, 3), keepdim=True)
+    thumbs = thumbnails.float() - thumbnails.float().mean((2, 3), keepdim=True)
     mirrored = F.normalize(thumbs.flip(3).flatten(1), dim=1)
     thumbs = F.normalize(thumbs.flatten(1), dim=1)
     pairs, similarity = [], []
@@ -296,25 +292,19 @@ def partition(labels, groups, shares, seed):
     """Divide images into parts of the given shares: int64 (N,), the part of each. Stratified, and no group is split.
 
     Groups are dealt in random order, the largest first, each to the part that then lacks most of its classes."""
-    generator = torch.Generator().manual_seed(seed)
     shares = torch.tensor(shares, dtype=torch.double) / sum(shares)
-    _, classes = torch.unique(labels, return_inverse=True)
-    _, groups = torch.unique(groups, return_inverse=True)
-    counts = torch.zeros(
-        int(groups.max()) + 1 if len(groups) else 0, int(classes.max()) + 1 if len(classes) else 0, dtype=torch.double
-    )
-    counts.index_put_((groups, classes), torch.ones(len(labels), dtype=torch.double), accumulate=True)
-    total = counts.sum(0)
-    target = shares[:, None] * total
+    kinds, labels = torch.unique(labels, return_inverse=True)
+    names, groups = torch.unique(groups, return_inverse=True)
+    counts = torch.zeros(len(names), len(kinds), dtype=torch.double)
+    counts.index_put_((groups, labels), torch.ones(len(labels), dtype=torch.double), accumulate=True)
+    target = shares[:, None] * counts.sum(0)
     filled = torch.zeros_like(target)
     part = torch.zeros(len(counts), dtype=torch.long)
-    order = torch.randperm(len(counts), generator=generator)
+    order = torch.randperm(len(counts), generator=torch.Generator().manual_seed(seed))
     order = order[torch.argsort(counts[order].sum(1), descending=True, stable=True)]
     for g in order.tolist():
-        lack = ((target - filled) / target.clamp(min=1e-9) * (counts[g] > 0)).sum(
-            1
-        )  # relative, so that small parts get theirs
-        part[g] = lack.argmax()
+        lack = (target - filled) / target.clamp(min=1e-9)  # relative, so that small parts get theirs
+        part[g] = (lack * (counts[g] > 0)).sum(1).argmax()
         filled[part[g]] += counts[g]
     return part[groups]
 
@@ -322,9 +312,7 @@ def partition(labels, groups, shares, seed):
 def find_groups(entries, labels, classes, thumbnails, split_by_image, log=print):
     """The group (N,) of each image: the source's patients or lesions, else the near-duplicates that the thumbnails show."""
     if split_by_image:
-        log(
-            "SPLIT BY IMAGE: patients, lesions and near-duplicates may lie on both sides, so the result claims too much"
-        )
+        log("SPLIT BY IMAGE: patients, lesions and near-duplicates may lie on both sides; the result claims too much")
         return torch.arange(len(entries))
     words = [e.group or f"image {i}" for i, e in enumerate(entries)]
     groups = torch.from_numpy(np.unique(words, return_inverse=True)[1].reshape(-1))
@@ -339,9 +327,8 @@ def find_groups(entries, labels, classes, thumbnails, split_by_image, log=print)
     pairs, similarity = pairs[unsure], similarity[unsure]
     groups = merge_groups(groups, pairs)
     if len(pairs):
-        log(
-            f"{len(pairs)} near-duplicate pairs (thumbnail correlation >= 0.95) share a group, the largest of {groups.bincount().max()} images"
-        )
+        share = f"share a group, the largest of {groups.bincount().max()} images"
+        log(f"{len(pairs)} near-duplicate pairs (thumbnail correlation >= 0.95) {share}")
     for (i, j), s in zip(pairs.tolist(), similarity.tolist(), strict=True):
         if labels[i] != labels[j] and min(labels[i], labels[j]) >= 0:
             both = (f"{entries[k].name} ({classes[labels[k]]})" for k in (i, j))
@@ -354,8 +341,8 @@ def find_groups(entries, labels, classes, thumbnails, split_by_image, log=print)
 def complete_splits(splits, labels, groups, seed):
     """Keep the source's splits and make those that it lacks: 70/10/20 where it has none, else 1/8 of train for val
     and 1/5 of train for test. Images without a label stay in no split."""
-    splits = list(splits)
-    labelled = torch.tensor([i for i in range(len(splits)) if labels[i] >= 0], dtype=torch.long)
+    splits = [s if label >= 0 else "" for s, label in zip(splits, labels.tolist(), strict=True)]
+    labelled = torch.nonzero(labels >= 0)[:, 0]
     present = {splits[i] for i in labelled.tolist()}
 
     def deal(rows, names, shares):
@@ -364,12 +351,12 @@ def complete_splits(splits, labels, groups, seed):
 
     if present == {""}:
         deal(labelled, ["train", "val", "test"], [0.7, 0.1, 0.2])
-    elif present:
+    else:
         for name, share in (("test", 0.2), ("val", 0.125)):
-            train = torch.tensor([i for i in labelled.tolist() if splits[i] == "train"], dtype=torch.long)
+            train = torch.tensor([i for i, s in enumerate(splits) if s == "train"], dtype=torch.long)
             if name not in present and len(train):
                 deal(train, ["train", name], [1 - share, share])
-    return [s if labels[i] >= 0 else "" for i, s in enumerate(splits)]
+    return splits
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -377,17 +364,12 @@ def complete_splits(splits, labels, groups, seed):
 
 
 def decode_entry(entry, size, channels, equalise):
-    """One entry as uint8 (C, S, S), its mask bool (S, S), its box float32 (4,) in [0, 1] of the square, its thumbnail.
-    InputError if it can't be read, or its mask or box can't be its own."""
-    if isinstance(entry.image, np.ndarray):
-        image = to_mode(Image.fromarray(entry.image), channels)
-    else:
-        image = read_image(entry.image, channels)
+    """What is kept of one entry, see kept_files. InputError: it can't be read, or its mask or box can't be its own."""
+    image = read_image(entry.image, channels)
     pixels, (sx, sy, left, top) = letterbox(image, size)
     if equalise:
         pixels = clahe(torch.from_numpy(pixels)[None])[0].numpy()
-    mask = np.zeros((size, size), bool)
-    box = np.full(4, np.nan, np.float32)
+    lesion, mask = np.zeros(image.size[::-1], bool), np.zeros((size, size), bool)
     for path in entry.masks:
         m = read_image(path, 1)
         if m.size != image.size:
@@ -397,18 +379,15 @@ def decode_entry(entry, size, channels, equalise):
             m = m.point(lambda v: 255 * v)
         elif 1 < top_value <= 127:
             raise InputError(f"its mask {path} goes from 0 to {top_value}; write 0 and 255, or 0 and 1")
-        b = box_of(np.asarray(m) > 127)
-        box = np.concatenate([np.fmin(box[:2], b[:2]), np.fmax(box[2:], b[2:])])
+        lesion |= np.asarray(m) > 127
         w, h = max(1, round(m.width * sx)), max(1, round(m.height * sy))
         mask[top : top + h, left : left + w] |= np.asarray(m.resize((w, h), Image.Resampling.BILINEAR)) > 127
-    if entry.box is not None:
-        if not lies_inside(entry.box, image.size):
-            raise InputError(
-                f"its box {entry.box} is no x_min, y_min, x_max, y_max in its {image.width}x{image.height} pixels"
-            )
-        box = np.array(entry.box, np.float32)
+    if entry.box is not None and not lies_inside(entry.box, image.size):
+        pixel_size = f"{image.width}x{image.height}"
+        raise InputError(f"its box {entry.box} is no x_min, y_min, x_max, y_max in its {pixel_size} pixels")
+    box = box_of(lesion) if entry.box is None else np.array(entry.box, np.float32)
     box = np.clip((box * [sx, sy, sx, sy] + [left, top, left, top]) / size, 0, 1).astype(np.float32)
-    return pixels, mask, box, thumbnail(image)
+    return {"pixels.u8": pixels, "masks.u8": mask, "boxes.f32": box, "thumbs.u8": thumbnail(image)}
 
 
 def lies_inside(box, size):
@@ -418,51 +397,51 @@ def lies_inside(box, size):
 
 def box_hint(entries, box_format):
     """What to say of boxes that are not what --box-format says: whether all of them would be right in the other one."""
-    right = 0
+    name, sign = ("xywh", 1) if box_format == "xyxy" else ("xyxy", -1)
     boxed = [e for e in entries if e.box is not None]
-    for e in boxed:
-        x0, y0, a, b = e.box
-        other = (x0, y0, x0 + a, y0 + b) if box_format == "xyxy" else (x0, y0, a - x0, b - y0)
-        try:
-            size = e.image.shape[1::-1] if isinstance(e.image, np.ndarray) else Image.open(e.image).size
-        except (OSError, Image.DecompressionBombWarning):
-            continue
-        right += lies_inside(other, size)
-    name = {"xyxy": "xywh", "xywh": "xyxy"}[box_format]
-    return f"; all {right} boxes make sense as {name}: give --box-format {name}" if right == len(boxed) else ""
+    try:
+        for e in boxed:
+            x, y, a, b = e.box
+            with open_image(e.image) as image:
+                if not lies_inside((x, y, a + sign * x, b + sign * y), image.size):
+                    return ""
+    except Exception:  # see read_image
+        return ""
+    return f"; all {len(boxed)} boxes make sense as {name}: give --box-format {name}"
 
 
 def looks_grey(entries):
     """Whether most of a sample of images hold no colour (ultrasound is often saved as RGB, with a coloured mark)."""
-    coloured, seen = 0, 0
+    coloured = []
     for entry in entries[:: max(1, len(entries) // 32)]:
         try:
-            image = Image.fromarray(entry.image) if isinstance(entry.image, np.ndarray) else read_image(entry.image, 3)
+            pixels = np.asarray(read_image(entry.image, 3).resize((32, 32))).astype(int)
         except InputError:
             continue  # a bad file is reported when all are decoded
-        pixels = np.asarray(image.convert("RGB").resize((32, 32))).astype(int)
-        seen += 1
-        coloured += (pixels.max(2) - pixels.min(2)).mean() > 8
-    return coloured <= seen / 2
+        coloured.append((pixels.max(2) - pixels.min(2)).mean() > 8)
+    return sum(coloured) <= len(coloured) / 2
 
 
-class Progress:
-    """One line on stderr that is rewritten: what, how far, time left. Silent where nobody watches."""
-
-    def __init__(self, what, total):
-        self.what, self.total, self.start, self.shown = what, total, time.time(), 0.0
-
-    def __call__(self, done):
+def progress(items, what, total):
+    """Pass `items` on, and say on a line of stderr what, how far, time left. Silent where nobody watches."""
+    start, shown = time.time(), 0.0
+    for done, item in enumerate(items, 1):
         now = time.time()
-        if sys.stderr.isatty() and (now - self.shown > 0.2 or done == self.total):
-            self.shown = now
-            left = (now - self.start) / max(done, 1) * (self.total - done)
-            print(
-                f"\r{self.what} {done}/{self.total}, {left:.0f} s left ",
-                end="\n" if done == self.total else "",
-                file=sys.stderr,
-                flush=True,
-            )
+        if sys.stderr.isatty() and (now - shown > 0.2 or done == total):
+            shown, end = now, "\n" if done == total else ""
+            left = (now - start) / done * (total - done)
+            print(f"\r{what} {done}/{total}, {left:.0f} s left ", end=end, file=sys.stderr, flush=True)
+        yield item
+
+
+def kept_files(entries, size, channels):
+    """What is kept of each image, {file of the cache: (type, shape)}: masks and thumbnails only where they are used."""
+    files = {"pixels.u8": (np.uint8, (channels, size, size)), "boxes.f32": (np.float32, (4,))}
+    if any(e.masks for e in entries):
+        files["masks.u8"] = (bool, (size, size))
+    if len(entries) <= MOST_COMPARED:
+        files["thumbs.u8"] = (np.uint8, (1, 28, 28))
+    return files
 
 
 def decode(entries, size, channels, equalise=False, cache=None, skip_bad=False, box_format="xyxy"):
@@ -471,35 +450,14 @@ def decode(entries, size, channels, equalise=False, cache=None, skip_bad=False, 
 
     With a `cache` folder the result is memory-mapped from there: the second start is immediate, and a set larger than
     memory works. The key is the files' names, sizes and times, and the size. All bad files are reported at once."""
-    masked, folder = any(e.masks for e in entries), None
+    layout, work, folder = kept_files(entries, size, channels), (entries, size, channels, equalise), None
     if cache and not isinstance(entries[0].image, np.ndarray):
-        folder = Path(cache) / cache_key(entries, size, channels, equalise)
-    if folder and is_whole(folder, channels * size * size, masked * size * size):
+        folder = Path(cache) / cache_key(*work)
+    files = {name: io.BytesIO() for name in layout}  # stay empty where there is a cache
+    if folder and is_whole(folder, layout):
         kept, bad = json.loads((folder / "cache.json").read_text()).values()
     else:
-        part = None
-        try:
-            if folder:
-                shutil.rmtree(folder, ignore_errors=True)  # if there is one, it is damaged
-                Path(cache).mkdir(parents=True, exist_ok=True)
-                part = Path(tempfile.mkdtemp(suffix=".part", dir=cache))
-            store = Store(part, len(entries), size, channels, masked)
-            kept, bad = decode_into(store, entries, size, channels, equalise)
-            store.close()
-            if part and kept and not (bad and not skip_bad):
-                (part / "cache.json").write_text(json.dumps({"kept": kept, "bad": bad}))
-                try:
-                    os.rename(part, folder)
-                except OSError:
-                    if not (folder / "cache.json").exists():  # else another process was faster: the same content
-                        raise
-        except OSError as e:
-            raise InputError(
-                f"the cache {cache} can't be written ({e}); make room or name another folder with --cache"
-            ) from e
-        finally:
-            if part:
-                shutil.rmtree(part, ignore_errors=True)
+        kept, bad = fill_cache(folder, layout, skip_bad, work) if folder else decode_into(files, *work)
     if bad and not skip_bad:
         hint = box_hint(entries, box_format) if any(": its box" in line for line in bad) else ""
         which = f"{len(bad)} of {len(entries)} images can't be read (--skip-bad goes on without them){hint}:"
@@ -508,20 +466,16 @@ def decode(entries, size, channels, equalise=False, cache=None, skip_bad=False, 
         raise InputError("no readable image is left")
     for line in bad:
         print(f"skipped {line}")
-    if folder:
-        n = len(kept)
-        pixels = np.memmap(folder / "pixels.u8", np.uint8, "c", shape=(n, channels, size, size))  # "c": never written
-        masks = np.memmap(folder / "masks.u8", bool, "c", shape=(n, size, size)) if masked else None
-        boxes, thumbs = np.load(folder / "boxes.npy"), np.load(folder / "thumbs.npy")
-    else:
-        pixels, masks, boxes, thumbs = store.arrays()
-    tensors = [None if a is None or not len(a) else torch.from_numpy(a) for a in (pixels, masks, boxes, thumbs)]
-    return *tensors, kept
+    tensors = {}
+    for name, (kind, shape) in layout.items():
+        source = np.memmap(folder / name, kind, "c") if folder else np.frombuffer(files[name].getbuffer(), kind)
+        tensors[name] = torch.from_numpy(source.reshape(-1, *shape))  # "c": the file is never written
+    return *map(tensors.get, ("pixels.u8", "masks.u8", "boxes.f32", "thumbs.u8")), kept
 
 
 def cache_key(entries, size, channels, equalise):
     """Names the folder of a decoded data set: another file, size or time of a file is another folder."""
-    key = hashlib.sha256(json.dumps(["v3", size, channels, equalise]).encode())
+    key = hashlib.sha256(json.dumps(["v4", size, channels, equalise]).encode())
     for e in entries:
         for p in [e.image, *e.masks]:
             stat = os.stat(p) if os.path.exists(p) else None
@@ -529,18 +483,40 @@ def cache_key(entries, size, channels, equalise):
     return key.hexdigest()[:16]
 
 
-def is_whole(folder, pixel_bytes, mask_bytes):
+def is_whole(folder, layout):
     """Whether a folder of the cache holds all that it should: a disk that was full, or a copy that was cut, leaves less."""
     try:
         n = len(json.loads((folder / "cache.json").read_text())["kept"])
-        sizes = [(folder / f"{name}.u8").stat().st_size for name in ("pixels", *(["masks"] if mask_bytes else []))]
-        rows = {len(np.load(folder / "boxes.npy")), len(np.load(folder / "thumbs.npy")) or n}
-    except (OSError, ValueError, KeyError, EOFError):
+        sizes = {name: n * np.dtype(kind).itemsize * math.prod(shape) for name, (kind, shape) in layout.items()}
+        return all((folder / name).stat().st_size == size for name, size in sizes.items())
+    except (OSError, ValueError, KeyError):
         return False
-    return sizes == [n * b for b in (pixel_bytes, mask_bytes) if b] and rows == {n}
 
 
-def decode_into(store, entries, size, channels, equalise):
+def fill_cache(folder, layout, skip_bad, work):
+    """Decode into a folder beside `folder`, which gets its name when it is whole: (kept rows, bad files)."""
+    try:
+        shutil.rmtree(folder, ignore_errors=True)  # if there is one, it is damaged
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(".part", dir=folder.parent, ignore_cleanup_errors=True) as part:
+            files = {name: open(Path(part, name), "wb") for name in layout}
+            kept, bad = decode_into(files, *work)
+            for file in files.values():
+                file.close()
+            if kept and (skip_bad or not bad):
+                Path(part, "cache.json").write_text(json.dumps({"kept": kept, "bad": bad}))
+                try:
+                    os.rename(part, folder)
+                except OSError:
+                    if not (folder / "cache.json").exists():  # else another process was faster: the same content
+                        raise
+    except OSError as e:
+        cure = "make room or name another folder with --cache"
+        raise InputError(f"the cache {folder.parent} can't be written ({e}); {cure}") from e
+    return kept, bad
+
+
+def decode_into(files, entries, size, channels, equalise):
     """Decode in threads, in pieces, so that a large set never waits in memory as a whole: (kept rows, bad files)."""
 
     def attempt(entry):
@@ -549,52 +525,17 @@ def decode_into(store, entries, size, channels, equalise):
         except InputError as e:
             return f"{entry.name}: {e}"
 
-    kept, bad, progress = [], [], Progress("decoding", len(entries))
+    kept, bad = [], []
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-        for start in range(0, len(entries), 1024):
-            for i, result in enumerate(pool.map(attempt, entries[start : start + 1024]), start):
-                progress(i + 1)
-                if isinstance(result, str):
-                    bad.append(result)
-                else:
-                    kept.append(i)
-                    store.add(*result)
+        pieces = (pool.map(attempt, entries[i : i + 1024]) for i in range(0, len(entries), 1024))
+        for i, result in enumerate(progress(itertools.chain.from_iterable(pieces), "decoding", len(entries))):
+            if isinstance(result, str):
+                bad.append(result)
+                continue
+            kept.append(i)
+            for name, file in files.items():
+                file.write(result[name].tobytes())
     return kept, bad
-
-
-class Store:
-    """Where decoded images go, one after another: files in a folder `part`, or arrays in memory where it is None."""
-
-    def __init__(self, part, count, size, channels, masked):
-        self.part, self.boxes, self.thumbs = part, [], [] if count <= MOST_COMPARED else None
-        self.shapes = {"pixels": (channels, size, size)} | ({"masks": (size, size)} if masked else {})
-        if part:
-            self.files = {name: open(part / f"{name}.u8", "wb") for name in self.shapes}
-        else:
-            self.files = {name: np.empty((count, *shape), np.uint8) for name, shape in self.shapes.items()}
-
-    def add(self, pixels, mask, box, thumb):
-        for name, value in (("pixels", pixels), ("masks", mask)):
-            if name in self.files and self.part:
-                self.files[name].write(value.tobytes())
-            elif name in self.files:
-                self.files[name][len(self.boxes)] = value
-        self.boxes.append(box)
-        if self.thumbs is not None:
-            self.thumbs.append(thumb)
-
-    def close(self):
-        if self.part:
-            for file in self.files.values():
-                file.close()
-            np.save(self.part / "boxes.npy", np.array(self.boxes, np.float32).reshape(-1, 4))
-            np.save(self.part / "thumbs.npy", np.array(self.thumbs or [], np.uint8))
-
-    def arrays(self):
-        n, files = len(self.boxes), self.files
-        masks = files["masks"][:n].view(bool) if "masks" in files else None
-        thumbs = np.array(self.thumbs or [], np.uint8)
-        return files["pixels"][:n], masks, np.array(self.boxes, np.float32).reshape(-1, 4), thumbs
 
 
 def load(
@@ -628,15 +569,13 @@ def load(
     if native < size:
         log(f"{source}: {native}-pixel images, enlarged to {size}: no detail is gained")
     groups = find_groups(entries, labels, classes, thumbnails, split_by_image, log)
-    meta, meta_columns, spec = None, [], []
-    if entries[0].row is not None:
-        meta, meta_columns, spec = encode_meta([e.row for e in entries], list(entries[0].row))
-    unknown = ~boxes[:, 0].isfinite()
-    if dummy_boxes:
-        boxes[unknown] = torch.tensor([0.25, 0.25, 0.75, 0.75])
+    rows = [e.row for e in entries]
+    meta, meta_columns, spec = encode_meta(rows, list(rows[0])) if rows[0] else (None, [], [])
+    unknown = boxes[:, 0].isnan() & dummy_boxes
+    boxes[unknown] = torch.tensor([0.25, 0.25, 0.75, 0.75])
     images = ImageSet(
         pixels, labels, boxes, masks, groups, complete_splits([e.split for e in entries], labels, groups, seed), meta,
-        [e.name for e in entries], classes, meta_columns, spec, dummy_boxes and bool(unknown.any()), str(source), thumbnails,
+        [e.name for e in entries], classes, meta_columns, spec, bool(unknown.any()), str(source), thumbnails,
     )  # fmt: skip
     log(images.summary())
     return images
@@ -655,22 +594,11 @@ def phantom_set(n=800, size=128, seed=0):
 def join(a, b):
     """Two ImageSets of one size, channels and classes as one; near-duplicates over both share a group. What describes
     the set as a whole is that of `a`; metadata and masks are kept where both have them."""
-    offset = int(a.groups.max()) + 1 if len(a) else 0
-    both = {
-        name: torch.cat([getattr(a, name), getattr(b, name)])
-        if getattr(a, name) is not None and getattr(b, name) is not None
-        else None
-        for name in ("masks", "meta", "thumbnails")
-    }
-    compared = both["thumbnails"] is not None and len(a) + len(b) <= MOST_COMPARED
-    pairs = near_duplicates(both["thumbnails"])[0] if compared else torch.empty(0, 2, dtype=torch.long)
-    return dataclasses.replace(
-        a,
-        pixels=torch.cat([a.pixels, b.pixels]),
-        labels=torch.cat([a.labels, b.labels]),
-        boxes=torch.cat([a.boxes, b.boxes]),
-        groups=merge_groups(torch.cat([a.groups, b.groups + offset]), pairs),
-        splits=a.splits + b.splits,
-        names=a.names + b.names,
-        **both,
-    )
+    b = dataclasses.replace(b, groups=b.groups + (int(a.groups.max()) + 1 if len(a) else 0))
+    both = {}
+    for name in ("pixels", "labels", "boxes", "masks", "groups", "meta", "thumbnails"):
+        x, y = getattr(a, name), getattr(b, name)
+        both[name] = None if x is None or y is None else torch.cat([x, y])
+    if both["thumbnails"] is not None and len(a) + len(b) <= MOST_COMPARED:
+        both["groups"] = merge_groups(both["groups"], near_duplicates(both["thumbnails"])[0])
+    return dataclasses.replace(a, splits=a.splits + b.splits, names=a.names + b.names, **both)

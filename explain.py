@@ -167,7 +167,8 @@ def interval(values, groups):
     def mean(weights):
         return {"mean": values.mean()[None] if weights is None else (weights.double() @ values) / weights.sum(1)}
 
-    return tuple(resample(mean, groups)["mean"].values())
+    shares = {"mean": len(groups.unique())} if ((values == 0) | (values == 1)).all() else None
+    return tuple(resample(mean, groups, shares)["mean"].values())
 
 
 BLIND = 0.5  # a method whose maps correlate more than this with those of random weights does not look at the model

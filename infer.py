@@ -360,14 +360,15 @@ def evaluate(run, views, scales, data_path, cache, device):
     """{setting: {metric: {"value", "low", "high"}}}: one view, `views`, and those at `scales`, on images that the run's
     models never saw. "change": of the AUC against one view, in pairs; "referred": the share of the images; "caught":
     the share of the wrong answers that are among them."""
-    from metrics import resample  # here and not above: a plain prediction starts without them
+    from metrics import evidence, interval_text, resample  # here and not above: a plain prediction starts without them
     from report import held_out
 
     images, pairs = held_out(run, data_path, cache)
     rows, scales = torch.cat([rows for _, rows in pairs]), tuple(scales)
     looked = tuple(dict.fromkeys((1.0, *scales)))  # scale by scale, `views` each; the first is the picture as it is
     found = [(m, look_again(m.to(device), images, r, views, looked)) for m, r in pairs]
-    table, first = {}, None
+    table, first, groups = {}, None, images.groups[rows]
+    known = evidence(images.labels[rows], len(images.classes), groups) | {"referred": len(groups.unique())}
     for k, s in dict.fromkeys([(1, (1.0,)), (views, (1.0,)), (views, scales)]):
         kept = [looked.index(scale) * views + i for scale in s for i in range(k)]
         judged = zip(*(verdicts(model, opinions[:, kept]) for model, opinions in found), strict=True)
@@ -378,10 +379,10 @@ def evaluate(run, views, scales, data_path, cache, device):
             probabilities=probabilities, threshold=threshold, referred=referred,
         )  # fmt: skip
         name = f"{k} view{'s' if k > 1 else ''}" + ("" if s == (1.0,) else f" x {', '.join(f'{v:g}' for v in s)}")
-        table[name] = resample(measure, images.groups[rows])
+        table[name] = resample(measure, groups, known)
         if len(table) == 1:
             print(f"{len(rows)} held-out images\n{'':24s}" + "".join(f"{m:>22s}" for m in table[name]))
-        cells = [f"{m['value']:.3f} [{m['low']:.3f}, {m['high']:.3f}]" for m in table[name].values()]
+        cells = [interval_text(m) for m in table[name].values()]
         print(f"{name:24s}" + "".join(f"{cell:>22s}" for cell in cells), flush=True)
     return table
 

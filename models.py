@@ -9,6 +9,7 @@ boxes = model.locate(images)                  # (N, 4) in [0, 1], None without a
 probabilities = model(images, boxes)           # (N, K)
 """
 
+import functools
 import io
 import math
 import os
@@ -25,19 +26,9 @@ from augment import crop, crop_regions, place, to_float, tta_views
 from losses import cell_centres, two_logits
 from readers import InputError
 
-BACKBONES = [
-    "small_cnn",
-    "resnet18",
-    "resnet34",
-    "resnet50",
-    "efficientnet_b0",
-    "efficientnet_b1",
-    "densenet121",
-    "convnext_tiny",
-    "mobilenet_v2",
-    "alexnet",
-    "vgg16",
-]
+RESNETS = ["resnet18", "resnet34", "resnet50"]
+OTHERS = ["efficientnet_b0", "efficientnet_b1", "densenet121", "convnext_tiny", "mobilenet_v2", "alexnet", "vgg16"]
+BACKBONES = ["small_cnn", *RESNETS, *OTHERS]
 
 DISCLAIMER = "For research and education, not for diagnosis."
 
@@ -67,25 +58,20 @@ def choose_amp(mode, device):
 # Backbones
 
 
-class SeparableBlock(nn.Sequential):
-    """Depthwise 3x3, then pointwise 1x1 (Howard et al., MobileNets, 2017): about 1/8 of a full convolution's work."""
-
-    def __init__(self, inputs, outputs, stride):
-        super().__init__(
-            nn.Conv2d(inputs, inputs, 3, stride, 1, groups=inputs, bias=False),
-            nn.BatchNorm2d(inputs),
-            nn.ReLU(inplace=True),
-            nn.Conv2d(inputs, outputs, 1, bias=False),
-            nn.BatchNorm2d(outputs),
-            nn.ReLU(inplace=True),
-        )
+def convolution(inputs, outputs, side=3, stride=1, groups=1):
+    """The layers of a convolution with BatchNorm and ReLU."""
+    conv = nn.Conv2d(inputs, outputs, side, stride, side // 2, groups=groups, bias=False)
+    return conv, nn.BatchNorm2d(outputs), nn.ReLU(inplace=True)
 
 
 def small_cnn():
-    """A separable-convolution CNN of our own, 0.2 million parameters, for small data and small machines."""
+    """A CNN of our own, 0.2 million parameters, for small data and small machines. Its convolutions are separable: each
+    channel 3x3 by itself, then all 1x1 (Howard et al., MobileNets, 2017): about 1/8 of the work."""
     widths = [(32, 64, 1), (64, 96, 2), (96, 96, 1), (96, 160, 2), (160, 160, 1), (160, 256, 2), (256, 256, 1)]
-    stem = nn.Sequential(nn.Conv2d(3, 32, 3, 2, 1, bias=False), nn.BatchNorm2d(32), nn.ReLU(inplace=True))
-    return nn.Sequential(stem, *(SeparableBlock(*w) for w in widths))
+    blocks = [convolution(3, 32, stride=2)]
+    for inputs, outputs, stride in widths:
+        blocks.append((*convolution(inputs, inputs, 3, stride, groups=inputs), *convolution(inputs, outputs, 1)))
+    return nn.Sequential(*(nn.Sequential(*layers) for layers in blocks))
 
 
 class Blind(nn.Module):
@@ -93,6 +79,24 @@ class Blind(nn.Module):
 
     def forward(self, x):
         return x[:, :0]
+
+
+def whole_network(name, weights=None):
+    """The network of that name, head and all. weights: "DEFAULT" has torchvision download its own."""
+    if name == "small_cnn":
+        net = nn.Module()
+        net.features = small_cnn()
+        return net
+    import torchvision  # here and not above: small_cnn starts without it
+
+    return torchvision.models.get_model(name, weights=weights)
+
+
+def backbone_parts(name, net):
+    """{their own names in a whole network: the modules} that a backbone is made of."""
+    if name in RESNETS:
+        return {n: m for n, m in net.named_children() if n not in ("avgpool", "fc")}
+    return {f"features.{n}": m for n, m in net.features.named_children()}
 
 
 def build_backbone(name, channels=3, weights="none"):
@@ -103,32 +107,19 @@ def build_backbone(name, channels=3, weights="none"):
         return nn.Sequential(Blind()), 0
     if name not in BACKBONES:
         raise InputError(f"--model {name}: no such network (there are: {', '.join(BACKBONES)})")
-    if name == "small_cnn":
-        if weights == "imagenet":
-            raise InputError(
-                "--weights imagenet: small_cnn is our own, torchvision has no weights for it; use none or a file"
-            )
-        net = nn.Module()
-        net.features = small_cnn()
-    else:
-        import torchvision  # here and not above: small_cnn starts without it
-
-        try:
-            net = torchvision.models.get_model(name, weights="DEFAULT" if weights == "imagenet" else None)
-        except OSError as e:
-            raise InputError(f"--weights imagenet: download failed ({e}); give --weights FILE, or none") from e
+    if (name, weights) == ("small_cnn", "imagenet"):
+        why = "small_cnn is our own, torchvision has no weights for it; use none or a file"
+        raise InputError(f"--weights imagenet: {why}")
+    try:
+        net = whole_network(name, "DEFAULT" if weights == "imagenet" else None)
+    except OSError as e:
+        raise InputError(f"--weights imagenet: download failed ({e}); give --weights FILE, or none") from e
     if weights not in ("none", "imagenet"):
         load_weights(net, weights)
-    if name.startswith("resnet"):
-        features = nn.Sequential(*(m for n, m in net.named_children() if n not in ("avgpool", "fc")))
-    elif name == "densenet121":
-        features = nn.Sequential(*net.features.children(), nn.ReLU())
-    else:
-        features = net.features
-    width = [m for m in features.modules() if isinstance(m, (nn.Conv2d, nn.BatchNorm2d))][-1]
-    width = width.out_channels if isinstance(width, nn.Conv2d) else width.num_features
-    if name == "convnext_tiny":
-        width = 768  # its last convolution is depthwise, inside a block of this width
+    features = nn.Sequential(*backbone_parts(name, net).values())
+    if name == "densenet121":
+        features.append(nn.ReLU())  # torchvision's own has it outside of its features
+    width = [m.weight.shape[0] for m in features.modules() if isinstance(m, (nn.Conv2d, nn.BatchNorm2d))][-1]
     if channels == 1:
         fold_stem(features)
     elif channels != 3:
@@ -141,34 +132,19 @@ def fold_stem(features):
 
     A grey image copied three times meets w_r*x + w_g*x + w_b*x = (w_r + w_g + w_b)*x: the same output for a third of
     the input, and no copy is made."""
-    for module in features.modules():
-        for name, conv in module.named_children():
-            if isinstance(conv, nn.Conv2d):
-                grey = nn.Conv2d(
-                    1, conv.out_channels, conv.kernel_size, conv.stride, conv.padding, bias=conv.bias is not None
-                )
-                with torch.no_grad():
-                    grey.weight.copy_(conv.weight.sum(1, keepdim=True))
-                    if conv.bias is not None:
-                        grey.bias.copy_(conv.bias)
-                setattr(module, name, grey)
-                return
+    name, conv = next((n, m) for n, m in features.named_modules() if isinstance(m, nn.Conv2d))
+    grey = nn.Conv2d(1, conv.out_channels, conv.kernel_size, conv.stride, conv.padding, bias=conv.bias is not None)
+    grey.weight, grey.bias = nn.Parameter(conv.weight.detach().sum(1, keepdim=True)), conv.bias
+    features.set_submodule(name, grey)
 
 
 def torchvision_state(name, features):
     """The state of a backbone as a state_dict with torchvision's own names, which `load_weights` reads again. A grey stem
     is given three channels that sum to it."""
-    prefixes = [f"features.{i}" for i in range(len(features))]
-    if name.startswith("resnet") or name == "densenet121":
-        import torchvision
-
-        with torch.device("meta"):
-            net = torchvision.models.get_model(name)
-        own = net if name.startswith("resnet") else net.features
-        prefixes = [n if own is net else f"features.{n}" for n, _ in own.named_children()]
-    state = {}
-    for prefix, part in zip(prefixes, features, strict=False):  # resnet's own has a pooling and a head more
-        state |= {f"{prefix}.{k}" if k else prefix: v.detach().cpu().clone() for k, v in part.state_dict().items()}
+    with torch.device("meta"):
+        prefixes = backbone_parts(name, whole_network(name))
+    parts = zip(prefixes, features, strict=False)  # DenseNet's features have a ReLU more
+    state = {f"{prefix}.{k}": v.detach().cpu().clone() for prefix, part in parts for k, v in part.state_dict().items()}
     stem = next(k for k, v in state.items() if v.ndim == 4)
     if state[stem].shape[1] == 1:
         state[stem] = state[stem].repeat(1, 3, 1, 1) / 3
@@ -183,17 +159,13 @@ def load_weights(net, path):
     own = net.state_dict()
     fits = {k: v for k, v in state.items() if k in own and isinstance(v, torch.Tensor) and v.shape == own[k].shape}
     if not fits:
-        raise InputError(
-            f"--weights {path}: not one of its {len(state)} tensors fits this network (first: {next(iter(state))}; wanted: {next(iter(own))})"
-        )
+        names = f"first: {next(iter(state))}; wanted: {next(iter(own))}"
+        raise InputError(f"--weights {path}: not one of its {len(state)} tensors fits this network ({names})")
     net.load_state_dict(fits, strict=False)
-    for what, keys in (
-        ("missing in the file", own.keys() - fits.keys()),
-        ("in the file but not fitting", state.keys() - fits.keys()),
-    ):
+    misfits = {"missing in the file": own.keys() - fits, "in the file but not fitting": state.keys() - fits}
+    for what, keys in misfits.items():
         if keys:
-            names = sorted(keys)
-            print(f"weights {path}: {len(names)} {what}: {', '.join(names[:4])}{' ...' if len(names) > 4 else ''}")
+            print(f"weights {path}: {len(keys)} {what}: {', '.join(sorted(keys)[:4])}{' ...' if len(keys) > 4 else ''}")
 
 
 def feature_pyramid(features, x):
@@ -202,9 +174,8 @@ def feature_pyramid(features, x):
     for layer in features:
         x = layer(x)
         if maps and maps[-1].shape[-2:] == x.shape[-2:]:
-            maps[-1] = x
-        else:
-            maps.append(x)
+            maps.pop()
+        maps.append(x)
     return maps
 
 
@@ -284,16 +255,8 @@ class CNet(nn.Module):
         super().__init__()
         if model == "none" and not meta:
             raise InputError("--model none sees no image; it needs patient data, --meta-columns")
-        self.config = {
-            "model": model,
-            "classes": classes,
-            "channels": channels,
-            "meta": meta,
-            "dropout": dropout,
-            "normalise": normalise,
-            "roi": roi,
-            "attention": attention,
-        }
+        self.config = {"model": model, "classes": classes, "channels": channels, "meta": meta, "dropout": dropout}
+        self.config |= {"normalise": normalise, "roi": roi, "attention": attention}
         self.features, self.width = build_backbone(model, channels, weights)
         self.attention = ATTENTION[attention](self.width)
         if meta:
@@ -344,21 +307,10 @@ class DNet(nn.Module):
         self.config = {"model": model, "channels": channels, "normalise": normalise, "width": width}
         self.features, _ = build_backbone(model, channels, weights)
         with torch.no_grad():  # the maps' widths, by a look
-            was_training = self.features.training
-            widths = [
-                m.shape[1] for m in feature_pyramid(self.features.eval(), torch.zeros(1, channels, 128, 128))[-3:]
-            ]
-            self.features.train(was_training)
-        self.lateral = nn.ModuleList(nn.Conv2d(w, width, 1) for w in widths)
-        self.head = nn.Sequential(
-            nn.Conv2d(width, width, 3, padding=1, bias=False),
-            nn.BatchNorm2d(width),
-            nn.ReLU(inplace=True),
-            nn.Conv2d(width, width, 3, padding=1, bias=False),
-            nn.BatchNorm2d(width),
-            nn.ReLU(inplace=True),
-            nn.Conv2d(width, 5, 1),
-        )
+            maps = feature_pyramid(self.features.eval(), torch.zeros(1, channels, 128, 128))[-3:]
+        self.features.train()
+        self.lateral = nn.ModuleList(nn.Conv2d(m.shape[1], width, 1) for m in maps)
+        self.head = nn.Sequential(*convolution(width, width), *convolution(width, width), nn.Conv2d(width, 5, 1))
         nn.init.normal_(self.head[-1].weight, std=0.01)
         nn.init.constant_(self.head[-1].bias, -1.3)  # softplus(-1.3) = 0.24: the first boxes are about half the image
 
@@ -395,15 +347,8 @@ class Ensemble(nn.Module):
         self.members = nn.ModuleList(members)
         self.dnet = dnet
         self.weights = torch.tensor([1.0] * len(members) if weights is None else weights, dtype=torch.float32)
-        self.info = {
-            "temperature": 1.0,
-            "threshold": 0.5,
-            "margin": 0.25,
-            "equalise": False,
-            "meta_spec": [],
-            "made": {},
-            **info,
-        }
+        usual = {"temperature": 1.0, "threshold": 0.5, "margin": 0.25, "equalise": False, "meta_spec": [], "made": {}}
+        self.info = usual | info
 
     @property
     def device(self):
@@ -419,12 +364,13 @@ class Ensemble(nn.Module):
             return None
         return crop_regions(boxes, self.info["margin"])
 
-    def member_probabilities(self, images, boxes=None, meta=None, look=crop):
+    def member_probabilities(self, images, boxes=None, meta=None, look=crop, scale=1.0):
         """(M, N, K) probabilities, each member by itself, before the temperature.
 
         boxes (N, 4): what the crops are made around. look(images, regions, size): what a member gets to see; more
-        views than one are a larger N."""
-        looks = (look(images, self.regions(m, boxes), self.info["size"]) for m in self.members)
+        views than one are a larger N. scale: of the size."""
+        size = round(self.info["size"] * scale)
+        looks = (look(images, self.regions(m, boxes), size) for m in self.members)
         return torch.stack([to_probabilities(m(x, meta)) for m, x in zip(self.members, looks, strict=True)])
 
     def combine(self, probabilities):
@@ -440,14 +386,9 @@ class Ensemble(nn.Module):
         """Probabilities (M, V, N, K): of every member, of every view at every scale (V), of every image. `conclude`
         makes one answer of them."""
         meta = None if meta is None else meta.repeat(views, 1)
-        found = []
-        for scale in scales:
-
-            def look(x, regions, size, scale=scale):
-                return tta_views(x, regions, round(size * scale), views)
-
-            found.append(self.member_probabilities(images, boxes, meta, look).unflatten(1, (views, len(images))))
-        return torch.cat(found, 1)
+        look = functools.partial(tta_views, views=views)
+        found = [self.member_probabilities(images, boxes, meta, look, scale) for scale in scales]
+        return torch.cat([p.unflatten(1, (views, len(images))) for p in found], 1)
 
     def conclude(self, opinions):
         """From opinions (M, V, N, K): calibrated probabilities (N, K), and the uncertainty (N,), their standard deviation
@@ -506,9 +447,8 @@ def write_atomically(path, data):
         os.replace(part, path)
     except OSError as e:
         part.unlink(missing_ok=True)
-        raise InputError(
-            f"{path} can't be written ({e.strerror or e}); what was there before is whole; make room and try again"
-        ) from e
+        advice = "what was there before is whole; make room and try again"
+        raise InputError(f"{path} can't be written ({e.strerror or e}); {advice}") from e
 
 
 def save_checkpoint(path, content):
@@ -518,31 +458,24 @@ def save_checkpoint(path, content):
     write_atomically(path, buffer.getbuffer())
 
 
-def read_checkpoint(path, what):
-    """torch.load(weights_only=True) on the CPU; InputError in one line when it is missing or no such file."""
+def read_checkpoint(path, what=None):
+    """torch.load(weights_only=True) on the CPU. InputError in one line, of `what` (the path), when it is missing or no
+    such file."""
+    what = what or path
     if not Path(path).is_file():
         raise InputError(f"{what}: no such file")
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, zipfile.BadZipFile, KeyError, ValueError, OSError) as e:
-        raise InputError(
-            f"{what}: not a PyTorch file, or damaged, or it holds more than tensors ({str(e).splitlines()[0][:80] if str(e) else type(e).__name__})"
-        ) from e
+        why = (str(e) or type(e).__name__).splitlines()[0][:80]
+        raise InputError(f"{what}: not a PyTorch file, or damaged, or it holds more than tensors ({why})") from e
 
 
 def save(path, model):
     """One file that suffices to predict. model: Ensemble."""
-    save_checkpoint(
-        path,
-        {
-            "format": FORMAT,
-            "version": VERSION,
-            "weights": model.weights,
-            **model.info,
-            "members": [{"config": m.config, "state": m.state_dict()} for m in model.members],
-            "dnet": model.dnet and {"config": model.dnet.config, "state": model.dnet.state_dict()},
-        },
-    )
+    content = {"format": FORMAT, "version": VERSION, "weights": model.weights, **model.info}
+    nets = [net and {"config": net.config, "state": net.state_dict()} for net in (*model.members, model.dnet)]
+    save_checkpoint(path, content | {"members": nets[:-1], "dnet": nets[-1]})
 
 
 def load_classifier(path, device="cpu"):
@@ -558,20 +491,18 @@ def load(path, device="cpu"):
 
     InputError if it is none, damaged, or of a newer version."""
     path = model_file(path)
-    content = read_checkpoint(path, str(path))
+    content = read_checkpoint(path)
     if not isinstance(content, dict) or content.pop("format", None) != FORMAT:
         raise InputError(f"{path}: not a model file of this project (a bare state_dict goes to --weights)")
     version = content.pop("version", math.inf)
     if version > VERSION:
         raise InputError(f"{path}: model file of version {version}, this program knows up to {VERSION}; update it")
-    dnet = content.pop("dnet")
     try:
-        members = [rebuild(CNet, m) for m in content.pop("members")]
+        dnet, members = content.pop("dnet"), [rebuild(CNet, m) for m in content.pop("members")]
         model = Ensemble(members, content.pop("weights").tolist(), dnet and rebuild(DNet, dnet), **content)
     except (KeyError, TypeError, RuntimeError, AttributeError) as e:
-        raise InputError(
-            f"{path}: a model file with parts missing or not fitting ({str(e).splitlines()[0][:120]})"
-        ) from e
+        why = str(e).splitlines()[0][:120]
+        raise InputError(f"{path}: a model file with parts missing or not fitting ({why})") from e
     return model.eval().to(device)
 
 

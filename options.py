@@ -26,11 +26,6 @@ from data import load
 from models import ATTENTION, BACKBONES, write_atomically
 from readers import InputError
 
-try:
-    import fcntl
-except ImportError:  # Windows has no such locks
-    fcntl = None
-
 MANY = 1e9
 # fmt: off
 DATA = [
@@ -107,19 +102,10 @@ RUN = [
     ("save-seconds", 30.0, (0, MANY), "least time between two saves of last.pt; 0 = every epoch"),
 ]
 # fmt: on
-AGAINST = ("against", None, "DIR", "a finished run to compare this one with, in pairs; with --resume too")
-TRAIN = {
-    "data": DATA,
-    "model": MODEL,
-    "learning": LEARNING,
-    "distillation": DISTILLATION,
-    "protocol": PROTOCOL,
-    "run": [*RUN, AGAINST],
-}
+TRAIN = {"data": DATA, "model": MODEL, "learning": LEARNING, "distillation": DISTILLATION, "protocol": PROTOCOL}
+TRAIN["run"] = [*RUN, ("against", None, "DIR", "a finished run to compare this one with, in pairs; with --resume too")]
 # What a data set as small and as simple as the phantoms needs: a minute instead of ten.
-PHANTOM_DEFAULTS = {
-    "model": "small_cnn", "weights": "none", "size": 64, "epochs": 24, "batch": 32, "lr": 3e-3, "augment": 0.5
-}  # fmt: skip
+PHANTOM_DEFAULTS = dict(model="small_cnn", weights="none", size=64, epochs=24, batch=32, lr=3e-3, augment=0.5)
 
 
 class OptionFile(argparse.ArgumentParser):
@@ -137,29 +123,24 @@ def build_parser(tables, description, **more):
     p = OptionFile(description=description, fromfile_prefix_chars="@", allow_abbrev=False, **more)
     for title, lines in tables.items():
         group = p.add_argument_group(title)
-        for line in lines:
-            add_option(group, *line)
+        for name, default, kind, text in lines:
+            group.add_argument(f"--{name}", **argument(default, kind, text))
     return p
 
 
-def add_option(group, name, default, kind, text):
-    """One line of a table, see the top of the file."""
-    how = {"default": default, "help": text}
-    if default is not None and default is not False and default != []:
-        how["help"] = f"{text.replace('%', '%%')} (default: %(default)s)"
+def argument(default, kind, text):
+    """One line of a table, see the top of the file, as argparse wants it."""
+    shown = "" if default is None or default is False or default == [] else " (default: %(default)s)"
+    how = {"default": default, "help": text.replace("%", "%%") + shown}
     if kind is None:
-        how["action"] = "store_true"
-    elif isinstance(kind, tuple):
+        return how | {"action": "store_true"}
+    if isinstance(kind, tuple):
         number = type(default[0] if isinstance(default, list) else default)
-        how |= {"type": between(*kind, number), "metavar": "N" if number is int else "X"}
         how |= {"nargs": "+"} if isinstance(default, list) else {}
-    elif isinstance(kind, list):
-        how |= {"choices": kind, "type": type(kind[0])}
-    elif kind.endswith(" ..."):
-        how |= {"nargs": "+", "metavar": kind.removesuffix(" ...")}
-    else:
-        how["metavar"] = kind
-    group.add_argument(f"--{name}", **how)
+        return how | {"type": between(*kind, number), "metavar": "N" if number is int else "X"}
+    if isinstance(kind, list):
+        return how | {"choices": kind, "type": type(kind[0])}
+    return how | {"metavar": kind.removesuffix(" ...")} | ({"nargs": "+"} if kind.endswith(" ...") else {})
 
 
 def between(low, high, number):
@@ -178,24 +159,21 @@ def between(low, high, number):
 
 
 def parse(argv=None, parser=None):
-    """The options of `parser` (that of train.py), checked. With --resume they are the run's own."""
+    """The options of `parser` (that of train.py), checked. With --resume they are the run's own, but for --against."""
     parser = parser or train_parser()
     args = parser.parse_args(argv)
     if args.resume:
         config = Path(args.resume) / "config.json"
         if not config.is_file():
             raise InputError(f"--resume {args.resume}: no config.json there, so nothing to resume; check the path")
-        stored = json.loads(config.read_text())["args"]
-        if getattr(args, "against", None):  # a finished run may be compared afterwards
-            stored["against"] = args.against
-        return argparse.Namespace(**{**vars(args), **stored, "resume": args.resume})
+        given = {k: v for k, v in vars(args).items() if v and k in ("resume", "against")}
+        return argparse.Namespace(**vars(args) | json.loads(config.read_text())["args"] | given)
     if args.data in (None, "phantoms"):
         parser.set_defaults(**PHANTOM_DEFAULTS)
         args = parser.parse_args(argv)
     if args.tensorboard and importlib.util.find_spec("tensorboard") is None:
-        raise InputError(
-            "--tensorboard: the package is not installed: pip install tensorboard; or leave it out, log.jsonl holds the same"
-        )
+        advice = "pip install tensorboard; or leave it out, log.jsonl holds the same"
+        raise InputError(f"--tensorboard: the package is not installed: {advice}")
     if "pos_weight" in args and args.pos_weight not in ("auto", "none"):
         try:
             float(args.pos_weight)
@@ -254,8 +232,11 @@ def claim(folder):
     """Work in a run folder alone. The lock is the system's: it goes when the process ends, however that happens."""
     with open(Path(folder) / "config.json") as file:
         try:
-            if fcntl:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except ImportError:
+            pass  # Windows has no such locks
         except BlockingIOError:
             raise InputError(f"{folder}: another process works in it; wait for it, or stop it") from None
         yield
@@ -270,18 +251,17 @@ def stop(script, folder):
 def run_main(main):
     """Call `main`; a user's mistake is one line on stderr and exit code 1, a bug keeps its traceback."""
     try:
-        main()
+        return main()
     except InputError as e:
-        print(f"error: {e}", file=sys.stderr)
-        sys.exit(1)
+        said, code = f"error: {e}", 1
     except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
-        sys.exit(130)
+        said, code = "stopped", 130
     except BrokenPipeError:  # the reader of our output (head, less) has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except OSError as e:
         if e.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
             raise
-        print(f"error: {e.filename or 'a file'} can't be written ({e.strerror})", file=sys.stderr)
-        sys.exit(1)
+        said, code = f"error: {e.filename or 'a file'} can't be written ({e.strerror})", 1
+    print(said, file=sys.stderr)
+    sys.exit(code)

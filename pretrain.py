@@ -54,9 +54,7 @@ def nt_xent(a, b, temperature):
     other view among the 2 N - 1 others."""
     z = F.normalize(torch.cat([a, b]).float(), dim=1)
     similarity = (z @ z.T / temperature).fill_diagonal_(-torch.inf)
-    n = len(a)
-    partner = torch.arange(2 * n, device=z.device).roll(n)
-    return F.cross_entropy(similarity, partner)
+    return F.cross_entropy(similarity, torch.arange(len(z), device=z.device).roll(len(a)))
 
 
 class BYOL(nn.Module):
@@ -71,11 +69,8 @@ class BYOL(nn.Module):
 
     def loss(self, a, b):
         train.update_average(self.target, self.online, self.decay)  # of the weights as the last step left them
-        with torch.no_grad():
-            target_a, target_b = self.target(a), self.target(b)
-        return (
-            regression(self.predictor(self.online(a)), target_b) + regression(self.predictor(self.online(b)), target_a)
-        ) / 2
+        one = regression(self.predictor(self.online(a)), self.target(b))
+        return (one + regression(self.predictor(self.online(b)), self.target(a))) / 2
 
 
 def regression(predicted, target):
@@ -84,8 +79,6 @@ def regression(predicted, target):
 
 
 METHODS = {"simclr": SimCLR, "byol": BYOL}
-
-
 PRETRAIN = {
     "data": options.DATA,
     "model": [
@@ -117,22 +110,20 @@ def main(argv=None):
         raise InputError("--model none has nothing to learn")
     images = options.load_images(args)
     rows = torch.tensor([i for i, split in enumerate(images.splits) if split != "test"])
-    same = train.network_options(images, args)
+    torch.manual_seed(args.seed)
+    net = METHODS[args.method](args, **train.network_options(images, args))
     folder = options.prepare_folder(args, "pretrain-")
     print(f"run folder: {folder}; {len(rows)} images, the test split left out")
-    torch.manual_seed(args.seed)
-    net = METHODS[args.method](args, **same)
-    pixels = images.pixels if device.type == "cpu" else images.pixels.to(device)
+    images.pixels = images.pixels.to(device)
 
     def loss_of(net, view, boxes, index):
-        other, _ = augment(pixels[index.to(pixels.device)].to(device), args.augment, size=args.size)
+        other, _ = augment(images.pixels[index], args.augment, size=args.size)
         return net.loss(view, other.contiguous(memory_format=torch.channels_last))
 
+    name, seed = args.method, args.seed
     try:
         with options.claim(folder), train.Interrupt():
-            best, history = train.fit(
-                net, images, rows, loss_of, None, args, name=args.method, folder=folder, seed=args.seed
-            )
+            best, history = train.fit(net, images, rows, loss_of, None, args, name=name, folder=folder, seed=seed)
     except (train.Stopped, KeyboardInterrupt):
         options.stop("pretrain.py", folder)
     net.load_state_dict(best)

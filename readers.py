@@ -61,9 +61,8 @@ def natural(text):
 
 
 def image_files(folder):
-    return sorted(
-        (p for p in Path(folder).iterdir() if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file()), key=natural
-    )
+    found = (p for p in Path(folder).iterdir() if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
+    return sorted(found, key=natural)
 
 
 def walk(folder):
@@ -115,17 +114,12 @@ def read_patients(folder):
     """PATIENT/0/* and PATIENT/1/* (Cruz-Roa et al. 2014): 1 is invasive ductal carcinoma. The group is the patient."""
     entries = []
     for patient in subfolders(folder):
-        found = [
-            e
-            for name, label in (("0", "no IDC"), ("1", "IDC"))
-            if (patient / name).is_dir()
-            for e in read_images(patient / name, label=label, group=patient.name)
-        ]
-        if not found:
-            raise InputError(
-                f"{patient}: a patient folder without patches; remove it, or put its images under 0/ and 1/"
-            )
-        entries += found
+        before = len(entries)
+        for name, label in (("0", "no IDC"), ("1", "IDC")):
+            if (patient / name).is_dir():
+                entries += read_images(patient / name, label=label, group=patient.name)
+        if len(entries) == before:
+            raise InputError(f"{patient}: a patient folder without patches; remove it, or put images under 0/ and 1/")
     return entries
 
 
@@ -138,21 +132,20 @@ def read_npz(path):
         raise InputError(f"{path}: holds pickled objects or is damaged, refused ({e}); save plain arrays") from e
     except Exception as e:  # zipfile and numpy raise a family of their own on files that are no npz
         raise InputError(f"{path}: not an npz file ({e})") from e
-    original = hashlib.md5(Path(path).read_bytes()).hexdigest() == BREASTMNIST_MD5
-    malignant_is_zero = original or Path(path).name.startswith("breastmnist")
-    word = {-1: "", **({0: "malignant", 1: "benign"} if malignant_is_zero else {})}
+    word = {-1: ""}
+    if Path(path).name.startswith("breastmnist") or is_breastmnist(path):
+        word |= {0: "malignant", 1: "benign"}
     entries = []
     splits = [s for s in ("train", "val", "test") if f"{s}_images" in arrays]
     if not splits:
         raise InputError(f"{path}: no key train_images (found: {', '.join(arrays) or 'nothing'})")
     for split in splits:
         images, labels, boxes = npz_split(path, split, arrays)
-        only = splits == ["train"]  # then it is no split of the source's
+        known, prefix = ("", "") if splits == ["train"] else (split, f"{split}/")  # train alone is no split
         for i, (image, label) in enumerate(zip(images, labels, strict=True)):
-            box = None if boxes is None or not np.isfinite(boxes[i]).all() else tuple(float(v) for v in boxes[i])
-            name = f"{path}#{i}" if only else f"{path}#{split}/{i}"
+            box = None if boxes is None or not np.isfinite(boxes[i]).all() else tuple(map(float, boxes[i]))
             label = word.get(int(label), str(int(label)))
-            entries.append(Entry(image, name, label, box=box, split="" if only else split))
+            entries.append(Entry(image, f"{path}#{prefix}{i}", label, box=box, split=known))
     return entries
 
 
@@ -161,25 +154,28 @@ def npz_split(path, split, arrays):
     images, labels, boxes = (arrays.get(f"{split}_{key}") for key in ("images", "labels", "bboxes"))
     if labels is None:
         raise InputError(f"{path}: {split}_images has no {split}_labels beside it")
-    labels = labels.reshape(len(images), -1) if labels.size == len(images) else np.atleast_2d(labels)
-    if len(labels) == len(images) and labels.shape[1] != 1:
-        raise InputError(f"{path}: {split}_labels has {labels.shape[1]} columns, one class an image is needed")
+    if 0 in images.shape[1:]:
+        raise InputError(f"{path}: {split}_images is {images.shape}: no pixels")
+    found = f"{images.dtype} {images.shape}"
+    if images.shape[3:] == (1,):
+        images = images[..., 0]
+    if images.dtype != np.uint8 or images.ndim < 3 or images.shape[3:] not in ((), (3,)):
+        raise InputError(f"{path}: {split}_images is {found}, not uint8 (N, H, W) or (N, H, W, 3)")
+    if boxes is not None and (boxes.shape[1:] != (4,) or boxes.dtype.kind not in "iuf"):
+        raise InputError(f"{path}: {split}_bboxes is {boxes.dtype} {boxes.shape}, not four numbers an image")
+    labels = labels.reshape(-1, 1) if labels.size == len(images) or labels.ndim < 2 else labels
+    if len(labels) == len(images) and labels.shape[1:] != (1,):
+        columns = labels.size // len(labels)
+        raise InputError(f"{path}: {split}_labels has {columns} columns, one class an image is needed")
     for key, values in (("labels", labels), ("bboxes", boxes)):
         if values is not None and len(values) != len(images):
             raise InputError(f"{path}: {len(images)} {split}_images but {len(values)} {split}_{key}")
     if labels.dtype.kind not in "iufb" or not np.array_equal(labels, np.trunc(labels.astype(float))):
         raise InputError(f"{path}: {split}_labels are no whole numbers; -1 = not labelled")
-    if boxes is not None and (boxes.shape[1:] != (4,) or boxes.dtype.kind not in "iuf"):
-        raise InputError(f"{path}: {split}_bboxes is {boxes.dtype} {boxes.shape}, not four numbers an image")
-    if 0 in images.shape[1:]:
-        raise InputError(f"{path}: {split}_images is {images.shape}: no pixels")
-    if images.dtype != np.uint8 or images.ndim not in (3, 4) or (images.ndim == 4 and images.shape[3] not in (1, 3)):
-        found = f"{images.dtype} {images.shape}"
-        raise InputError(f"{path}: {split}_images is {found}, not uint8 (N, H, W) or (N, H, W, 3)")
-    return images[..., 0] if images.ndim == 4 and images.shape[3] == 1 else images, labels[:, 0], boxes
+    return images, labels[:, 0], boxes
 
 
-COLUMNS = {"image": None, "label": None, "group": None, "split": None, "mask": None, "box": None, "meta": None}
+COLUMNS = dict.fromkeys(("image", "label", "group", "split", "mask", "box", "meta"))
 
 
 def read_csv(path, columns):
@@ -191,14 +187,14 @@ def read_csv(path, columns):
     columns = choose_columns(path, columns, header)
     find, entries = finder(Path(path).parent), []
     for line, row in enumerate(rows, 2):
-        get = {k: (row.get(v) or "").strip() if isinstance(v, str) else "" for k, v in columns.items()}
-        if not get["image"]:
-            raise InputError(f"{path}, line {line}: no image named")
         where = f"{path}, line {line}"
+        get = {k: row[v] if isinstance(v, str) else "" for k, v in columns.items()}
+        if not get["image"]:
+            raise InputError(f"{where}: no image named")
         split = SPLIT_WORDS.get(get["split"].lower())
         if split is None:
             raise InputError(f"{where}: split {get['split']!r} is none of train, val, test")
-        numbers = re.findall(r"[^\s,;\[\]()]+", " ".join((row.get(c) or "") for c in columns["box"]))
+        numbers = re.findall(r"[^\s,;\[\]()]+", " ".join(row[c] for c in columns["box"]))
         try:
             box = tuple(float(v) for v in numbers) or None
         except ValueError:
@@ -206,9 +202,9 @@ def read_csv(path, columns):
         if box is not None and len(box) != 4:
             raise InputError(f"{where}: box {' '.join(numbers)!r} is not four numbers")
         masks = [find(m.strip(), where, True) for m in get["mask"].split(";") if m.strip()]
-        meta = {c: (row.get(c) or "").strip() for c in columns["meta"]} or None
-        image, name = find(get["image"], where, False), get["image"]
-        entries.append(Entry(image, name, get["label"], masks, box, get["group"], split, meta))
+        meta = {c: row[c] for c in columns["meta"]} or None
+        image = find(get["image"], where, False)
+        entries.append(Entry(image, get["image"], get["label"], masks, box, get["group"], split, meta))
     return entries
 
 
@@ -223,8 +219,8 @@ def read_table(path):
         raise InputError(f"{path}: not a CSV, it holds bytes of zero")
     first = text.splitlines()[0] if text else ""
     try:
-        reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=max(",;\t", key=first.count))
-        return list(reader), reader.fieldnames or []
+        reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=max(",;\t", key=first.count), restval="")
+        return [{k: v.strip() for k, v in row.items() if k is not None} for row in reader], reader.fieldnames or []
     except csv.Error as e:
         raise InputError(f"{path}: not a CSV ({e})") from e
 
@@ -238,13 +234,10 @@ def choose_columns(path, columns, header):
     there = f"(its columns: {', '.join(header)})"
     for name in [*(columns[k] for k in single if columns[k]), *columns["box"], *columns["meta"]]:
         if header.count(name) != 1:
-            raise InputError(
-                f"{path}: {'no column' if name not in header else 'more than one column'} {name!r} {there}"
-            )
+            how_many = "more than one" if name in header else "no"
+            raise InputError(f"{path}: {how_many} column {name!r} {there}")
     if columns["image"] is None:
-        raise InputError(
-            f"{path}: no column 'image'; name the one that holds the file names with --image-column {there}"
-        )
+        raise InputError(f"{path}: no column 'image'; name the one of the file names with --image-column {there}")
     return columns
 
 
@@ -265,9 +258,9 @@ def finder(root):
 
     def find(value, where, mask):
         path = root / value
-        if path.is_file():
+        if os.path.isfile(path):  # Path.is_file raises an OSError on a name that is too long
             return str(path)
-        files = index(path.parent).get(path.name, []) if path.parent.is_dir() else []
+        files = index(path.parent).get(path.name, []) if os.path.isdir(path.parent) else []
         fit = [p for p in files if bool(MASK.match(p.stem) or "mask" in p.parent.name.lower()) == mask]
         fit = fit or (files if mask else [])
         if len(fit) > 1:
@@ -275,6 +268,11 @@ def finder(root):
         return str(fit[0] if fit else path)  # the last: missing, said later
 
     return find
+
+
+def is_breastmnist(path):
+    """Whether a file is the original one, by its MD5."""
+    return hashlib.md5(Path(path).read_bytes()).hexdigest() == BREASTMNIST_MD5
 
 
 def download_breastmnist(folder):
@@ -287,14 +285,12 @@ def download_breastmnist(folder):
             with urllib.request.urlopen(BREASTMNIST, timeout=60) as response, open(part, "wb") as file:
                 shutil.copyfileobj(response, file)
         except OSError as e:
-            raise InputError(
-                f"breastmnist: download failed ({e}); fetch {BREASTMNIST} yourself and give its path to --data"
-            ) from e
+            cure = f"fetch {BREASTMNIST} yourself and give its path to --data"
+            raise InputError(f"breastmnist: download failed ({e}); {cure}") from e
         os.replace(part, path)
-    if hashlib.md5(path.read_bytes()).hexdigest() != BREASTMNIST_MD5:
-        raise InputError(
-            f"{path}: not the original BreastMNIST file (its MD5 is not {BREASTMNIST_MD5}); remove it and try again"
-        )
+    if not is_breastmnist(path):
+        why = f"its MD5 is not {BREASTMNIST_MD5}"
+        raise InputError(f"{path}: not the original BreastMNIST file ({why}); remove it and try again")
     return path
 
 
@@ -305,9 +301,9 @@ def find_entries(source, columns, folder):
     path = Path(source)
     if not path.exists():
         raise InputError(f"--data {source}: no such file or folder")
-    if path.suffix == ".npz":
+    if path.suffix.lower() == ".npz":
         return read_npz(path)
-    if path.suffix == ".csv":
+    if path.suffix.lower() == ".csv":
         return read_csv(path, {**COLUMNS, **columns})
     if not path.is_dir():
         raise InputError(f"--data {source}: neither a folder, nor .npz, nor .csv")
@@ -320,10 +316,7 @@ def find_entries(source, columns, folder):
         return read_class_folders(path)
     if image_files(path):
         return read_images(path)
-    tables = sorted(path.glob("*.csv"))
-    hint = (
-        f"; it holds {tables[0].name}: give that file"
-        if tables
-        else "; expected CLASS/*.png, PATIENT/0 and PATIENT/1, or images"
-    )
-    raise InputError(f"--data {source}: no images found in it{hint}")
+    hint = "expected CLASS/*.png, PATIENT/0 and PATIENT/1, or images"
+    if tables := sorted(path.glob("*.csv")):
+        hint = f"it holds {tables[0].name}: give that file"
+    raise InputError(f"--data {source}: no images found in it; {hint}")

@@ -155,13 +155,6 @@ def print_change(change):
         print(f"{change['flipped']} test images got another answer, {change['righted']} of them the right one")
 
 
-def interval_text(m):  # until metrics.py has it
-    value, low, high = (math.nan if m[k] is None else m[k] for k in ("value", "low", "high"))
-    return f"{value:.3f} " + (
-        f"[{low:.3f}, {high:.3f}]" if low == low and high == high else "(too few for an interval)"
-    )
-
-
 def change_text(m):
     """As in +0.003 [-0.003, +0.010]."""
     return "{} [{}, {}]".format(*numbers(m, "value", "low", "high", form="+.3f"))
@@ -185,7 +178,7 @@ def roc_panel(probabilities, labels, threshold, classes, auc):
             series.append(plots.Series(name, *metrics.roc_curve(probabilities[:, k], truth), style=k))
             series.append(plots.Series(limit if two else "", *at, dots=True, style=k))
     x_label = "1 - specificity" + ("" if two else "     (dots: the likeliest class is said)")
-    title = f"ROC: {'' if two else 'mean '}AUC {interval_text(auc)}"
+    title = f"ROC: {'' if two else 'mean '}AUC {metrics.interval_text(auc)}"
     return plots.line_chart(series, title, x_label, "sensitivity")
 
 
@@ -195,7 +188,7 @@ def calibration_panel(probabilities, labels, classes, ece):
     x, y = (bins.bincount(v, metrics.BINS) / counts for v in (predicted, true))  # NaN in empty bins: no dot
     dots = plots.Series("bins, with the number of images", x, y, dots=True, texts=counts.tolist())
     name = classes[1] if len(classes) == 2 else "the likeliest class"
-    title, x_label = f"Calibration: ECE {interval_text(ece)}", f"predicted probability of {name}"
+    title, x_label = f"Calibration: ECE {metrics.interval_text(ece)}", f"predicted probability of {name}"
     return plots.line_chart([plots.DIAGONAL, dots], title, x_label, "observed share")
 
 
@@ -233,12 +226,12 @@ def print_report(report):
     print("\ntest, with 95 % intervals resampled by group:")
     for name, m in report["test"].items():
         spread = "   runs " + " +- ".join(numbers(report["mean"][name], "mean", "sd")) if "mean" in report else ""
-        print(f"  {name:18s} {interval_text(m)}{spread}")
+        print(f"  {name:18s} {metrics.interval_text(m)}{spread}")
     members = report.get("members", [])
     best = max((m["val_auc"] for m in members), default=None)
     for m in members:
         star = "   best on validation" if m["val_auc"] == best else ""
-        words = (f"{k} {interval_text(m['test'][k])}" for k in ("auc", "sensitivity", "specificity"))
+        words = (f"{k} {metrics.interval_text(m['test'][k])}" for k in ("auc", "sensitivity", "specificity"))
         print(f"  member {m['model']}, roi {m['roi']}: {', '.join(words)}{star}")
         print(f"    the ensemble's auc is {change_text(m['ensemble']['auc'])} to it")
     if "accuracy_at_half" in report:

@@ -10,6 +10,7 @@ search.png and best.args into the run folder. All options of train.py hold for e
 
 import argparse
 import contextlib
+import io
 import json
 import math
 import shlex
@@ -68,13 +69,10 @@ def draw_setting(ranges, generator):
     """One random setting: {option: value}."""
     setting = {}
     for key, values in ranges.items():
-        u = float(torch.rand((), generator=generator, dtype=torch.double))
-        if isinstance(values, list):
-            setting[key] = values[int(u * len(values))]
-            continue
-        low, high = values
+        u, low, high = float(torch.rand((), generator=generator, dtype=torch.double)), values[0], values[-1]
         value = low * (high / low) ** u if by_ratio(values) else low + (high - low) * u
-        setting[key] = round(value) if isinstance(low, int) else float(f"{value:.3g}")
+        value = round(value) if isinstance(low, int) else float(f"{value:.3g}")
+        setting[key] = values[int(u * len(values))] if isinstance(values, list) else value
     return setting
 
 
@@ -89,72 +87,61 @@ def try_setting(images, number, setting, epochs, fold, args, folder):
     done = Path(folder) / f"trial{number}-{epochs}-{fold}.json"
     if done.exists():
         return json.loads(done.read_text())
-    args = argparse.Namespace(**{**vars(args), **setting, "epochs": epochs, "save_seconds": math.inf})
+    nets = "cnet" if args.nets == "both" and "dnet" not in args.roi else args.nets
+    args = argparse.Namespace(**{**vars(args), **setting, "nets": nets, "epochs": epochs, "save_seconds": math.inf})
     if "size" in setting:
         images = load_images(args, log=lambda _: None)
     rows = torch.cat([images.rows("train"), images.rows("val")])
     part = partition(images.labels[rows], images.groups[rows], [1] * args.search_folds, args.seed)
     result = {"trial": number, "epochs": epochs, "fold": fold, **setting, "score": math.nan}
-    work = Path(tempfile.mkdtemp(dir=folder))
     try:
-        with open(work / "output.txt", "w") as file, contextlib.redirect_stdout(file):
+        with tempfile.TemporaryDirectory(dir=folder) as work, contextlib.redirect_stdout(io.StringIO()):
             model, look, _ = train_model(images, rows[part != fold], rows[:0], args, work, args.seed)
-        held_out = rows[part == fold]
+        rows = rows[part == fold]
         if model.members:
-            answers = model.combine(predict(model, images, held_out, look))
-            result["score"] = float(metrics.evaluate(answers, images.labels[held_out])["auc"])
+            found = metrics.evaluate(model.combine(predict(model, images, rows, look)), images.labels[rows])["auc"]
         else:
-            found = metrics.paired_iou(locate(model, images, held_out), images.boxes[held_out])
-            result["score"] = float(metrics.localisation(found)["iou"])
-    except InputError as e:
-        if "loss is not finite" not in str(e):
+            found = metrics.localisation(metrics.paired_iou(locate(model, images, rows), images.boxes[rows]))["iou"]
+        result["score"] = float(found)
+    except ValueError as e:  # an InputError of the training, or what metrics.py says of a network's NaN
+        if "loss is not finite" not in str(e) and "holds NaN" not in str(e):
             raise
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
     write_atomically(done, json.dumps(clean(result)).encode())
     return result
 
 
-def search(images, args, folder):
+def search(images, ranges, args, folder):
     """The best setting of args.settings random ones, as a row of the table: {"trial", "epochs", option: value ..., "mean",
     "sd"}. Writes search.csv, search.png and best.args into the run folder."""
-    ranges = search_ranges(args)
-    args = argparse.Namespace(**{**vars(args), "nets": "dnet" if args.nets == "dnet" else "cnet"})
     generator = torch.Generator().manual_seed(args.seed)
     settings = [draw_setting(ranges, generator) for _ in range(args.settings)]
-    stages = 1 + int(math.log(args.settings, HALVING)) if args.settings > 1 else 1
+    stages = 1 + int(math.log(args.settings + 0.5, HALVING))  # + 0.5: log(243, 3) is 4.999...
     alive, tried = list(range(args.settings)), []
     for stage in range(stages):
         epochs = max(1, round(args.epochs / HALVING ** (stages - 1 - stage)))
-        rows = try_all(images, alive, settings, epochs, args, folder)
+        jobs = [(i, settings[i], epochs, fold, args, folder) for i in alive for fold in range(args.search_folds)]
+        scores = {i: [] for i in alive}
+        for result in run_jobs(try_setting, jobs, images, args, args.workers):
+            i, score = result["trial"], result["score"]
+            scores[i].append(math.nan if score is None else score)
+            if len(scores[i]) == args.search_folds:
+                mean = sum(scores[i]) / args.search_folds
+                print(f"{epochs:4d} epochs  trial {i:3d}  {describe(settings[i])}  {mean:.4f}", flush=True)
+        rows = []
+        for i, v in scores.items():
+            spread = {"mean": sum(v) / len(v), "sd": float(torch.tensor(v).std())}
+            rows.append({"trial": i, "epochs": epochs, **settings[i], **spread})
         rows.sort(key=lambda r: -r["mean"] if math.isfinite(r["mean"]) else math.inf)
         tried += rows
         alive = [r["trial"] for r in rows[: max(1, len(rows) // HALVING)]]
     best = rows[0]
     if not math.isfinite(best["mean"]):
         raise InputError("not one setting could be trained; try lower learning rates")
-    lines = [",".join(tried[0]), *(",".join(str(v) for v in row.values()) for row in tried)]
+    lines = [",".join(tried[0]), *(",".join(map(str, row.values())) for row in tried)]
     write_atomically(folder / "search.csv", "".join(f"{line}\n" for line in lines).encode())
     draw_search(images, ranges, tried, args, folder / "search.png")
     write_best(folder / "best.args", settings[best["trial"]], best, args)
     return best
-
-
-def try_all(images, alive, settings, epochs, args, folder):
-    """One row of the table for each setting that is still alive, from as many trainings as there are folds."""
-    jobs = [(i, settings[i], epochs, f, args, folder) for i in alive for f in range(args.search_folds)]
-    scores = {i: [] for i in alive}
-    for result in run_jobs(try_setting, jobs, images, args, args.workers):
-        value = result["score"]
-        scores[result["trial"]].append(math.nan if value is None else value)
-        finished = scores[result["trial"]]
-        if len(finished) == args.search_folds:
-            said = f"trial {result['trial']:3d}  {describe(settings[result['trial']])}"
-            print(f"{epochs:4d} epochs  {said}  {sum(finished) / len(finished):.4f}", flush=True)
-    return [
-        {"trial": i, "epochs": epochs, **settings[i], "mean": sum(v) / len(v), "sd": float(torch.tensor(v).std())}
-        for i, v in scores.items()
-    ]
 
 
 def draw_search(images, ranges, tried, args, path):
@@ -182,9 +169,8 @@ def describe(setting):
 def write_best(path, setting, best, args):
     """An option file: what the user set, and over it the best setting."""
     skipped = ("settings", "search_over", "search_folds", "name", "runs", "resume", "workers", "help")
-    lines = [
-        f"# of {args.settings} settings: {best['mean']:.4f} +- {best['sd']:.4f}, mean of {args.search_folds} folds"
-    ]
+    score = f"{best['mean']:.4f} +- {best['sd']:.4f}"
+    lines = [f"# of {args.settings} settings: {score}, mean of {args.search_folds} folds"]
     for action in build_parser()._actions:
         key, value = action.dest, {**vars(args), **setting}.get(action.dest)
         if key in skipped or (value == action.default and key not in setting):
@@ -202,19 +188,17 @@ def main(argv=None):
     if not args.settings or args.settings < 1:
         raise InputError("say how many settings to try: python search.py 30 --data ...")
     choose_device(args.device)
-    images, _, _ = prepare(args)
-    search_ranges(args)
+    images, ranges = prepare(args)[0], search_ranges(args)
     folder, start = prepare_folder(args, "search-"), time.time()
     print(f"run folder: {folder}")
     try:
         with claim(folder):
             for part in folder.glob("tmp*"):  # of a search that was killed
                 shutil.rmtree(part)
-            best = search(images, args, folder)
+            best = search(images, ranges, args, folder)
     except KeyboardInterrupt:
         stop("search.py", folder)
-    setting = {k: best[k] for k in search_ranges(args)}
-    print(f"\nbest: {describe(setting)}: {best['mean']:.4f} +- {best['sd']:.4f} over the folds")
+    print(f"\nbest: {describe({k: best[k] for k in ranges})}: {best['mean']:.4f} +- {best['sd']:.4f} over the folds")
     print("chosen as the best of many, so it flatters itself; the test split was not touched")
     print(f"{folder}: search.csv, search.png, best.args   ({time.time() - start:.0f} s)")
     print(f"then: python train.py @{folder / 'best.args'}")

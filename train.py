@@ -14,39 +14,25 @@ folds and the command line."""
 
 import copy
 import dataclasses
+import functools
 import itertools
 import json
 import math
-import multiprocessing
 import os
 import signal
 import time
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, as_completed
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
 import metrics
+import models
 import plots
 from augment import augment, crop_regions
 from data import partition
 from losses import class_weights, classification_loss, detection_loss, distillation_loss
-from models import (
-    DISCLAIMER,
-    CNet,
-    DNet,
-    Ensemble,
-    build_backbone,
-    choose_amp,
-    choose_device,
-    load_classifier,
-    read_checkpoint,
-    save,
-    save_checkpoint,
-    write_atomically,
-)
 from options import claim, load_images, parse, prepare_folder, run_main, stop
 from readers import InputError
 from report import finished_run, print_report, write_report
@@ -94,7 +80,7 @@ class State:
             from torch.utils.tensorboard import SummaryWriter  # only here: a package that most do without
 
             self.board = SummaryWriter(str(Path(folder) / "tensorboard"))
-        saved = read_checkpoint(self.last, str(self.last)) if self.last.exists() else None
+        saved = models.read_checkpoint(self.last) if self.last.exists() else None
         if saved and saved["name"] == name:
             for key, part in parts.items():
                 if part is not None:
@@ -106,10 +92,10 @@ class State:
             self.best, self.best_score, self.history = saved["best"], saved["best_score"], saved["history"]
             print(f"resuming {name} after epoch {len(self.history)}")
         self.saved = len(self.history)
-        lines = self.log.read_text().splitlines() if self.log.exists() else []
-        lines = [line for line in lines if line.endswith("}") and json.loads(line)["net"] != name]
-        lines += [json.dumps(h) for h in self.history]
-        write_atomically(self.log, "".join(f"{line}\n" for line in lines).encode())  # without what came after the save
+        lines = self.log.read_text().splitlines(keepends=True) if self.log.exists() else []
+        lines = [line for line in lines if line.endswith("}\n") and json.loads(line)["net"] != name]
+        lines += [json.dumps(h) + "\n" for h in self.history]  # without what came after the save
+        models.write_atomically(self.log, "".join(lines).encode())
 
     def add(self, epoch):
         self.history.append(epoch)
@@ -125,7 +111,7 @@ class State:
         content |= {k: getattr(self, k) for k in ("name", "best", "best_score", "history")}
         cuda = torch.cuda.get_rng_state_all() if self.generator.device.type == "cuda" else None
         content |= {"generator": self.generator.get_state(), "torch_rng": torch.get_rng_state(), "cuda_rng": cuda}
-        save_checkpoint(self.last, content)
+        models.save_checkpoint(self.last, content)
         self.saved, self.saved_at = len(self.history), time.time()
 
 
@@ -136,8 +122,8 @@ def draw_batches(rows, batch, generator, weights=None, steps=0):
     count = steps * batch or len(rows)
     if weights is None:
         shuffles = range(math.ceil(count / len(rows)))
-        order = torch.cat([torch.randperm(len(rows), generator=generator, device=rows.device) for _ in shuffles])
-        order = order[:count]
+        order = [torch.randperm(len(rows), generator=generator, device=rows.device) for _ in shuffles]
+        order = torch.cat(order)[:count]
     else:
         order = torch.multinomial(weights, count, replacement=True, generator=generator)
     return rows[order].tensor_split(steps or math.ceil(count / batch))
@@ -152,7 +138,7 @@ def train_epoch(net, optimizer, scheduler, loss_of, inputs, rows, args, generato
     Raises FloatingPointError before a loss or gradient that is not finite can touch the weights."""
     pixels, boxes, regions = inputs
     device = next(net.parameters()).device
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=choose_amp(args.amp, device))
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=models.choose_amp(args.amp, device))
     net.train()
     total, seen = 0.0, 0
     for index in draw_batches(rows, args.batch, generator, sample_weights, args.steps_per_epoch):
@@ -163,13 +149,9 @@ def train_epoch(net, optimizer, scheduler, loss_of, inputs, rows, args, generato
             loss = loss_of(net, x.contiguous(memory_format=torch.channels_last), box, index)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        gradients = [p.grad for p in net.parameters() if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients)
-        value = loss.item()
+        norm, value = torch.nn.utils.clip_grad_norm_(net.parameters(), args.clip), loss.item()
         if not (math.isfinite(value) and math.isfinite(norm)):
             raise FloatingPointError
-        if norm > args.clip:
-            torch.nn.utils.clip_grads_with_norm_(net.parameters(), args.clip, norm)
         optimizer.step()
         scheduler.step()
         if averaged is not None:
@@ -180,7 +162,7 @@ def train_epoch(net, optimizer, scheduler, loss_of, inputs, rows, args, generato
 
 @torch.no_grad()
 def update_average(averaged, net, decay):
-    """Exponential moving average of weights and BatchNorm statistics (Polyak & Juditsky 1992); counters are copied."""
+    """Exponential moving average of weights and BatchNorm statistics (Polyak & Juditsky 1992), not of counters."""
     mine, theirs = list(averaged.state_dict().values()), list(net.state_dict().values())
     floats = [i for i, t in enumerate(mine) if t.is_floating_point()]
     torch._foreach_lerp_([mine[i] for i in floats], [theirs[i] for i in floats], 1 - decay)
@@ -195,9 +177,8 @@ def build_optimizer(net, args, steps):
     warm = max(1, round(steps * args.warmup))
 
     def factor(step):
-        if step < warm:
-            return (step + 1) / warm
-        return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
+        cosine = 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
+        return (step + 1) / warm if step < warm else cosine
 
     return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
 
@@ -211,7 +192,7 @@ def fit(net, images, rows, loss_of, validate, args, *, name, folder, seed, regio
     validate(net) -> {"score": [first, second, ...], ...}: the higher list is better; the rest is logged. The score of
     an epoch is the mean over the last few: on a small validation split a single one is luck. None: there is nothing to
     choose by, and the last epoch is kept."""
-    device = choose_device(args.device)
+    device = models.choose_device(args.device)
     net = net.to(device, memory_format=torch.channels_last)
     steps = args.epochs * (args.steps_per_epoch or math.ceil(len(rows) / args.batch))
     optimizer, scheduler = build_optimizer(net, args, steps)
@@ -232,11 +213,8 @@ def fit(net, images, rows, loss_of, validate, args, *, name, folder, seed, regio
         try:
             loss = train_epoch(net, optimizer, scheduler, loss_of, inputs, rows, args, generator, sample_weights, averaged)  # fmt: skip
         except FloatingPointError:  # the epoch has changed the network already, so its state is not saved
-            kept = (
-                f"the state after epoch {state.saved} is kept in {state.last}"
-                if state.saved
-                else "nothing was saved yet"
-            )
+            kept = f"the state after epoch {state.saved} is kept in {state.last}"
+            kept = kept if state.saved else "nothing was saved yet"
             raise InputError(f"{name}, epoch {epoch}: the loss is not finite; {kept}. Try a lower --lr, or --amp off") from None  # fmt: skip
         kept = net if averaged is None else averaged
         found = validate(kept.eval()) if validate else {"score": [epoch]}
@@ -312,13 +290,12 @@ def calibrate(model, probabilities, labels, args):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# One run: D-Net, C-Net members, calibration, test
+# One run: D-Net, C-Net members, calibration, test; and the teacher, whose soft answers are learnt beside the labels
 
 
 def one_run(images, train, val, test, args, folder, seed, teacher=None):
-    """Train on the rows `train`, choose on `val`, and return what happened on `test`: a dict of tensors.
-
-    Writes model.pt and test.pt into `folder`. Only when the model is finished are the test images looked at."""
+    """Train on the rows `train`, choose on `val`; write model.pt, and what happened on `test` as test.pt, a dict of
+    tensors, into `folder`. Only when the model is finished are the test images looked at."""
     unlabelled = None if teacher is None else torch.nonzero(images.labels < 0)[:, 0]
     model, look, histories = train_model(images, train, val, args, folder, seed, teacher, unlabelled)
     boxes = None if model.dnet is None else locate(model, images, test)
@@ -328,17 +305,16 @@ def one_run(images, train, val, test, args, folder, seed, teacher=None):
         result |= opinion(model, on_test, on_val, images.labels[val])
         result["members"] = []
         for i, member in enumerate(model.members):
-            alone = Ensemble([member], **model.info)
+            alone = models.Ensemble([member], **model.info)
             calibrate(alone, on_val[i, None], images.labels[val], args)
             result["members"].append(opinion(alone, on_test[i, None], on_val[i, None], images.labels[val]))
     if model.dnet is not None:
         result["val_iou"] = max(h["val_iou"] for h in histories[0])
     result.update(temperature=model.info["temperature"], weights=model.weights.tolist(), histories=histories)
-    save(Path(folder) / "model.pt", model)
-    save_checkpoint(Path(folder) / "test.pt", result)
-    for path in [*Path(folder).glob("cnet*.pt"), Path(folder) / "dnet.pt"]:
-        path.unlink(missing_ok=True)
-    return result
+    models.save(Path(folder) / "model.pt", model)
+    models.save_checkpoint(Path(folder) / "test.pt", result)
+    for path in Path(folder).glob("[cd]net*.pt"):
+        path.unlink()
 
 
 def opinion(model, on_test, on_val, labels):
@@ -356,17 +332,14 @@ def train_model(images, train, val, args, folder, seed, teacher=None, unlabelled
 
     An empty `val`: nothing is chosen or calibrated, the last epoch is kept. teacher (N, K): soft answers for all
     images, to learn beside the labels, also on the rows `unlabelled`. start: an Ensemble whose weights to go on from."""
-    device = choose_device(args.device)
+    device = models.choose_device(args.device)
     if device.type == "cuda" and images.pixels.nbytes < torch.cuda.mem_get_info(device)[0] / 2:
         images = dataclasses.replace(images, pixels=images.pixels.to(device))
     info = model_info(images, args, seed)
     dnet, histories = train_dnet(images, train, val, info, args, folder, seed, start)
-    boxes = None
-    if dnet is not None and "dnet" in args.roi:
-        boxes = locate(Ensemble([], dnet=dnet, **info), images, torch.arange(len(images)))
-    look = choose_look(images, train, boxes, args)
+    look = choose_look(images, train, models.Ensemble([], dnet=dnet, **info), args)
     members, more = train_members(images, train, val, look, info, args, folder, seed, teacher, unlabelled, start)
-    model = Ensemble(members, dnet=dnet, **info)
+    model = models.Ensemble(members, dnet=dnet, **info)
     if members and len(val):
         calibrate(model, predict(model, images, val, look), images.labels[val], args)
     return model, look, histories + more
@@ -387,21 +360,23 @@ def network_options(images, args):
     return {"channels": channels, "normalise": normalise, "weights": args.weights}
 
 
-def train_or_reload(build, images, rows, loss_of, validate, args, name, folder, seed, **more):
-    """The best state of one network, and its history. A network that an earlier start of this run finished lies in a
-    file of its own and is taken from there."""
+def train_or_reload(build, images, rows, loss_of, validate, args, name, folder, seed, start=None, **more):
+    """(a network in its best state, its history), from what `build` makes, or from `start`, a network like it. What an
+    earlier start of this run finished lies in a file of its own and is taken from there."""
     path = Path(folder) / f"{name.replace(' ', '_')}.pt"
     torch.manual_seed(seed)
     net = build()
     if path.exists():
-        done = read_checkpoint(path, str(path))
+        done = models.read_checkpoint(path)
     else:
+        if start is not None:
+            net.load_state_dict(start.state_dict())
         check_size(net, args.size, images.meta)
         best, history = fit(net, images, rows, loss_of, validate, args, name=name, folder=folder, seed=seed, **more)
         done = {"state": best, "history": history}
-        save_checkpoint(path, done)
+        models.save_checkpoint(path, done)
     net.load_state_dict(done["state"])
-    return net.eval().to(choose_device(args.device), memory_format=torch.channels_last), done["history"]
+    return net.eval().to(models.choose_device(args.device), memory_format=torch.channels_last), done["history"]
 
 
 def train_dnet(images, train, val, info, args, folder, seed, start=None):
@@ -423,18 +398,13 @@ def train_dnet(images, train, val, info, args, folder, seed, start=None):
     watched = eval_rows(val, args, seed)
 
     def validate(net):
-        found = locate(Ensemble([], dnet=net, **info), images, watched)
+        found = locate(models.Ensemble([], dnet=net, **info), images, watched)
         iou = float(metrics.paired_iou(found, images.boxes[watched]).mean())
         return {"score": [iou], "val_iou": iou}
 
-    def build():
-        net = DNet(args.model, **network_options(images, args))
-        if start is not None and start.dnet is not None:
-            net.load_state_dict(start.dnet.state_dict())
-        return net
-
-    validate = validate if choose else None
-    net, history = train_or_reload(build, images, train, loss_of, validate, args, "dnet", folder, seed)
+    build = functools.partial(models.DNet, args.model, **network_options(images, args))
+    validate, start = validate if choose else None, start and start.dnet
+    net, history = train_or_reload(build, images, train, loss_of, validate, args, "dnet", folder, seed, start)
     return net, [history]
 
 
@@ -446,8 +416,8 @@ def eval_rows(val, args, seed):
     return val[order[: args.eval_steps * EVAL_BATCH]]
 
 
-def choose_look(images, train, boxes, args):
-    """The boxes (N, 4) that C-Net's crops are made from, or None where it sees the whole. boxes: D-Net's."""
+def choose_look(images, train, model, args):
+    """The boxes (N, 4) that C-Net's crops are made from, or None where it sees the whole. model: it has the D-Net."""
     if args.roi == "none":
         return None
     known = images.boxes[:, 0].isfinite()
@@ -455,9 +425,9 @@ def choose_look(images, train, boxes, args):
         if not known.any():
             raise InputError("--roi mask: this data has neither masks nor boxes")
         return images.boxes
-    if boxes is None:
+    if model.dnet is None:
         raise InputError("--roi dnet needs D-Net: leave out --nets cnet, or use --roi none")
-    look, rows = boxes.clone(), train[known[train]]
+    look, rows = locate(model, images, torch.arange(len(images))), train[known[train]]
     look[rows] = images.boxes[rows]  # D-Net has learnt these by heart; the augmentation's shifts stand for its errors
     return look
 
@@ -466,10 +436,10 @@ def train_members(images, train, val, look, info, args, folder, seed, teacher=No
     """(C-Net members, their histories), one after another. See train_model."""
     if args.nets == "dnet":
         return [], []
-    device = choose_device(args.device)
-    labels, meta, teacher = (None if v is None else v.to(device) for v in (images.labels, images.meta, teacher))
-    rows, weights, drawn = draw_by(images, train, unlabelled, args)
-    weights, drawn = (None if v is None else v.to(device) for v in (weights, drawn))
+    device = models.choose_device(args.device)
+    rows, *drawing = draw_by(images, train, unlabelled, args)
+    known = (images.labels, images.meta, teacher, *drawing)
+    labels, meta, teacher, weights, drawn = (None if v is None else v.to(device) for v in known)
 
     def loss_of(net, x, boxes, rows):
         logits, own = net(x, None if meta is None else meta[rows]), labels[rows]
@@ -481,29 +451,22 @@ def train_members(images, train, val, look, info, args, folder, seed, teacher=No
     watched = eval_rows(val, args, seed)
 
     def validate(net):
-        p = predict(Ensemble([net], **info), images, watched, look)[0]
+        p = predict(models.Ensemble([net], **info), images, watched, look)[0]
         area = float(metrics.evaluate(p, images.labels[watched])["auc"].nan_to_num(0.5))  # a part may lack a class
         nll = float(F.nll_loss((p + 1e-12).log(), images.labels[watched]))
         return {"score": [area, -nll], "val_auc": area, "val_loss": nll}  # equal AUC: the better likelihood
 
-    members, histories = [], []
-    wanted = itertools.product((args.ensemble or args.model).split(","), args.roi.split(","))
+    same = network_options(images, args) | {"dropout": args.dropout, "attention": args.attention}
+    same |= {"classes": len(images.classes), "meta": 0 if meta is None else meta.shape[1]}
+    wanted, trained = itertools.product((args.ensemble or args.model).split(","), args.roi.split(",")), []
     for i, (backbone, roi) in enumerate(wanted):
-
-        def build(i=i, backbone=backbone, roi=roi):
-            options = {**network_options(images, args), "dropout": args.dropout, "attention": args.attention}
-            net = CNet(backbone, len(images.classes), meta=0 if meta is None else meta.shape[1], roi=roi, **options)
-            if start is not None:
-                net.load_state_dict(start.members[i].state_dict())
-            return net
-
-        net, history = train_or_reload(
-            build, images, rows, loss_of, validate if len(val) else None, args, f"cnet{i + 1} {backbone}", folder, seed + 1000 * i,
-            regions=None if roi == "none" else crop_regions(look, args.margin), sample_weights=drawn,
-        )  # fmt: skip
-        members.append(net)
-        histories.append(history)
-    return members, histories
+        trained.append(train_or_reload(
+            functools.partial(models.CNet, backbone, roi=roi, **same), images, rows, loss_of,
+            validate if len(val) else None, args, f"cnet{i + 1} {backbone}", folder, seed + 1000 * i,
+            start and start.members[i], sample_weights=drawn,
+            regions=None if roi == "none" else crop_regions(look, args.margin),
+        ))  # fmt: skip
+    return [net for net, _ in trained], [history for _, history in trained]
 
 
 def draw_by(images, train, unlabelled, args):
@@ -525,28 +488,21 @@ def check_size(net, size, meta):
     try:
         with torch.no_grad():
             image = torch.zeros(1, net.config["channels"], size, size)
-            copy.deepcopy(net).eval()(*([image] if isinstance(net, DNet) or meta is None else [image, meta[:1]]))
+            copy.deepcopy(net).eval()(*([image] if isinstance(net, models.DNet) or meta is None else [image, meta[:1]]))
     except RuntimeError as e:
         why = str(e).splitlines()[0][:90]
         raise InputError(f"--size {size} is too small for {net.config['model']} ({why}); use a larger --size") from None
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The teacher: a finished model whose soft answers are learnt beside the labels
 
 
 def load_teacher(images, args, part):
     """The Ensemble of --teacher, checked against the data. A run folder's model for the same part (fold, seed) is
     taken, so that the teacher of a fold has not seen that fold's test images either."""
     path = Path(args.teacher) / part / "model.pt" if Path(args.teacher).is_dir() else Path(args.teacher)
-    teacher = load_classifier(path, choose_device(args.device))
-    for what, own, wanted in (
-        ("classes", teacher.info["classes"], images.classes),
-        ("channels", teacher.info["channels"], images.pixels.shape[1]),
-        ("patient data", teacher.info["meta_spec"], images.meta_spec),
-    ):
-        if own != wanted:
-            raise InputError(f"--teacher {path}: its {what} {own} are not those of the data, {wanted}")
+    teacher = models.load_classifier(path, models.choose_device(args.device))
+    info = model_info(images, args, args.seed)
+    for key, what in {"classes": "classes", "channels": "channels", "meta_spec": "patient data"}.items():
+        if teacher.info[key] != info[key]:
+            raise InputError(f"--teacher {path}: its {what} {teacher.info[key]} are not those of the data, {info[key]}")
     return teacher
 
 
@@ -568,9 +524,8 @@ def teach(images, args, part, seed):
 
 
 def check_split(images, rows, what):
-    counts = torch.bincount(images.labels[rows], minlength=len(images.classes))
-    for name, count in zip(images.classes, counts.tolist(), strict=True):
-        if not count:
+    for label, name in enumerate(images.classes):
+        if label not in images.labels[rows]:
             missing = f"the {what} split has no {name!r} image ({len(rows)} images)"
             raise InputError(f"{missing}; add some, or let the splits be drawn (leave the source's out)")
 
@@ -595,9 +550,7 @@ def plan(images, args):
             runs.append((name, rest[~is_val], rest[is_val], labelled[fold == k], seed))
     if args.label_fraction < 1:
         shares = [args.label_fraction, 1 - args.label_fraction]
-        runs = [
-            (name, train[divide(train, shares, seed) == 0], val, test, seed) for name, train, val, test, seed in runs
-        ]
+        runs = [(name, train[divide(train, shares, rest[-1]) == 0], *rest) for name, train, *rest in runs]
     for name, *parts, _ in runs:
         for rows, what in zip(parts, ("train", "val", "test"), strict=True):
             check_split(images, rows, f"{name} {what}".strip())
@@ -614,13 +567,13 @@ def run_jobs(function, jobs, images, args, workers):
     context = torch.multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(workers, context, start_worker, (args, workers, context.Value("i", 0)))
     try:
-        for finished in as_completed([pool.submit(do_job, (function, job)) for job in jobs]):
+        for finished in as_completed([pool.submit(do_job, function, *job) for job in jobs]):
             yield finished.result()
-    except BrokenProcessPool:
+    except BrokenExecutor:
         raise InputError("a worker died (out of memory?); what is finished is kept: --resume, perhaps with fewer --workers") from None  # fmt: skip
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
-        for worker in multiprocessing.active_children():
+        for worker in torch.multiprocessing.active_children():
             worker.terminate()
 
 
@@ -634,8 +587,7 @@ def start_worker(args, workers, number):
     do_job.images = load_images(args, log=lambda _: None)
 
 
-def do_job(task):
-    function, job = task
+def do_job(function, *job):
     return function(do_job.images, *job)
 
 
@@ -648,7 +600,7 @@ def prepare(args):
         raise InputError(f"--data {args.data}: {found}: nothing to learn; at least two are needed")
     runs = plan(images, args)
     for backbone in {args.model, *(args.ensemble or args.model).split(",")}:
-        build_backbone(backbone, images.pixels.shape[1], args.weights)
+        models.build_backbone(backbone, images.pixels.shape[1], args.weights)
     for run in runs if args.teacher else []:
         load_teacher(images, args, run[0])
     return images, runs, finished_run(args.against, images, runs) if args.against else None
@@ -661,35 +613,26 @@ def make_runs(images, runs, args, folder):
         part, start = folder / name, time.time()
         part.mkdir(parents=True, exist_ok=True)
         splits, done = {"train": len(train), "val": len(val), "test": len(test)}, part / "test.pt"
-        if name and not done.exists():
-            print(f"\n{name}: {', '.join(f'{n} {what}' for what, n in splits.items())}")
-        if done.exists():
-            results.append(read_checkpoint(done, str(done)))
-        else:
-            results.append(one_run(images, train, val, test, args, part, seed, teach(images, args, name, seed)))
+        if not done.exists():
+            if name:
+                print(f"\n{name}: {', '.join(f'{n} {what}' for what, n in splits.items())}")
+            one_run(images, train, val, test, args, part, seed, teach(images, args, name, seed))
+        results.append(models.read_checkpoint(done))
         if name and not (part / "report.json").exists():
             write_report(images, results[-1:], args, part, time.time() - start, splits)
     return results
 
 
-def write_example(images, results, folder):
-    """A test image as a picture file, so that the next command can be tried at once."""
-    test = results[0]["rows"]
-    path = Path(folder) / "example.png"
-    plots.save_png(plots.to_rgb(images.pixels[int(test[images.labels[test].argmax()])]), path)
-    return path
-
-
 def main(argv=None):
     """Train as the command line `argv` says. Returns the report, see report.py, and the run folder."""
     args = parse(argv)
-    choose_device(args.device)
+    models.choose_device(args.device)
     done = Path(args.resume or ".") / "report.json"
     if args.resume and not args.against and done.exists():
         print(f"{args.resume} is complete:")
         report = json.loads(done.read_text())
         print_report(report)
-        print(DISCLAIMER)
+        print(models.DISCLAIMER)
         return report, Path(args.resume)
     images, runs, other = prepare(args)
     folder, start = prepare_folder(args), time.time()
@@ -704,10 +647,11 @@ def main(argv=None):
     report = write_report(images, results, args, folder, seconds, splits, other)
     print_report(report)
     print(f"\n{folder}: model.pt, report.json, report.png, mistakes.png   ({time.time() - start:.0f} s)")
-    example = write_example(images, results, folder)
+    rows, example = results[0]["rows"], folder / "example.png"  # a test image, to try the next command on at once
+    plots.save_png(plots.to_rgb(images.pixels[int(rows[images.labels[rows].argmax()])]), example)
     if args.nets != "dnet":
         print(f"try: python infer.py {example} --model {folder / (runs[0][0] or '.') / 'model.pt'}")
-    print(DISCLAIMER)
+    print(models.DISCLAIMER)
     return report, folder
 
 
