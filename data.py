@@ -69,13 +69,11 @@ class ImageSet:
         colour = "grey" if c == 1 else "colour"
         lines = [f"{self.source}: {n} images, {s}x{s} px, {colour}, {len(self.groups.unique())} groups"]
         for split in ("train", "val", "test", ""):
-            labels = self.labels[[i for i, x in enumerate(self.splits) if x == split]]
-            if not len(labels):
-                continue
-            counts = [f"{int((labels == k).sum())} {name}" for k, name in enumerate(self.classes)]
-            if unlabelled := int((labels < 0).sum()):
-                counts.append(f"{unlabelled} not labelled")
-            lines.append(f"  {split or 'pool':5s} {len(labels):6d}: {', '.join(counts)}")
+            labels = self.labels[[i for i, x in enumerate(self.splits) if x == split]].tolist()
+            counts = [f"{labels.count(k)} {name}" for k, name in enumerate(self.classes)]
+            counts += [f"{labels.count(-1)} not labelled"] if -1 in labels else []
+            if labels:
+                lines.append(f"  {split or 'pool':5s} {len(labels):6d}: {', '.join(counts)}")
         if len(self.classes) == 2:
             lines.append(f"  positive class: {self.classes[-1]}   (wrong? --positive NAME)")
         with_box = int(self.boxes[:, 0].isfinite().sum())
@@ -189,11 +187,10 @@ def resolve_classes(words, positive=None, drop=()):
         for name in wanted:
             if name not in found:
                 raise InputError(f"--positive {name}: no such class (there are: {', '.join(found)})")
-        rest = [w for w in found if w not in wanted]
-        if not rest:
-            raise InputError(f"--positive {','.join(wanted)}: no negative class is left")
-        classes = ["+".join(rest), "+".join(w for w in found if w in wanted)]
         index = {w: int(w in wanted) for w in found}
+        classes = ["+".join(w for w in found if index[w] == k) for k in (0, 1)]
+        if not classes[0]:
+            raise InputError(f"--positive {','.join(wanted)}: no negative class is left")
     else:
         classes = sorted(found, key=lambda w: w.lower() in POSITIVE_WORDS)  # stable: the rest keep their order
         index = {w: i for i, w in enumerate(classes)}
@@ -315,7 +312,7 @@ def find_groups(entries, labels, classes, thumbnails, split_by_image, log=print)
         log("SPLIT BY IMAGE: patients, lesions and near-duplicates may lie on both sides; the result claims too much")
         return torch.arange(len(entries))
     words = [e.group or f"image {i}" for i, e in enumerate(entries)]
-    groups = torch.from_numpy(np.unique(words, return_inverse=True)[1].reshape(-1))
+    groups = torch.from_numpy(np.unique(words, return_inverse=True)[1])
     if all(e.group for e in entries):
         return groups  # a source that names patients or lesions knows better than a thumbnail
     if thumbnails is None:

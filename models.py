@@ -139,7 +139,7 @@ def fold_stem(features):
 
 
 def torchvision_state(name, features):
-    """The state of a backbone as a state_dict with torchvision's own names, which `load_weights` reads again. A grey stem
+    """The state of a backbone as a state_dict with torchvision's own names, which `load_weights` reads. A grey stem
     is given three channels that sum to it."""
     with torch.device("meta"):
         prefixes = backbone_parts(name, whole_network(name))
@@ -391,8 +391,8 @@ class Ensemble(nn.Module):
         return torch.cat([p.unflatten(1, (views, len(images))) for p in found], 1)
 
     def conclude(self, opinions):
-        """From opinions (M, V, N, K): calibrated probabilities (N, K), and the uncertainty (N,), their standard deviation
-        (of the class where they differ most; 0 for one opinion)."""
+        """From opinions (M, V, N, K): calibrated probabilities (N, K), and the uncertainty (N,), their standard deviation (of
+        the class where they differ most; 0 for one opinion)."""
         return self.combine(opinions.mean(1)).cpu(), opinions.flatten(0, 1).std(0, correction=0).amax(1).cpu()
 
     def explain(self, images, method="gradcam", target=None, meta=None, boxes=None, **options):

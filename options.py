@@ -1,4 +1,4 @@
-"""What can be said on the command line: one line an option, shared by all scripts; and the run folder that remembers it.
+"""What can be said on the command line: one line an option, shared by all scripts; and the run folder that keeps it.
 
     args = parse(["--data", "BUSI", "--epochs", "3"])       # of train.py; its defaults, checked
     args = parse(argv, build_parser(MORE, "what it does"))  # another script's: the same options and some more

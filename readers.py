@@ -165,8 +165,7 @@ def npz_split(path, split, arrays):
         raise InputError(f"{path}: {split}_bboxes is {boxes.dtype} {boxes.shape}, not four numbers an image")
     labels = labels.reshape(-1, 1) if labels.size == len(images) or labels.ndim < 2 else labels
     if len(labels) == len(images) and labels.shape[1:] != (1,):
-        columns = labels.size // len(labels)
-        raise InputError(f"{path}: {split}_labels has {columns} columns, one class an image is needed")
+        raise InputError(f"{path}: {split}_labels has {labels[0].size} columns, one class an image is needed")
     for key, values in (("labels", labels), ("bboxes", boxes)):
         if values is not None and len(values) != len(images):
             raise InputError(f"{path}: {len(images)} {split}_images but {len(values)} {split}_{key}")
@@ -227,10 +226,9 @@ def read_table(path):
 
 def choose_columns(path, columns, header):
     """The columns to read: those that were named, else those of the right name. Patient data have to be asked for."""
-    columns = {**columns, "box": columns["box"] or (["box"] if "box" in header else []), "meta": columns["meta"] or []}
     single = ("image", "label", "group", "split", "mask")
-    for k in single:
-        columns[k] = columns[k] or (k if k in header else None)
+    columns = columns | {k: columns[k] or (k if k in header else None) for k in single}
+    columns |= {"box": columns["box"] or (["box"] if "box" in header else []), "meta": columns["meta"] or []}
     there = f"(its columns: {', '.join(header)})"
     for name in [*(columns[k] for k in single if columns[k]), *columns["box"], *columns["meta"]]:
         if header.count(name) != 1:
@@ -307,12 +305,12 @@ def find_entries(source, columns, folder):
         return read_csv(path, {**COLUMNS, **columns})
     if not path.is_dir():
         raise InputError(f"--data {source}: neither a folder, nor .npz, nor .csv")
-    names = {p.name for p in subfolders(path)}
-    if any(name.lower() in SPLIT_FOLDERS for name in names):
+    folders = subfolders(path)
+    if any(p.name.lower() in SPLIT_FOLDERS for p in folders):
         return read_split_folders(path)
-    if any((path / name / label).is_dir() for name in names for label in "01"):
+    if any((p / label).is_dir() for p in folders for label in "01"):
         return read_patients(path)
-    if any(image_files(path / name) for name in names):
+    if any(image_files(p) for p in folders):
         return read_class_folders(path)
     if image_files(path):
         return read_images(path)

@@ -267,7 +267,7 @@ def locate(model, images, rows, batch=EVAL_BATCH):
 
 def member_weights(probabilities, labels, steps=20):
     """Votes (M,) of the members, from validation: a few steps of EM for the mixture's likelihood (Dempster et al.
-    1977), from equal votes. Few, because a small validation split can't tell good members apart, and then equal is best."""
+    1977), from equal votes. Few, as a small validation split can't tell good members apart, and then equal is best."""
     own = probabilities[:, torch.arange(len(labels)), labels].double().clamp(min=1e-30)  # 0 from all would be 0 / 0
     votes = torch.full((len(own),), 1 / len(own), dtype=torch.double)
     for _ in range(steps):
@@ -331,7 +331,7 @@ def train_model(images, train, val, args, folder, seed, teacher=None, unlabelled
     project: find the lesion, look at it, name it, calibrate the answer.
 
     An empty `val`: nothing is chosen or calibrated, the last epoch is kept. teacher (N, K): soft answers for all
-    images, to learn beside the labels, also on the rows `unlabelled`. start: an Ensemble whose weights to go on from."""
+    images, to learn beside the labels, also on the rows `unlabelled`. start: the Ensemble whose weights to go on from."""
     device = models.choose_device(args.device)
     if device.type == "cuda" and images.pixels.nbytes < torch.cuda.mem_get_info(device)[0] / 2:
         images = dataclasses.replace(images, pixels=images.pixels.to(device))
