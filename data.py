@@ -156,6 +156,15 @@ def original_box(box, placement, side, size):
     return corners.clip(0, [*size, *size]).tolist()
 
 
+def letterboxed_box(box, placement, side):
+    """The reverse: a box in an original image's pixels, in [0, 1] of the square. InputError if it is none."""
+    box = np.array(box, float)
+    if box.shape != (4,) or not ((box[:2] < box[2:]).all() and (box >= 0).all()):
+        raise InputError(f"box {box.tolist()}: give x_min, y_min, x_max, y_max in the image's pixels")
+    sx, sy, left, top = placement
+    return ((box * [sx, sy, sx, sy] + [left, top, left, top]) / side).clip(0, 1).tolist()
+
+
 def box_of(mask):
     """Bounding box of a mask (H, W) as x_min, y_min, x_max, y_max in pixel edges; NaN where the mask is empty."""
     ys, xs = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))

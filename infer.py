@@ -12,6 +12,7 @@ An image is letterboxed, D-Net gives the box, C-Net looks at the whole or at the
 views at once (test-time augmentation); the mean is calibrated and held against the validation threshold. What is near
 the threshold, or where members and views disagree, is to be referred to a radiologist."""
 
+import csv
 import io
 import itertools
 import json
@@ -27,37 +28,59 @@ import torch
 from PIL import Image
 
 from augment import VIEWS, clahe
-from data import encode_meta, letterbox, original_box, parse_meta, read_image, to_mode
+from data import encode_meta, letterbox, letterboxed_box, original_box, parse_meta, read_image, to_mode
 from models import DISCLAIMER, choose_device, load_classifier, model_file, write_atomically
 from options import build_parser, run_main
-from readers import MASK, InputError, image_files, natural, walk
+from readers import COLUMNS, MASK, InputError, image_files, natural, read_csv, read_table, walk
 
 KEYS = (
-    "image", "prediction", "probability", "confidence", "probabilities", "uncertainty", "box", "refer", "error"
+    "image", "prediction", "probability", "confidence", "probabilities", "uncertainty", "box", "refer", "reason", "error"
 )  # fmt: skip
 REFER_ODDS = 2.0  # refer when the odds lie within this factor of the threshold's
 REFER_UNCERTAINTY = 0.15  # or when the opinions' standard deviation is above this
+LEAST_SIDE, MOST_ASPECT = 16, 8  # or when the picture has fewer pixels on a side, or is longer in shares of its width
+LEAST_SPREAD, MOST_COLOUR = 1.0, 16  # or its greys spread less, or its colours differ more, in levels of 255
+MOST_SIGMA = 5  # or when a patient's number is so many standard deviations from the mean of training
 
 
-def answer(probabilities, uncertainty, info):
-    """One image's K probabilities and uncertainty in words: the dict's part that needs no picture."""
-    classes, p = info["classes"], probabilities[-1]
+def answer(probabilities, uncertainty, info, reasons=()):
+    """One image's K probabilities and uncertainty in words: the dict's part that needs no picture. reasons: why to refer
+    that are known already. What is not finite is an error, and is referred."""
+    classes, p, reasons = info["classes"], probabilities[-1], list(reasons)
+    if not np.isfinite([*probabilities, uncertainty]).all():
+        why = "the network's answer is not a finite number"
+        return {"refer": True, "reason": why, "error": f"{why}: the model is damaged, or its patient data are extreme"}
     if len(classes) == 2:
-        threshold = info["threshold"]
-        predicted = int(p >= threshold)
-        near = abs(log_odds(p) - log_odds(threshold)) < math.log(REFER_ODDS)
+        predicted = int(p >= info["threshold"])
+        near = abs(log_odds(p) - log_odds(info["threshold"])) < math.log(REFER_ODDS)
     else:
         predicted = int(np.argmax(probabilities))
         best, second = sorted(probabilities)[:-3:-1]
         near = best < REFER_ODDS * second
+    reasons += ["the probability is near the threshold" if len(classes) == 2 else "two classes are near"] * near
+    reasons += ["its views or members differ"] * (uncertainty > REFER_UNCERTAINTY)
     return {
         "prediction": classes[predicted],
         "probability": round(p if len(classes) == 2 else probabilities[predicted], 6),
         "confidence": round(probabilities[predicted], 6),
         "probabilities": {c: round(v, 6) for c, v in zip(classes, probabilities, strict=True)},
         "uncertainty": round(uncertainty, 6),
-        "refer": near or uncertainty > REFER_UNCERTAINTY,
+        "refer": bool(reasons),
+        "reason": "; ".join(reasons) or None,
     }
+
+
+def oddities(picture, channels):
+    """Why a picture (PIL, RGB) is none that a model of so many channels can judge: a list of reasons, mostly empty."""
+    short, long = sorted(picture.size)
+    values = np.asarray(picture).astype(np.int16)
+    found = [f"it has only {picture.width} x {picture.height} pixels"] * (short < LEAST_SIDE)
+    found += [f"it is {long / short:.0f} times as long as wide"] * (long > MOST_ASPECT * short)
+    found += ["it is blank"] * bool(values.mean(2).std() < LEAST_SPREAD)
+    colour = (values.max(2) - values.min(2)).mean()
+    return found + ["it is in colour, and the model has learnt from grey pictures"] * bool(
+        channels == 1 and colour > MOST_COLOUR
+    )
 
 
 def check_views(views, scales):
@@ -85,69 +108,93 @@ class BreastCancerDetector:
         self.tta, self.scales = tta, scales
         self.info = self.model.info
 
-    def predict(self, images, meta=None):
+    def predict(self, images, meta=None, boxes=None):
         """A dict for one image, a list of dicts for several. An image is a path, bytes, an open file, a PIL image, an
         array uint8 (H, W) or (H, W, 3), or float in [0, 1], or a tensor (C, H, W); several are any iterable of those, an
         array (N, H, W) or (N, H, W, 3), or a tensor (N, C, H, W). InputError for what is none of these. meta: {"age":
-        55, ...}, one dict for all; what is not given counts as missing.
+        55, ...}, one dict for all or a list of them; what is not given counts as missing. boxes: where the lesion is, four
+        numbers in the image's pixels, or a list of such; default: D-Net looks.
 
         Keys: image, prediction, probability (of the positive class, the last of the model's classes; of more than two
         classes: of the predicted one), confidence (the probability of the prediction), probabilities, uncertainty
         (standard deviation over members and views), box (x_min, y_min, x_max, y_max in the image's own pixels, or None),
-        refer, error (None, or one line of why the file can't be read, and all else None)."""
+        refer, reason (why to refer, or None), error (None, or one line of why there is no answer, and the rest None)."""
         images, alone = one_by_one(images)
+        metas = meta if isinstance(meta, (list, tuple)) else [meta] * len(images)
+        boxes = [None] * len(images) if boxes is None else [boxes] if alone else list(boxes)
+        if not len(images) == len(metas) == len(boxes):
+            raise InputError(f"{len(metas)} patients' data and {len(boxes)} boxes for {len(images)} images")
+        if self.model.needs_boxes and None in boxes:
+            raise InputError(
+                "this model sees crops around the lesion and has no D-Net: give boxes, or train with --roi dnet"
+            )
         results = []
         for start in range(0, len(images), 32):  # a batch on the device while memory stays bounded
-            results += self._predict_batch(images[start : start + 32], meta)
+            results += self._predict_batch(*(v[start : start + 32] for v in (images, metas, boxes)))
         return results[0] if alone else results
 
     @torch.inference_mode()
-    def _predict_batch(self, images, meta):
+    def _predict_batch(self, images, metas, boxes):
+        info = self.info
+        patients, strange = self._patients(metas)
         with ThreadPoolExecutor(min(len(images), os.cpu_count() or 1)) as pool:
             opened = list(pool.map(self._open, images))
-        results = [dict.fromkeys(KEYS) | {"image": name, "error": error} for name, *_, error in opened]
+        results = [dict.fromkeys(KEYS) | {"image": o["image"], "error": o["error"]} for o in opened]
         good = [i for i, result in enumerate(results) if result["error"] is None]
         if not good:
             return results
-        pixels = torch.from_numpy(np.stack([opened[i][1] for i in good])).to(self.device)
-        pixels = clahe(pixels) if self.info["equalise"] else pixels
-        patients = self._patients(meta, len(good))
-        boxes = self.model.locate(pixels)
-        opinions = self.model.opinions(pixels, boxes, patients, self.tta, self.scales)
+        pixels = torch.from_numpy(np.stack([opened[i]["pixels"] for i in good])).to(self.device)
+        pixels = clahe(pixels) if info["equalise"] else pixels
+        if boxes[0] is None:
+            found = self.model.locate(pixels)
+        else:
+            found = [letterboxed_box(boxes[i], opened[i]["placement"], info["load_size"]) for i in good]
+            found = torch.tensor(found, device=self.device)
+        patients = None if patients is None else patients[good]
+        opinions = self.model.opinions(pixels, found, patients, self.tta, self.scales)
         probabilities, uncertainty = self.model.conclude(opinions)
         for k, i in enumerate(good):
-            results[i].update(answer(probabilities[k].tolist(), float(uncertainty[k]), self.info))
-            if boxes is not None:
-                box = original_box(boxes[k].tolist(), opened[i][2], self.info["load_size"], opened[i][3])
+            reasons = opened[i]["reasons"] + strange[i]
+            results[i] |= answer(probabilities[k].tolist(), float(uncertainty[k]), info, reasons)
+            if found is not None:
+                box = original_box(found[k].tolist(), opened[i]["placement"], info["load_size"], opened[i]["size"])
                 results[i]["box"] = [round(v, 1) for v in box]
         return results
 
-    def _patients(self, meta, n):
-        """The data (n, M) of one patient for n images, or None where the model knows none."""
-        if not self.info["meta_spec"]:
-            if meta:
+    def _patients(self, metas):
+        """Data (N, M) of N patients, or None where the model knows none; and what is strange about each, lists of words."""
+        spec, strange = self.info["meta_spec"], [[] for _ in metas]
+        if not spec:
+            if any(metas):
                 raise InputError("--meta: this model was trained on images alone")
-            return None
-        row, known = {str(k): str(v) for k, v in (meta or {}).items()}, [s["column"] for s in self.info["meta_spec"]]
-        if unknown := set(row) - set(known):
-            raise InputError(f"--meta {sorted(unknown)[0]}: the model knows {', '.join(known)}")
-        return encode_meta([row], None, self.info["meta_spec"])[0].to(self.device).expand(n, -1)
+            return None, strange
+        rows, known = [{str(k): str(v) for k, v in (meta or {}).items()} for meta in metas], {s["column"] for s in spec}
+        if unknown := {k for row in rows for k in row} - known:
+            raise InputError(f"--meta {min(unknown)}: the model knows {', '.join(sorted(known))}")
+        coded, names, _ = encode_meta(rows, None, spec)
+        for s in (s for s in spec if "mean" in s):
+            for i in (coded[:, names.index(s["column"])].abs() > MOST_SIGMA).nonzero()[:, 0].tolist():
+                strange[i].append(f"{s['column']}={rows[i][s['column']]} is far from what training saw")
+        return coded.to(self.device), strange
 
     def _open(self, image):
-        """(name, letterboxed pixels, placement, size, error) of one image."""
-        name = str(image) if isinstance(image, (str, Path)) else None
+        """One image as a dict: image (its name or None), pixels (letterboxed), placement, size, reasons, error."""
+        opened = {"image": str(image) if isinstance(image, (str, Path)) else None, "error": None}
         image = array_image(image) if isinstance(image, (np.ndarray, torch.Tensor)) else image
         try:
             if isinstance(image, Image.Image):
-                picture = to_mode(image, self.info["channels"])
+                picture = to_mode(image, 3)
             else:
-                picture = read_image(io.BytesIO(image) if isinstance(image, bytes) else image, self.info["channels"])
-            pixels, placement = letterbox(picture, self.info["load_size"])
-            return name, pixels, placement, picture.size, None
+                picture = read_image(io.BytesIO(image) if isinstance(image, bytes) else image, 3)
+            channels = self.info["channels"]
+            opened |= {"size": picture.size, "reasons": oddities(picture, channels)}
+            picture = picture.convert("L") if channels == 1 else picture  # greys come back as they were
+            opened["pixels"], opened["placement"] = letterbox(picture, self.info["load_size"])
         except InputError as e:
-            return name, None, None, None, str(e)
+            opened["error"] = str(e)
         except Exception as e:  # a PIL image that is cut off, of no pixels, of a mode that can't be converted ...
-            return name, None, None, None, f"no image that can be read ({e or type(e).__name__})"
+            opened["error"] = f"no image that can be read ({e or type(e).__name__})"
+        return opened
 
     def describe(self):
         """Where the model comes from, in one line."""
@@ -198,19 +245,24 @@ def array_image(array):
     return Image.fromarray(array[:, :, 0] if array.ndim == 3 and array.shape[2] == 1 else np.ascontiguousarray(array))
 
 
-def collect(paths):
-    """Files as they are; of a folder all images in it and below, but not the masks beside them."""
+def collect(paths, columns=(), image_column=None):
+    """[(file, patient data or None)]. Files as they are; of a folder all images in it and below, but not the masks beside
+    them; of a CSV (see readers.read_csv) its images, with those of the columns that it has."""
     files = []
     for path in map(Path, paths):
-        if not path.is_dir():
-            files.append(str(path))
+        if path.suffix.lower() == ".csv":
+            told = [c for c in columns if c in read_table(path)[1]]
+            entries = read_csv(path, COLUMNS | {"image": image_column, "meta": told})
+            files += [(e.image, e.row) for e in entries]
             continue
-        found = [p for folder, _ in walk(path) for p in image_files(folder)]
-        stems = {(p.parent, p.stem) for p in found}
-        found = [p for p in found if not ((m := MASK.match(p.stem)) and (p.parent, m[1]) in stems)]
-        if not found:
-            raise InputError(f"{path}: no image in this folder")
-        files += map(str, sorted(found, key=natural))
+        found = [path]
+        if path.is_dir():
+            found = [p for folder, _ in walk(path) for p in image_files(folder)]
+            stems = {(p.parent, p.stem) for p in found}
+            found = [p for p in found if not ((m := MASK.match(p.stem)) and (p.parent, m[1]) in stems)]
+            if not found:
+                raise InputError(f"{path}: no image in this folder")
+        files += [(str(p), None) for p in sorted(found, key=natural)]
     return files
 
 
@@ -220,7 +272,9 @@ INFER = [
     ("tta", 5, (1, len(VIEWS)), "views of each image"),
     ("scales", [1.0], (0.25, 4), "resolutions of each view, 1 = as trained"),
     ("meta", None, "A=X,B=Y", "patient data for a model trained with it, as in age=55,sex=female"),
+    ("image-column", None, "NAME", "of a .csv of images and their patients' data; default: 'image'"),
     ("json", False, None, "one JSON object a line on stdout, nothing else"),
+    ("csv", None, "FILE", "write the answers as a table too"),
     ("save-overlay", None, "DIR", "write each picture with its box and answer into DIR"),
     ("device", "auto", "DEVICE", "auto, cpu, cuda"),
     ("evaluate", False, None, "what --tta and --scales are worth on the held-out images of a run folder"),
@@ -251,22 +305,36 @@ def main(argv=None):
     meta = parse_meta(args.meta)
 
     detector = BreastCancerDetector(args.model, args.device, args.tta, args.scales)
-    files, failed = collect(args.images), 0
-    overlays = iter(overlay_names(files))
+    known = [s["column"] for s in detector.info["meta_spec"]]
+    files = collect(args.images, known, args.image_column)
+    patients = [(meta or {}) | (own or {}) for _, own in files]
+    names, results = overlay_names([file for file, _ in files]), []
     if not args.json:
         print(detector.describe())
-        if missing := [s["column"] for s in detector.info["meta_spec"] if s["column"] not in (meta or {})]:
+        if missing := [c for c in known if not any(c in p for p in patients)]:
             print(f"not given, so counted as missing: {', '.join(missing)}")
     for start in range(0, len(files), 32):
-        for result in detector.predict(files[start : start + 32], meta):
-            failed, name = failed + (result["error"] is not None), next(overlays)
+        batch = slice(start, start + 32)
+        for result in detector.predict([file for file, _ in files[batch]], patients[batch]):
             print(json.dumps(result) if args.json else sentence(result, detector.info), flush=True)
             if args.save_overlay and result["error"] is None:
-                save_overlay(result, detector, Path(args.save_overlay) / name, meta)
+                save_overlay(result, detector, Path(args.save_overlay) / names[len(results)], patients[len(results)])
+            results.append(result)
+    if args.csv:
+        write_answers(args.csv, results)
     if not args.json:
         print(DISCLAIMER)
-    if failed:
+    if any(result["error"] for result in results):
         raise SystemExit(1)
+
+
+def write_answers(path, results):
+    """The answers as a CSV, the box as four columns."""
+    told, corners = [k for k in KEYS if k not in ("probabilities", "box")], ["x_min", "y_min", "x_max", "y_max"]
+    lines = [[*told, *corners], *([r[k] for k in told] + list(r["box"] or [None] * 4) for r in results)]
+    text = io.StringIO()
+    csv.writer(text).writerows(lines)
+    write_atomically(path, text.getvalue().encode())
 
 
 def sentence(result, info):
@@ -274,7 +342,7 @@ def sentence(result, info):
     if result["error"]:
         return f"{result['image']}: error: {result['error']}"
     box = f", box {' '.join(f'{v:.0f}' for v in result['box'])}" if result["box"] else ""
-    refer = "  -> refer to a radiologist: the evidence is not clear" if result["refer"] else ""
+    refer = f"  -> refer to a radiologist: {result['reason']}" if result["refer"] else ""
     return f"{result['image']}: {', '.join(verdict(result, info))}, uncertainty {result['uncertainty']:.3f}{box}{refer}"
 
 
@@ -292,14 +360,14 @@ def verdict(result, info):
 def overlay_names(files):
     """A file name for each picture: its path below the folder that all share, so that A/1.png, A/1.bmp and B/1.png stay
     three; a number where two would still be one."""
-    paths, taken = [os.path.abspath(f) for f in files], set()
+    paths, names, taken = [os.path.abspath(f) for f in files], [], set()
     shared = os.path.commonpath([os.path.dirname(p) for p in paths])
     for path in paths:
         stem = "_".join(Path(os.path.relpath(path, shared)).parts)
         numbered = (f"{stem}{'' if n == 1 else f'_{n}'}_overlay.png" for n in itertools.count(1))
-        name = next(n for n in numbered if n.lower() not in taken)
-        taken.add(name.lower())
-        yield name
+        names.append(next(n for n in numbered if n.lower() not in taken))
+        taken.add(names[-1].lower())
+    return names
 
 
 def save_overlay(result, detector, path, meta=None):
@@ -326,7 +394,8 @@ def look_again(model, images, rows, views, scales, batch=32):
     for index in rows.split(batch):
         pixels = images.pixels[index].to(model.device)
         meta = None if images.meta is None else images.meta[index].to(model.device)
-        found.append(model.opinions(pixels, model.locate(pixels), meta, views, scales).cpu())
+        boxes = images.boxes[index].to(model.device) if model.needs_boxes else model.locate(pixels)
+        found.append(model.opinions(pixels, boxes, meta, views, scales).cpu())
     return torch.cat(found, 2)
 
 

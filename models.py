@@ -354,6 +354,11 @@ class Ensemble(nn.Module):
     def device(self):
         return next(self.parameters()).device
 
+    @property
+    def needs_boxes(self):
+        """Whether a member sees crops around boxes that nobody here finds: the caller has to give them."""
+        return self.dnet is None and any(m.config["roi"] != "none" for m in self.members)
+
     def locate(self, images):
         """The lesions' boxes (N, 4) in [0, 1] by D-Net, or None."""
         return None if self.dnet is None else self.dnet(crop(images, None, self.info["size"])).clamp(0, 1)
