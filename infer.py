@@ -1,7 +1,7 @@
 """Use a trained model: where is the lesion, how likely is it malignant, how sure is that?
 
     python infer.py image.png                                   the newest model under runs/
-    python infer.py scans/ more.png --model runs/busi/model.pt --tta 5 --save-overlay out/
+    python infer.py scans/ more.png --model runs/busi/model.pt --save-overlay out/
     python infer.py scans/ --json > results.jsonl               one JSON object a line
     python infer.py --model runs/busi --evaluate                what more views are worth, on the held-out images
 
@@ -84,10 +84,13 @@ def oddities(picture, channels):
 
 
 def check_views(views, scales):
-    if not 1 <= views <= len(VIEWS):
+    """Both, scales as a tuple. InputError for what is out of range."""
+    scales = (scales,) if isinstance(scales, (int, float)) else tuple(scales)
+    if views not in range(1, len(VIEWS) + 1):
         raise InputError(f"--tta {views}: give 1 to {len(VIEWS)} views")
     if not scales or not all(0.25 <= s <= 4 for s in scales):
-        raise InputError(f"--scales {' '.join(f'{s:g}' for s in scales)}: give one or more of 0.25 to 4")
+        raise InputError(f"--scales {' '.join(map(str, scales))}: give one or more of 0.25 to 4")
+    return views, scales
 
 
 def log_odds(p):
@@ -97,16 +100,16 @@ def log_odds(p):
 
 class BreastCancerDetector:
     """A model file, ready to predict. model: path, or None for the newest under runs/. device: auto, cpu, cuda.
-    tta: number of views, 1 to 8. scales: of the resolution that C-Net sees, every view at each (multi-scale inference).
+    tta: number of views, 1 to 8, None = as many as the model was calibrated for. scales: of the resolution that C-Net
+    sees, every view at each (multi-scale inference).
     Raises InputError if the file is missing, damaged, or no model."""
 
-    def __init__(self, model=None, device="auto", tta=5, scales=(1.0,)):
-        check_views(tta, scales)
+    def __init__(self, model=None, device="auto", tta=None, scales=(1.0,)):
         self.path = model_file(model)
         self.device = choose_device(device)
         self.model = load_classifier(self.path, self.device)
-        self.tta, self.scales = tta, scales
         self.info = self.model.info
+        self.tta, self.scales = check_views(self.info["views"] if tta is None else tta, scales)
 
     def predict(self, images, meta=None, boxes=None):
         """A dict for one image, a list of dicts for several. An image is a path, bytes, an open file, a PIL image, an
@@ -202,6 +205,9 @@ class BreastCancerDetector:
         members = "+".join(m.config["model"] for m in self.model.members)
         if made.get("data") == "phantoms":
             warning = "; trained on PHANTOMS, its answer on a real picture means nothing"
+        if (self.tta, self.scales) != (self.info["views"], (1.0,)):
+            calibrated = f"{self.info['views']} view{'s' if self.info['views'] > 1 else ''} at scale 1"
+            warning += f"; temperature and threshold were set for {calibrated}, with others they mean something else"
         warning += "; PLACEHOLDER BOXES" if made.get("placeholder_boxes") else ""
         return f"model {self.path}: {members} of {made.get('data')}, {self.info['size']} px{warning}"
 
@@ -269,7 +275,7 @@ def collect(paths, columns=(), image_column=None):
 # fmt: off
 INFER = [
     ("model", None, "MODEL", "model file or run folder; default: the newest under runs/"),
-    ("tta", 5, (1, len(VIEWS)), "views of each image"),
+    ("tta", None, (1, len(VIEWS)), "views of each image; default: as many as the model was calibrated for"),
     ("scales", [1.0], (0.25, 4), "resolutions of each view, 1 = as trained"),
     ("meta", None, "A=X,B=Y", "patient data for a model trained with it, as in age=55,sex=female"),
     ("image-column", None, "NAME", "of a .csv of images and their patients' data; default: 'image'"),
@@ -433,7 +439,10 @@ def evaluate(run, views, scales, data_path, cache, device):
     from report import held_out
 
     images, pairs = held_out(run, data_path, cache)
-    rows, scales = torch.cat([rows for _, rows in pairs]), tuple(scales)
+    rows, (views, scales) = (
+        torch.cat([rows for _, rows in pairs]),
+        check_views(views or pairs[0][0].info["views"], scales),
+    )
     looked = tuple(dict.fromkeys((1.0, *scales)))  # scale by scale, `views` each; the first is the picture as it is
     found = [(m, look_again(m.to(device), images, r, views, looked)) for m, r in pairs]
     table, first, groups = {}, None, images.groups[rows]

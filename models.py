@@ -340,15 +340,16 @@ class Ensemble(nn.Module):
     """Weighted mean of the members' probabilities, softened by one temperature. One member is the common case.
 
     info: "classes", "size" (what C-Net and D-Net see), "load_size" (what the file is letterboxed to), "channels",
-    "equalise" (CLAHE), "margin" of the crops, "meta_spec", "temperature", "threshold", "made"."""
+    "equalise" (CLAHE), "margin" of the crops, "meta_spec", "temperature", "threshold" and the "views" of an image that
+    both were set for, "made"."""
 
     def __init__(self, members, weights=None, dnet=None, **info):
         super().__init__()
         self.members = nn.ModuleList(members)
         self.dnet = dnet
         self.weights = torch.tensor([1.0] * len(members) if weights is None else weights, dtype=torch.float32)
-        usual = {"temperature": 1.0, "threshold": 0.5, "margin": 0.25, "equalise": False, "meta_spec": [], "made": {}}
-        self.info = usual | info
+        usual = {"temperature": 1.0, "threshold": 0.5, "views": 1, "margin": 0.25, "equalise": False}
+        self.info = usual | {"meta_spec": [], "made": {}} | info
 
     @property
     def device(self):
@@ -385,13 +386,15 @@ class Ensemble(nn.Module):
         return ((mean + 1e-12).log() / self.info["temperature"]).softmax(1)
 
     def forward(self, images, boxes=None, meta=None):
-        return self.combine(self.member_probabilities(images, boxes, meta))
+        """Probabilities (N, K): the answer, from as many views as it was calibrated for."""
+        return self.combine(self.opinions(images, boxes, meta).mean(1))
 
-    def opinions(self, images, boxes=None, meta=None, views=5, scales=(1.0,)):
+    def opinions(self, images, boxes=None, meta=None, views=None, scales=(1.0,)):
         """Probabilities (M, V, N, K): of every member, of every view at every scale (V), of every image. `conclude`
         makes one answer of them."""
+        views = views or self.info["views"]
         meta = None if meta is None else meta.repeat(views, 1)
-        look = functools.partial(tta_views, views=views)
+        look = crop if views == 1 else functools.partial(tta_views, views=views)
         found = [self.member_probabilities(images, boxes, meta, look, scale) for scale in scales]
         return torch.cat([p.unflatten(1, (views, len(images))) for p in found], 1)
 

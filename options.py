@@ -22,6 +22,7 @@ from pathlib import Path
 
 import torch
 
+from augment import VIEWS
 from data import load
 from models import ATTENTION, BACKBONES, write_atomically
 from readers import InputError
@@ -89,6 +90,7 @@ PROTOCOL = [
     ("folds", 1, (1, MANY), "cross-validation by groups over all labelled images; the source's splits are then not used"),
     ("repeats", 1, (1, MANY), "the whole with seeds SEED, SEED+1, ... on the same splits (with --folds: on new folds)"),
     ("threshold-by", "sensitivity", ["sensitivity", "balance"], "chosen on validation: reach --target-sensitivity, or the best balanced accuracy"),
+    ("views", 5, (1, len(VIEWS)), "looks at an image (test-time augmentation): temperature, threshold and report are made with them, and infer.py takes them"),
     ("target-sensitivity", 0.95, (0, 1), "the threshold is the largest that reaches it on validation"),
     ("label-fraction", 1.0, (1e-6, 1), "learn from this share of the training split alone, drawn by the seed, no group divided"),
 ]
@@ -135,7 +137,7 @@ def argument(default, kind, text):
     if kind is None:
         return how | {"action": "store_true"}
     if isinstance(kind, tuple):
-        number = type(default[0] if isinstance(default, list) else default)
+        number = int if default is None else type(default[0] if isinstance(default, list) else default)
         how |= {"nargs": "+"} if isinstance(default, list) else {}
         return how | {"type": between(*kind, number), "metavar": "N" if number is int else "X"}
     if isinstance(kind, list):
@@ -150,7 +152,9 @@ def between(low, high, number):
         try:
             value = number(text)
         except ValueError:
-            raise argparse.ArgumentTypeError(f"{text!r} is no {'whole ' if number is int else ''}number") from None
+            advice = "; give files before the options" if os.path.exists(text) else ""
+            kind = "whole number" if number is int else "number"
+            raise argparse.ArgumentTypeError(f"{text!r} is no {kind}{advice}") from None
         if not low <= value <= high:  # also refuses nan
             raise argparse.ArgumentTypeError(f"{text}: must lie in {low:g} ... {high:g}")
         return value

@@ -249,12 +249,13 @@ def is_better(state, raw, net):
 
 @torch.no_grad()
 def predict(model, images, rows, boxes=None, batch=EVAL_BATCH):
-    """Members' probabilities (M, N, K) of the images in `rows`, on the CPU. boxes (all images, 4): the crops."""
+    """Members' probabilities (M, N, K) of the images in `rows`, by as many views as info says, on the CPU. boxes (all
+    images, 4): the crops."""
     parts = []
     for index in rows.cpu().split(batch):
         x = images.pixels[index.to(images.pixels.device)].to(model.device)
         meta, around = (None if v is None else v[index].to(model.device) for v in (images.meta, boxes))
-        parts.append(model.member_probabilities(x, around, meta).cpu())
+        parts.append(model.opinions(x, around, meta).mean(1).cpu())
     return torch.cat(parts, 1)
 
 
@@ -349,7 +350,7 @@ def model_info(images, args, seed):
     """What a model file says of itself, see models.Ensemble."""
     made = {"data": images.source, "placeholder_boxes": images.placeholder_boxes, "seed": seed, "torch": str(torch.__version__)}  # fmt: skip
     info = {"classes": images.classes, "size": args.size, "load_size": images.pixels.shape[-1]}
-    info |= {"channels": images.pixels.shape[1], "equalise": args.clahe, "margin": args.margin}
+    info |= {"channels": images.pixels.shape[1], "equalise": args.clahe, "margin": args.margin, "views": args.views}
     return info | {"meta_spec": images.meta_spec, "made": made}
 
 
@@ -451,7 +452,7 @@ def train_members(images, train, val, look, info, args, folder, seed, teacher=No
     watched = eval_rows(val, args, seed)
 
     def validate(net):
-        p = predict(models.Ensemble([net], **info), images, watched, look)[0]
+        p = predict(models.Ensemble([net], **(info | {"views": 1})), images, watched, look)[0]  # an epoch: a quick look
         area = float(metrics.evaluate(p, images.labels[watched])["auc"].nan_to_num(0.5))  # a part may lack a class
         nll = float(F.nll_loss((p + 1e-12).log(), images.labels[watched]))
         return {"score": [area, -nll], "val_auc": area, "val_loss": nll}  # equal AUC: the better likelihood
