@@ -394,7 +394,7 @@ def main(argv=None):
         raise InputError(f"{asked}: more than the pool of {most} images")
     models.build_backbone(args.model, images.pixels.shape[1], args.weights)  # a wrong name is said before a run begins
     other = finished_loop(images, args) if args.against else None
-    folder = options.prepare_folder(args, "al-")
+    folder = options.prepare_folder(args, images, "al-")
     print(f"run folder: {folder}")
     seeds = range(args.seed, args.seed + args.repeats)
     jobs = [(name, seed, args, folder) for seed in seeds for name in ["all", *args.strategies]]
@@ -428,6 +428,7 @@ SUGGEST = [
     ("query", 20, (1, options.MANY), "how many images"),
     ("strategy", "coreset", list(STRATEGIES), "how they are chosen"),
     ("out", "to_label", "DIR", "folder for to_label.csv and to_label.png; never written over"),
+    ("show-guess", False, None, "show what the model thinks, too: it leads the one who labels"),
     ("seed", 0, (0, 2**31), "of the strategies that draw"),
     ("cache", "runs/cache", "DIR", "folder of decoded images"),
     ("device", "auto", "DEVICE", "auto, cpu, cuda"),
@@ -450,14 +451,17 @@ def suggest(argv):
     if (out / "to_label.csv").exists():
         raise InputError(f"--out {out}: holds a to_label.csv, which may have answers; give another folder")
     model = models.load_classifier(args.model, models.choose_device(args.device))
-    images, labelled = read_pool(args, model.info)
+    images, labelled, met = read_pool(args, model.info)
+    if met:
+        print(f"{met} images of the pool are left out: the model was trained, validated or tested on them")
     free = candidates(images.groups, labelled, args.query)
     if args.query > len(free):
         raise InputError(f"--query {args.query}: the pool {args.pool} has {len(free)} images without a label")
     everything, generator = torch.arange(len(images)), torch.Generator().manual_seed(args.seed)
     boxes = None if model.dnet is None else train.locate(model, images, everything)
     picks = ask(args.strategy, model, images, everything, labelled, free, args.query, generator, boxes)
-    write_sheet(out, images, picks, model, boxes, f"{args.strategy}: {args.query} of {len(free)} images to label")
+    title = f"{args.strategy}: {args.query} of {len(free)} images to label"
+    write_sheet(out, images, picks, model if args.show_guess else None, boxes, title)
     file, classes = out / "to_label.csv", ", ".join(model.info["classes"])
     box = "box (x_min y_min x_max y_max in pixels) where you can"
     print(f"{file}: fill in the column label with {classes}, and {box}")
@@ -468,43 +472,58 @@ def suggest(argv):
 
 
 def read_pool(args, info):
-    """The pool and what is labelled as one ImageSet, as a model of this info sees it, and the labelled rows."""
+    """The pool and what is labelled as one ImageSet, as a model of this info sees it; the rows that need no label, which
+    are the labelled ones and those that the model has met; and how many of the pool it has met."""
     same = {k: info[k] for k in ("channels", "equalise")} | {"cache": args.cache, "skip_bad": True}
     sources = [args.pool, *args.labelled]
     images, *more = (data.load(source, info["load_size"], **same, log=lambda _: None) for source in sources)
     count, spec = len(images), info["meta_spec"]
     for labelled in more:
-        images = data.join(images, labelled)
+        answered = torch.nonzero(labelled.labels >= 0)[:, 0]  # of a half-filled CSV the others still wait
+        images = data.join(images, labelled.take(answered) if len(answered) else labelled)
     paths = [Path(name).resolve() for name in images.names]
     known = set(paths[count:])
-    rows = [*range(count, len(images)), *(i for i in range(count) if paths[i] in known)]
+    seen = torch.cat([*info.get("seen", {}).values(), torch.zeros(0, dtype=torch.long)])
+    met = torch.isin(images.pictures()[:count], seen)
+    rows = [*range(count, len(images)), *(i for i in range(count) if paths[i] in known or met[i])]
     # what is known of the patients of the labelled images is forgotten: of the pool's nothing is known
     images.meta = data.encode_meta([{}] * len(images), None, spec)[0] if spec else None
-    return images, torch.tensor(rows, dtype=torch.long)
+    return images, torch.tensor(rows, dtype=torch.long), int(met.sum())
 
 
 def write_sheet(out, images, picks, model, boxes, title):
-    """to_label.csv, to be filled in, and to_label.png, the same images numbered."""
-    info, file, captions = model.info, io.StringIO(), []
-    probabilities = model.combine(train.predict(model, images, picks, boxes))
-    answers = metrics.decide(probabilities, info["threshold"])
+    """to_label.csv, to be filled in, and to_label.png, the same images numbered. model: whose guess and box (of all
+    images, or None) are shown; None: nobody's, for who labels is not to be led."""
+    guesses = [["", "", ""]] * len(picks) if model is None else read_guesses(model, images, picks, boxes)
+    file, captions = io.StringIO(), []
     table = csv.writer(file, lineterminator="\n")
     table.writerow(HEADER)
-    for number, (i, answer, p) in enumerate(zip(picks.tolist(), answers.tolist(), probabilities, strict=True), 1):
-        path, box = Path(images.names[i]), ""
+    for number, (i, guess) in enumerate(zip(picks.tolist(), guesses, strict=True), 1):
+        path = Path(images.names[i])
+        table.writerow([number, str(path.resolve()), *guess, "", ""])
+        captions.append(f"{number}: {path.name[-24:]}" + (f"\n{guess[0][:14]}?  p {guess[1]}" if model else ""))
+    pixels = [images.pixels[i] for i in picks.tolist()]
+    found = None if model is None or boxes is None else boxes[picks]
+    sheet = plots.contact_sheet(pixels, captions, found, title=title + ("" if found is None else " (D-Net's box)"))
+    models.write_atomically(out / "to_label.csv", file.getvalue().encode())
+    plots.save_png(sheet, out / "to_label.png")
+
+
+def read_guesses(model, images, picks, boxes):
+    """What the model thinks of these images, as words: [class, probability (of the positive class, of more than two of
+    the likeliest), box in the picture's pixels or ""] each."""
+    info, guesses = model.info, []
+    probabilities = model.combine(train.predict(model, images, picks, boxes))
+    answers = metrics.decide(probabilities, info["threshold"])
+    for i, answer, p in zip(picks.tolist(), answers.tolist(), probabilities, strict=True):
+        box, asked = "", 1 if len(p) == 2 else answer
         if boxes is not None:
             picture = data.read_image(images.names[i], info["channels"])
             placement = data.letterbox(picture, info["load_size"])[1]
             corners = data.original_box(boxes[i].tolist(), placement, info["load_size"], picture.size)
             box = " ".join(f"{v:.0f}" for v in corners)
-        word, asked = info["classes"][answer], len(p) - 1 if len(p) == 2 else answer
-        table.writerow([number, str(path.resolve()), word, f"{p[asked]:.3f}", box, "", ""])
-        opinion = f"{word[:14]}?  p({info['classes'][asked][:9]}) {p[asked]:.2f}"
-        captions.append(f"{number}: {path.name[-24:]}\n{opinion}")
-    pixels, found = [images.pixels[i] for i in picks.tolist()], None if boxes is None else boxes[picks]
-    sheet = plots.contact_sheet(pixels, captions, found, title=title + ("" if boxes is None else " (D-Net's box)"))
-    models.write_atomically(out / "to_label.csv", file.getvalue().encode())
-    plots.save_png(sheet, out / "to_label.png")
+        guesses.append([info["classes"][answer], f"{p[asked]:.3f}", box])
+    return guesses
 
 
 def read_answers(path, classes, partial=False):
@@ -572,7 +591,7 @@ def learn(argv):
     ((_, fixed, val, test, seed),) = train.plan(images, args)
     added = ", ".join(f"{int((more.labels[rows] == k).sum())} {name}" for k, name in enumerate(images.classes))
     print(f"{len(rows)} answers: {added}")
-    folder = options.prepare_folder(args, "learn-")
+    folder = options.prepare_folder(args, more, "learn-")
     runs = [("before", fixed, val, test, seed), ("after", torch.cat([fixed, rows]), val, test, seed)]
     try:
         with options.claim(folder), train.Interrupt():

@@ -63,6 +63,24 @@ class ImageSet:
         rows = [i for i, s in enumerate(self.splits) if s == split and self.labels[i] >= 0]
         return torch.tensor(rows, dtype=torch.long)
 
+    def take(self, rows):
+        """The ImageSet of these rows (int64) alone."""
+        parts = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        tensors = {k: v[rows] for k, v in parts.items() if isinstance(v, torch.Tensor)}
+        lists = {k: [parts[k][i] for i in rows.tolist()] for k in ("splits", "names")}
+        return dataclasses.replace(self, **tensors, **lists)
+
+    def pictures(self):
+        """int64 (N,): a hash of what each image shows, whatever its name. A model file remembers those that it has met."""
+        shown = self.pixels if self.thumbnails is None else self.thumbnails
+        found = (hashlib.blake2b(image.numpy().tobytes(), digest_size=8).digest() for image in shown)
+        return torch.tensor([int.from_bytes(d, "big", signed=True) for d in found], dtype=torch.long)
+
+    def fingerprint(self):
+        """A word that changes when an image, its place, its label, its group or its split does."""
+        told = [self.pictures().tolist(), self.labels.tolist(), self.groups.tolist(), self.splits, self.classes]
+        return hashlib.blake2b(json.dumps(told).encode(), digest_size=8).hexdigest()
+
     def summary(self):
         """Counts per class and split, one line each: a flipped label is seen here first."""
         n, c, s, _ = self.pixels.shape

@@ -204,9 +204,14 @@ def load_images(args, log=print):
     return load(args.data, size, drop=args.drop_class, equalise=args.clahe, columns=columns, log=log, **same)
 
 
-def prepare_folder(args, prefix=""):
-    """The run folder, with its config. An existing run is never written over."""
+def prepare_folder(args, images, prefix=""):
+    """The run folder, with its config. An existing run is never written over; one that is resumed must find the images
+    that it began with, as what it has learnt so far speaks of them by their number."""
     if args.resume:
+        before = json.loads((Path(args.resume) / "config.json").read_text()).get("images")
+        if before not in (None, images.fingerprint()):
+            raise InputError(f"--resume {args.resume}: --data {args.data} has changed since (images, labels, groups or "
+                             "splits); put back what it was, or start a new run")  # fmt: skip
         return Path(args.resume)
     members = "ensemble" if args.ensemble else args.model
     source = "phantoms" if args.data in (None, "phantoms") else f"{Path(args.data).stem}-{members}"
@@ -225,6 +230,7 @@ def prepare_folder(args, prefix=""):
         "args": {k: v for k, v in vars(args).items() if k != "resume"},
         "commit": subprocess.run(git, capture_output=True, text=True).stdout.strip() or None,
         "command": sys.argv,
+        "images": images.fingerprint(),
         "versions": {"python": platform.python_version(), "torch": str(torch.__version__)},
     }
     write_atomically(folder / "config.json", json.dumps(config, indent=1).encode())

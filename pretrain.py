@@ -112,7 +112,7 @@ def main(argv=None):
     rows = torch.tensor([i for i, split in enumerate(images.splits) if split != "test"])
     torch.manual_seed(args.seed)
     net = METHODS[args.method](args, **train.network_options(images, args))
-    folder = options.prepare_folder(args, "pretrain-")
+    folder = options.prepare_folder(args, images, "pretrain-")
     print(f"run folder: {folder}; {len(rows)} images, the test split left out")
     images.pixels = images.pixels.to(device)
 

@@ -266,10 +266,16 @@ def held_out(model_path, data_path, cache):
     images, pairs = load_images(args), []
     for file in files:
         rows = read_checkpoint(file.with_name("test.pt"), str(file.with_name("test.pt")))["rows"]
-        if int(rows.max()) >= len(images):
-            raise InputError(f"--data {args.data}: not the images that {folder} was trained on")
-        pairs.append((load_classifier(file), rows))
+        model = load_classifier(file)
+        if int(rows.max()) >= len(images) or not same_pictures(images, rows, model.info.get("seen")):
+            raise InputError(f"--data {args.data}: it has changed, its images are not those that {folder} held out")
+        pairs.append((model, rows))
     return images, pairs
+
+
+def same_pictures(images, rows, seen):
+    """Whether these rows show what the model's test split did; older models don't know."""
+    return seen is None or torch.equal(images.pictures()[rows], seen["test"])
 
 
 def recommended_method(model_path):

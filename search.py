@@ -189,7 +189,7 @@ def main(argv=None):
         raise InputError("say how many settings to try: python search.py 30 --data ...")
     choose_device(args.device)
     images, ranges = prepare(args)[0], search_ranges(args)
-    folder, start = prepare_folder(args, "search-"), time.time()
+    folder, start = prepare_folder(args, images, "search-"), time.time()
     print(f"run folder: {folder}")
     try:
         with claim(folder):

@@ -312,6 +312,8 @@ def one_run(images, train, val, test, args, folder, seed, teacher=None):
     if model.dnet is not None:
         result["val_iou"] = max(h["val_iou"] for h in histories[0])
     result.update(temperature=model.info["temperature"], weights=model.weights.tolist(), histories=histories)
+    pictures = images.pictures()  # so that nobody takes for new what it has met
+    model.info["seen"] = {"train": pictures[train], "val": pictures[val], "test": pictures[test]}
     models.save(Path(folder) / "model.pt", model)
     models.save_checkpoint(Path(folder) / "test.pt", result)
     for path in Path(folder).glob("[cd]net*.pt"):
@@ -495,27 +497,34 @@ def check_size(net, size, meta):
         raise InputError(f"--size {size} is too small for {net.config['model']} ({why}); use a larger --size") from None
 
 
-def load_teacher(images, args, part):
+def load_teacher(images, args, part, test):
     """The Ensemble of --teacher, checked against the data. A run folder's model for the same part (fold, seed) is
-    taken, so that the teacher of a fold has not seen that fold's test images either."""
+    taken: a teacher that has learnt from an image of this part's `test` would tell its pupil the answer."""
     path = Path(args.teacher) / part / "model.pt" if Path(args.teacher).is_dir() else Path(args.teacher)
     teacher = models.load_classifier(path, models.choose_device(args.device))
     info = model_info(images, args, args.seed)
     for key, what in {"classes": "classes", "channels": "channels", "meta_spec": "patient data"}.items():
         if teacher.info[key] != info[key]:
             raise InputError(f"--teacher {path}: its {what} {teacher.info[key]} are not those of the data, {info[key]}")
+    if "seen" not in teacher.info:
+        print(f"--teacher {path}: of an older version, which did not note what it learnt from; it may know test images")
+    elif known := met(teacher, images, test, "train", "val"):
+        advice = "train it with the same --data, --folds and --seed, and give its run folder"
+        raise InputError(f"--teacher {path}: it learnt from {known} of the {len(test)} test images; {advice}")
     return teacher
 
 
-def teach(images, args, part, seed):
+def met(model, images, rows, *splits):
+    """How many of the images in `rows` show what the model was given in one of these splits."""
+    seen = torch.cat([model.info["seen"][split] for split in splits])
+    return int(torch.isin(images.pictures()[rows], seen).sum())
+
+
+def teach(images, args, part, test):
     """The teacher's soft answers (N, K) on all images, or None without --teacher."""
     if not args.teacher:
         return None
-    teacher = load_teacher(images, args, part)
-    made, rows = teacher.info["made"], torch.arange(len(images))
-    if (made.get("data"), made.get("seed")) != (images.source, seed):
-        learnt = f"{made.get('data')}, seed {made.get('seed')}"
-        print(f"the teacher was trained on {learnt}: other splits, so it may know images of this test split")
+    teacher, rows = load_teacher(images, args, part, test), torch.arange(len(images))
     boxes = None if teacher.dnet is None else locate(teacher, images, rows)
     return teacher.combine(predict(teacher, images, rows, boxes))
 
@@ -603,7 +612,7 @@ def prepare(args):
     for backbone in {args.model, *(args.ensemble or args.model).split(",")}:
         models.build_backbone(backbone, images.pixels.shape[1], args.weights)
     for run in runs if args.teacher else []:
-        load_teacher(images, args, run[0])
+        load_teacher(images, args, run[0], run[3])
     return images, runs, finished_run(args.against, images, runs) if args.against else None
 
 
@@ -617,7 +626,7 @@ def make_runs(images, runs, args, folder):
         if not done.exists():
             if name:
                 print(f"\n{name}: {', '.join(f'{n} {what}' for what, n in splits.items())}")
-            one_run(images, train, val, test, args, part, seed, teach(images, args, name, seed))
+            one_run(images, train, val, test, args, part, seed, teach(images, args, name, test))
         results.append(models.read_checkpoint(done))
         if name and not (part / "report.json").exists():
             write_report(images, results[-1:], args, part, time.time() - start, splits)
@@ -636,7 +645,7 @@ def main(argv=None):
         print(models.DISCLAIMER)
         return report, Path(args.resume)
     images, runs, other = prepare(args)
-    folder, start = prepare_folder(args), time.time()
+    folder, start = prepare_folder(args, images), time.time()
     print(f"run folder: {folder}")
     try:
         with claim(folder), Interrupt():
