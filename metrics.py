@@ -107,6 +107,8 @@ def roc_curve(scores, labels):
 
 def threshold_for_sensitivity(scores, labels, target):
     """The largest threshold t at which `score >= t` finds at least `target` of the positives; NaN without any."""
+    if not 0 <= target <= 1:
+        raise ValueError(f"target {target}: must lie in [0, 1]")
     scores = numbers(scores, (None,), "scores")
     positive = scores[class_numbers(labels, 2, len(scores)) == 1].sort(descending=True).values
     return float(positive[max(0, math.ceil(target * len(positive) - 1e-9) - 1)]) if len(positive) else math.nan

@@ -39,6 +39,8 @@ def choose_device(name):
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
+        if device.type not in ("cpu", "cuda", "mps", "xpu"):
+            raise RuntimeError("nothing can be computed there")
     except RuntimeError:
         raise InputError(f"--device {name}: no such device; give auto, cpu or cuda") from None
     if device.type == "cuda" and not torch.cuda.is_available():

@@ -254,12 +254,15 @@ def finder(root):
                     found.setdefault(key, []).append(file)
         return found
 
+    def of_masks(folder):
+        return folder != root and "mask" in folder.name.lower()
+
     def find(value, where, mask):
         path = root / value
         if os.path.isfile(path):  # Path.is_file raises an OSError on a name that is too long
             return str(path)
         files = index(path.parent).get(path.name, []) if os.path.isdir(path.parent) else []
-        fit = [p for p in files if bool(MASK.match(p.stem) or "mask" in p.parent.name.lower()) == mask]
+        fit = [p for p in sorted(files) if bool(MASK.match(p.stem) or of_masks(p.parent)) == mask]
         fit = fit or (files if mask else [])
         if len(fit) > 1:
             raise InputError(f"{where}: {value!r} may be {fit[0]} or {fit[1]}; name it with its folder and ending")
