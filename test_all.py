@@ -18,7 +18,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import textwrap
 from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch: for tiny networks a second thread costs more than it brings
@@ -559,7 +558,7 @@ def test_k_center_measures_few_distances(monkeypatch):
     assert sum(measured) < 0.02 * len(x) * 200
 
 
-def test_k_center_needs_little_memory():
+def test_k_center_needs_little_memory_slow():
     """At 40,000 x 256 (41 MB): a table of all pairs would be 6.4 GB, one of all points against the picks 16 MB."""
     code = (
         "import torch, query; x, k_center = torch.randn(40_000, 256), query.k_center_greedy; k_center(x[:1000], 5);"
@@ -1091,7 +1090,7 @@ def test_a_linear_model_on_the_phantoms_pixels_is_lost(size):
 
 
 @pytest.mark.parametrize("name", models.BACKBONES)
-def test_every_backbone_makes_both_networks_and_takes_grey_images_unchanged(monkeypatch, name):
+def test_every_backbone_makes_both_networks_and_takes_grey_images_unchanged_slow(monkeypatch, name):
     torch.manual_seed(0)
     whole, grey = models.whole_network(name), torch.rand(2, 1, 96, 96)
     monkeypatch.setattr(models, "whole_network", lambda *_: whole)  # to draw its weights takes longest: once
@@ -1735,7 +1734,7 @@ def same_model(a, b):
     return one.keys() == two.keys() and all(torch.equal(one[k], two[k]) for k in one)
 
 
-def test_the_report_tells_what_each_member_does_alone(folders, ensemble):
+def test_the_report_tells_what_each_member_does_alone_slow(folders, ensemble):
     folder, said, report = ensemble
     args = parse(["--data", str(folders), "--positive", "malignant", "--size", "32", "--folds", "2"])
     images = quiet_load(folders, 32, positive="malignant")
@@ -1789,7 +1788,7 @@ def test_two_runs_are_compared_in_pairs(tmp_path, folders, ensemble):
     assert {(m["value"], m["low"] + m["high"]) for m in change["test"].values()} == {(0.0, 0.0)}
 
 
-def test_an_ensemble_teaches_one_small_model(tmp_path, folders, whole, ensemble):
+def test_an_ensemble_teaches_one_small_model_slow(tmp_path, folders, whole, ensemble):
     def learn(name, *options):
         same = f"--positive malignant --nets cnet --epochs 1 --name {name}"
         return quick(tmp_path, same, *options, data_folder=folders)[:2]
@@ -1965,7 +1964,7 @@ def test_folds_cover_every_image_once_and_repeats_have_a_spread(tmp_path, folder
 
 
 @pytest.mark.parametrize("roi", ["mask", "none,dnet"])
-def test_an_ensemble_on_crops_of_three_classes(tmp_path, folders, roi):
+def test_an_ensemble_on_crops_of_three_classes_slow(tmp_path, folders, roi):
     options = "--ensemble small_cnn,small_cnn --margin 0.5 --epochs 1 --name e --roi"
     folder, _, report = quick(tmp_path, options, roi, data_folder=folders)
     model, classes = models.load(folder / "model.pt"), ["benign", "normal", "malignant"]
@@ -2090,7 +2089,7 @@ def test_option_files_hold_comments_and_many_options_a_line(tmp_path):
         (al_loop if recipe.name.startswith("al-") else train).parse([f"@{recipe}", "--data", "somewhere"])
 
 
-def test_search_halves_resumes_and_its_best_can_be_used(tmp_path, folders):
+def test_search_halves_resumes_and_its_best_can_be_used_slow(tmp_path, folders):
     options = "4 --positive malignant --search-folds 2 --search-over lr=1e-4:1e-2 size=32,40 dropout=0:0.5 --workers 1"
     folder, _, row = quick(tmp_path, options, "--name s", data_folder=folders, script=search)
     with open(folder / "search.csv", newline="") as file:
@@ -2539,7 +2538,7 @@ def test_grad_cam_of_torchvision_networks_by_their_own_parts(name):
 
 
 @pytest.mark.parametrize("backbone", models.BACKBONES)
-def test_the_map_of_every_backbone_is_that_of_its_features(backbone):
+def test_the_map_of_every_backbone_is_that_of_its_features_slow(backbone):
     torch.manual_seed(0)
     net, x = models.CNet(backbone, 2, 1), torch.rand(1, 1, 64, 64)
     maps = saliency.grad_cam(net, x, 1, net.features) + saliency.grad_cam(net, x, 0, net.features)
@@ -2782,20 +2781,6 @@ def phantom_run(stranger):
     return folder, said
 
 
-def test_the_first_command_keeps_its_promise_slow(phantom_run):
-    folder, said = phantom_run
-    test = json.loads((folder / "runs" / "phantoms" / "report.json").read_text())["test"]
-    assert test["auc"]["value"] >= 0.95
-    assert test["iou"]["value"] >= 0.60
-    assert re.search(r"auc +0\.\d+ +\[0\.\d+, [01]\.\d+\]", said)
-    command = re.search(r"try: python (infer\.py .*)", said)[1].split()
-    answer = run(HERE / command[0], *command[1:], cwd=folder)
-    assert answer.returncode == 0
-    assert re.search(r"example\.png: (benign|malignant), p\(malignant\) = 0\.\d+", answer.stdout)
-    assert answer.stdout.rstrip().endswith(models.DISCLAIMER)
-    assert "PHANTOMS" in answer.stdout
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # infer.py
 
@@ -2875,23 +2860,6 @@ def test_sentences_say_the_probability_that_decided():
     found = infer.answer([0.6, 0.256, 0.144], 0, many)
     assert found["probability"] == found["confidence"] == 0.6
     assert infer.verdict(found, many) == ["akiec, p(akiec) = 0.600"]
-
-
-def test_boxes_are_in_the_pixels_of_the_original_slow(phantom_run):
-    detector = infer.BreastCancerDetector(phantom_run[0] / "runs" / "phantoms" / "model.pt")
-    images = data.phantom_set(12, 64, seed=7)
-    for pixels, box in zip(images.pixels, images.boxes, strict=True):
-        image = Image.fromarray(pixels[0].numpy()).resize((256, 256))
-        wide = Image.new("L", (400, 256), int(pixels.float().mean()))
-        wide.paste(image, (100, 0))
-        found = torch.tensor(detector.predict(wide)["box"])[None]
-        true = (box * 256 + torch.tensor([100, 0, 100, 0]))[None]
-        assert (found[0, :2] < found[0, 2:]).all()
-        assert found.max() <= 400
-        if metrics.paired_iou(found, true) > 0.5:
-            break
-    else:
-        pytest.fail("no box lies where its lesion is")
 
 
 def test_a_batch_equals_its_images_one_by_one(tmp_path):
@@ -2978,7 +2946,7 @@ def test_multi_scale_inference_is_the_mean_over_resolutions(tmp_path):
     assert "--scales: 0: must lie in 0.25 ... 4" in error_of(call(infer, *command, "--scales", "0"))
 
 
-def test_the_worth_of_views_is_that_of_the_detectors_answers(tmp_path, folders, two_folds):
+def test_the_worth_of_views_is_that_of_the_detectors_answers_slow(tmp_path, folders, two_folds):
     folder, cache = two_folds
     options = ["--tta", "3", "--scales", "1", "1.5", "--device", "cpu", "--data", folders, *cache]
     said = call(infer, "--model", folder, "--evaluate", *options).stdout
@@ -3018,7 +2986,7 @@ def test_the_worth_of_views_is_that_of_the_detectors_answers(tmp_path, folders, 
         assert why in error_of(call(infer, *options))
 
 
-def test_prediction_imports_no_more_than_it_needs(tmp_path, detector):
+def test_prediction_imports_no_more_than_it_needs_slow(tmp_path, detector):
     picture().save(tmp_path / "i.png")
     options = [f"{tmp_path}/i.png", "--model", str(detector.path)]
     code = f"import sys, infer; infer.main({options}); print(sorted(sys.modules))"
@@ -3062,7 +3030,7 @@ def test_byol_moves_its_target_slowly_and_sends_it_no_gradient():
 
 
 @pytest.mark.parametrize("name", models.BACKBONES)
-def test_a_backbone_is_saved_under_torchvisions_names(tmp_path, name, capsys):
+def test_a_backbone_is_saved_under_torchvisions_names_slow(tmp_path, name, capsys):
     torch.manual_seed(0)
     features, _ = models.build_backbone(name, 1)
     torch.save(models.torchvision_state(name, features), tmp_path / "b.pt")
@@ -3073,7 +3041,7 @@ def test_a_backbone_is_saved_under_torchvisions_names(tmp_path, name, capsys):
 
 
 @pytest.mark.parametrize("method", list(pretrain.METHODS))
-def test_pretraining_sees_no_label_and_no_test_image(tmp_path, folders, method, monkeypatch):
+def test_pretraining_sees_no_label_and_no_test_image_slow(tmp_path, folders, method, monkeypatch):
     options = "--batch 16 --steps-per-epoch 3 --epochs 2 --temperature 0.3 --decay 0.9 --method"
     command = ["--data", folders, *TINY, *options.split(), method, "--runs", tmp_path, "--cache", tmp_path / "c"]
     honest, epoch = train.load_images, train.train_epoch
@@ -3108,7 +3076,7 @@ def test_pretraining_sees_no_label_and_no_test_image(tmp_path, folders, method, 
     assert all(map(torch.equal, backbone("a"), backbone("k")))
 
 
-def test_pretraining_makes_two_views_of_an_image_alike(tmp_path):
+def test_pretraining_makes_two_views_of_an_image_alike_slow(tmp_path):
     """Without a label: at which rank, among 64 new phantoms, the other view of an image comes. By chance it is 32."""
     options = "--size 32 --epochs 2 --steps-per-epoch 30 --lr 2e-2 --temperature 0.1 --name p"
     assert call(pretrain, *options.split(), "--runs", tmp_path).returncode == 0
@@ -3314,7 +3282,7 @@ def test_warm_start_and_cold_start(tmp_path, folders):
     assert [r["auc"] for r in cold[1:]] != [r["auc"] for r in warm[1:]]
 
 
-def test_a_run_is_compared_with_another_seed_by_seed(tmp_path, folders):
+def test_a_run_is_compared_with_another_seed_by_seed_slow(tmp_path, folders):
     options = "--strategies coreset --repeats 2 --nets cnet"
     plain, _ = loop(tmp_path, "plain", options, folders)
     other, _ = loop(tmp_path, "d", f"{options} --distill pool --alpha 0.1", folders)
@@ -3385,7 +3353,7 @@ def suggestion(helper, out, *options):
 
 
 @pytest.mark.parametrize("strategy", list(al_loop.STRATEGIES))
-def test_suggest_lists_what_to_label(tmp_path, helper, folders, strategy):
+def test_suggest_lists_what_to_label_slow(tmp_path, helper, folders, strategy):
     asked = ["--strategy", strategy]
     if strategy == "committee":
         assert "a committee needs members" in error_of(suggest(helper, tmp_path, "--query", "3", *asked))
@@ -3422,7 +3390,7 @@ def fill_in(path, rows, **columns):
     return path
 
 
-def test_learn_trains_with_the_answers_and_says_what_changed(tmp_path, helper, folders):
+def test_learn_trains_with_the_answers_and_says_what_changed_slow(tmp_path, helper, folders):
     rows = suggestion(helper, tmp_path / "out")
     answers = fill_in(tmp_path / "out" / "to_label.csv", rows, label={0: ""}, box={0: ""})
     written = answers.read_bytes()
@@ -3801,7 +3769,7 @@ def test_a_damaged_cache_is_written_again(tmp_path, folders):  # 39
         assert torch.equal(again.boxes.nan_to_num(), first.boxes.nan_to_num())
 
 
-def test_a_bad_epoch_is_not_saved(tmp_path, monkeypatch):  # 35
+def test_a_bad_epoch_is_not_saved_slow(tmp_path, monkeypatch):  # 35
     good, calls = train.classification_loss, []
 
     def breaks(*args, **kwargs):
@@ -3873,39 +3841,32 @@ def test_rooms_of_one_sitting():
     assert len((HERE / "README.md").read_text().splitlines()) < 170
 
 
-def alone(folder, name, code):
-    """Run code in a fresh process beside a copy of one file, with no way to the project."""
-    shutil.copy(HERE / f"{name}.py", folder)
+USES = {  # on a network that is none of ours, beside what each file's own docstring shows
+    "augment": "assert net(augment(images)[0]).shape == (4, 9); assert len(net(tta_views(images, views=3))) == 12",
+    "losses": "distillation_loss(net(images), torch.arange(4), torch.full((4, 9), 1 / 9), 0.5, 2.0).backward()",
+    "query": "assert len(set(k_center_greedy(net(images), 3)[0].tolist())) == 3",
+    "saliency": "assert grad_cam(net, images).shape == rise(net, images, masks=4).shape == (4, 64, 96)",
+    "metrics": "assert 0 <= with_intervals(net(images)[:, :2].softmax(1).tolist(), [0, 1, 1, 0])['auc']['value'] <= 1",
+    "phantoms": "assert net(phantoms(4, 64)[0].float().expand(-1, 3, -1, -1)).shape == (4, 9)",
+}
+
+
+def test_files_of_the_ground_floor_work_alone_on_a_torchvision_network(tmp_path):
+    """Each in a folder of its own, in a process that has no way to the project; what its docstring shows runs as printed."""
+    code = ["import sys, torch, torchvision", "net = torchvision.models.resnet18(num_classes=9).eval()"]
+    for name in FLOORS[0]:
+        (tmp_path / name).mkdir()
+        shutil.copy(HERE / f"{name}.py", tmp_path / name)
+        text = ast.get_docstring(ast.parse((HERE / f"{name}.py").read_text()))
+        example = [line[4:] for line in text.splitlines() if line.startswith("    ")]
+        assert len(example) >= 3
+        own = ["import torch, torchvision", f"from {name} import *", *example, f"from {name} import *"]
+        own += ["images = torch.rand(4, 3, 64, 96)", USES[name]]
+        code += [f"sys.path.insert(0, {str(tmp_path / name)!r})", f"exec({chr(10).join(own)!r}, {{'net': net}})"]
+        code += ["del sys.path[0]", f"del sys.modules[{name!r}]", "net.zero_grad()"]
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
-    return subprocess.run(
-        [sys.executable, "-c", code], cwd=folder, env=environment, capture_output=True, text=True, timeout=300
-    )
-
-
-@pytest.mark.parametrize("name", FLOORS[0])
-def test_a_file_of_the_ground_floor_works_alone_on_a_torchvision_network(tmp_path, name):
-    """What its own docstring shows runs as printed, and it meets a network that is none of ours."""
-    text = ast.get_docstring(ast.parse((HERE / f"{name}.py").read_text()))
-    example = "\n".join(line[4:] for line in text.splitlines() if line.startswith("    "))
-    assert len(example.splitlines()) >= 3
-    code = f"import torch, torchvision\nfrom {name} import *\n{example}\n" + textwrap.dedent("""
-        torch.manual_seed(0)
-        net, images = torchvision.models.resnet18(weights=None).eval(), torch.rand(4, 3, 64, 96)
-    """)
-    code += {
-        "augment": "assert net(augment(images)[0]).shape == (4, 1000); assert len(net(tta_views(images, views=3))) == 12",
-        "losses": "loss = distillation_loss(net(images), torch.arange(4), net(images).softmax(1).detach(), 0.5, 2.0)\nloss.backward()",
-        "query": "e = net(images).detach()\nassert len(set(k_center_greedy(e, 3)[0].tolist())) == 3",
-        "saliency": "assert grad_cam(net, images).shape == (4, 64, 96); assert rise(net, images, masks=4).shape == (4, 64, 96)",
-        "metrics": "p = net(images).softmax(1)[:, :2]\nassert 0 <= with_intervals(p / p.sum(1, True), [0, 1, 1, 0])['auc']['value'] <= 1",
-        "phantoms": "pixels, labels, masks = phantoms(4, 64)\nassert net(pixels.float().expand(-1, 3, -1, -1)).shape == (4, 1000)",
-    }[name]
-    done = alone(
-        tmp_path,
-        name,
-        code
-        + "\nimport sys\nassert not {'numpy.random.mtrand', 'data', 'models'} - {'numpy.random.mtrand'} & set(sys.modules)",
-    )
+    command = [sys.executable, "-c", "\n".join(code)]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
 
 
@@ -3913,7 +3874,7 @@ def readme_blocks(kind):
     return re.findall(rf"```{kind}\n(.*?)```", (HERE / "README.md").read_text(), re.DOTALL)
 
 
-def test_every_python_block_of_the_readme_runs_as_printed(tmp_path):
+def test_every_python_block_of_the_readme_runs_as_printed_slow(tmp_path):
     blocks = readme_blocks("python")
     assert len(blocks) >= 5
     result = run("-c", "\n".join(blocks), cwd=tmp_path)
@@ -3930,6 +3891,41 @@ def test_the_readme_speaks_of_options_and_files_that_are_there():
     for name in re.findall(r"`([\w/]+\.(?:py|md|args|txt))`", text) + re.findall(r"\]\(([\w/.]+)\)", text):
         assert (HERE / name).is_file(), name
     assert sum(p.stat().st_size for p in (HERE / "docs").glob("*.png")) < 400_000
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What a stranger runs first, which has been running beside the tests above
+
+
+def test_the_first_command_keeps_its_promise_slow(phantom_run):
+    folder, said = phantom_run
+    test = json.loads((folder / "runs" / "phantoms" / "report.json").read_text())["test"]
+    assert test["auc"]["value"] >= 0.95
+    assert test["iou"]["value"] >= 0.60
+    assert re.search(r"auc +0\.\d+ +\[0\.\d+, [01]\.\d+\]", said)
+    command = re.search(r"try: python (infer\.py .*)", said)[1].split()
+    answer = run(HERE / command[0], *command[1:], cwd=folder)
+    assert answer.returncode == 0
+    assert re.search(r"example\.png: (benign|malignant), p\(malignant\) = 0\.\d+", answer.stdout)
+    assert answer.stdout.rstrip().endswith(models.DISCLAIMER)
+    assert "PHANTOMS" in answer.stdout
+
+
+def test_boxes_are_in_the_pixels_of_the_original_slow(phantom_run):
+    detector = infer.BreastCancerDetector(phantom_run[0] / "runs" / "phantoms" / "model.pt")
+    images = data.phantom_set(12, 64, seed=7)
+    for pixels, box in zip(images.pixels, images.boxes, strict=True):
+        image = Image.fromarray(pixels[0].numpy()).resize((256, 256))
+        wide = Image.new("L", (400, 256), int(pixels.float().mean()))
+        wide.paste(image, (100, 0))
+        found = torch.tensor(detector.predict(wide)["box"])[None]
+        true = (box * 256 + torch.tensor([100, 0, 100, 0]))[None]
+        assert (found[0, :2] < found[0, 2:]).all()
+        assert found.max() <= 400
+        if metrics.paired_iou(found, true) > 0.5:
+            break
+    else:
+        pytest.fail("no box lies where its lesion is")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
