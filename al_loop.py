@@ -404,7 +404,8 @@ def main(argv=None):
             for chain in train.run_jobs(run_chain, jobs, images, args, args.workers):
                 chains.append(chain)
                 left = (time.time() - start) / len(chains) * (len(jobs) - len(chains))
-                print(f"{len(chains)} of {len(jobs)} chains, about {left / 60:.0f} min left", flush=True)
+                left = f"{left / 60:.0f} min" if left > 90 else f"{left:.0f} s"
+                print(f"{len(chains)} of {len(jobs)} chains, about {left} left", flush=True)
     except (train.Stopped, KeyboardInterrupt):
         options.stop("al_loop.py", folder)
     report = write_al_report(images, chains, args, folder, other)

@@ -345,18 +345,17 @@ def find_groups(entries, labels, classes, thumbnails, split_by_image, log=print)
     if thumbnails is None:
         log(f"more than {MOST_COMPARED:,} images: near-duplicates are not looked for")
         return groups
-    pairs, similarity = near_duplicates(thumbnails)
+    pairs, _ = near_duplicates(thumbnails)
     known = torch.tensor([bool(e.group) for e in entries])
-    unsure = ~known[pairs].all(1)  # two patients that look alike are two patients
-    pairs, similarity = pairs[unsure], similarity[unsure]
+    pairs = pairs[~known[pairs].all(1)]  # two patients that look alike are two patients
     groups = merge_groups(groups, pairs)
     if len(pairs):
         share = f"share a group, the largest of {groups.bincount().max()} images"
         log(f"{len(pairs)} near-duplicate pairs (thumbnail correlation >= 0.95) {share}")
-    for (i, j), s in zip(pairs.tolist(), similarity.tolist(), strict=True):
-        if labels[i] != labels[j] and min(labels[i], labels[j]) >= 0:
-            both = (f"{entries[k].name} ({classes[labels[k]]})" for k in (i, j))
-            log(f"  OPPOSITE LABELS, correlation {s:.3f}: {', '.join(both)}")
+    opposite = [(i, j) for i, j in pairs.tolist() if labels[i] != labels[j] and min(labels[i], labels[j]) >= 0]
+    if opposite:
+        both = " and ".join(f"{entries[k].name} ({classes[labels[k]]})" for k in opposite[0])
+        log(f"  {len(opposite)} of these pairs have OPPOSITE LABELS, as {both}")
     if crossing := sum(entries[i].split != entries[j].split for i, j in pairs.tolist()):
         log(f"  {crossing} of these pairs cross the source's own splits, which are kept")
     return groups

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import saliency
-from augment import crop, crop_regions, place, to_float, tta_views
+from augment import VIEWS, crop, crop_regions, place, to_float, tta_views
 from losses import cell_centres, two_logits
 from readers import InputError
 
@@ -164,8 +164,12 @@ def load_weights(net, path):
         names = f"first: {next(iter(state))}; wanted: {next(iter(own))}"
         raise InputError(f"--weights {path}: not one of its {len(state)} tensors fits this network ({names})")
     net.load_state_dict(fits, strict=False)
-    misfits = {"missing in the file": own.keys() - fits, "in the file but not fitting": state.keys() - fits}
+    misfits = {
+        "missing in the file": own.keys() - fits.keys(),
+        "in the file but not fitting": state.keys() - fits.keys(),
+    }
     for what, keys in misfits.items():
+        keys = {k for k in keys if k.split(".")[0] not in ("classifier", "fc")}  # the head is not wanted
         if keys:
             print(f"weights {path}: {len(keys)} {what}: {', '.join(sorted(keys)[:4])}{' ...' if len(keys) > 4 else ''}")
 
@@ -504,23 +508,45 @@ def load(path, device="cpu"):
     content = read_checkpoint(path)
     if not isinstance(content, dict) or content.pop("format", None) != FORMAT:
         raise InputError(f"{path}: not a model file of this project (a bare state_dict goes to --weights)")
-    version = content.pop("version", math.inf)
-    if version > VERSION:
+    version = content.pop("version", None)
+    if not isinstance(version, int) or version > VERSION:
         raise InputError(f"{path}: model file of version {version}, this program knows up to {VERSION}; update it")
     try:
+        check_info(content)
         dnet, members = content.pop("dnet"), [rebuild(CNet, m) for m in content.pop("members")]
         model = Ensemble(members, content.pop("weights").tolist(), dnet and rebuild(DNet, dnet), **content)
-    except (KeyError, TypeError, RuntimeError, AttributeError) as e:
-        why = str(e).splitlines()[0][:120]
+    except (KeyError, TypeError, RuntimeError, AttributeError, ValueError) as e:
+        why = (str(e) or type(e).__name__).splitlines()[0][:120]
         raise InputError(f"{path}: a model file with parts missing or not fitting ({why})") from e
     return model.eval().to(device)
 
 
+def check_info(content):
+    """ValueError unless what a model file says of itself can be: it may come from a stranger."""
+    rules = {
+        "classes": lambda v: isinstance(v, list) and all(isinstance(c, str) for c in v),
+        "size": lambda v: isinstance(v, int) and 1 <= v <= 4096,
+        "load_size": lambda v: isinstance(v, int) and 1 <= v <= 8192,
+        "channels": lambda v: v in (1, 3),
+        "views": lambda v: v in range(1, len(VIEWS) + 1),
+        **dict.fromkeys(("temperature", "threshold", "margin"), lambda v: math.isfinite(v) and v >= 0),
+    }
+    for key, fits in rules.items():
+        if key in content and not fits(content[key]):
+            raise ValueError(f"{key}: {str(content[key])[:60]}")
+    if missing := {"classes", "size"} - content.keys():
+        raise ValueError(f"no {min(missing)}")
+
+
 def rebuild(network, saved):
     """A network from its configuration and state. Built without memory first: drawing weights that the state then
-    replaces would take longer than the prediction. Older files name D-Net's design, of which one is left."""
+    replaces would take longer than the prediction. Older files name D-Net's design, of which one is left; what a file
+    says of weights to start from is not followed."""
+    for name, value in saved["state"].items():  # a tensor of no strides claims more than its file holds
+        if value.untyped_storage().nbytes() < value.numel() * value.element_size():
+            raise ValueError(f"{name} is larger than its memory")
     with torch.device("meta"):
-        net = network(**{k: v for k, v in saved["config"].items() if k != "design"})
+        net = network(**{k: v for k, v in saved["config"].items() if k not in ("design", "weights")})
     net.load_state_dict(saved["state"], assign=True)
     return net
 

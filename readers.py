@@ -127,7 +127,9 @@ def read_npz(path):
     """MedMNIST's layout. Which number is malignant is the SOURCE's convention: in BreastMNIST 0 is malignant."""
     try:
         with np.load(path, allow_pickle=False) as file:
-            arrays = {k: file[k] for k in file.files}
+            found = file.files
+            wanted = {f"{split}_{key}" for split in ("train", "val", "test") for key in ("images", "labels", "bboxes")}
+            arrays = {k: file[k] for k in file.files if k in wanted}  # the others may be of any size
     except ValueError as e:
         raise InputError(f"{path}: holds pickled objects or is damaged, refused ({e}); save plain arrays") from e
     except Exception as e:  # zipfile and numpy raise a family of their own on files that are no npz
@@ -138,7 +140,7 @@ def read_npz(path):
     entries = []
     splits = [s for s in ("train", "val", "test") if f"{s}_images" in arrays]
     if not splits:
-        raise InputError(f"{path}: no key train_images (found: {', '.join(arrays) or 'nothing'})")
+        raise InputError(f"{path}: no key train_images (found: {', '.join(found) or 'nothing'})")
     for split in splits:
         images, labels, boxes = npz_split(path, split, arrays)
         known, prefix = ("", "") if splits == ["train"] else (split, f"{split}/")  # train alone is no split
