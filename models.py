@@ -104,11 +104,17 @@ def backbone_parts(name, net):
 def build_backbone(name, channels=3, weights="none"):
     """(features, width): a Sequential from images (N, channels, S, S) to maps (N, width, s, s). "none" sees nothing.
 
-    weights: "none", "imagenet" (torchvision downloads its own), or a file: a state_dict with torchvision's names."""
+    weights: "none", "imagenet" (torchvision downloads its own), or a file: a state_dict with torchvision's names; or one of
+    these for each backbone, as in "resnet18=FILE,mobilenet_v2=none"."""
     if name == "none":
         return nn.Sequential(Blind()), 0
     if name not in BACKBONES:
         raise InputError(f"--model {name}: no such network (there are: {', '.join(BACKBONES)})")
+    if "=" in weights and not Path(weights).exists():  # A=W,B=W: each backbone its own
+        chosen = dict(pair.partition("=")[::2] for pair in weights.split(","))
+        if name not in chosen:
+            raise InputError(f"--weights {weights}: says nothing of {name}; add {name}=FILE, imagenet or none")
+        weights = chosen[name]
     if (name, weights) == ("small_cnn", "imagenet"):
         why = "small_cnn is our own, torchvision has no weights for it; use none or a file"
         raise InputError(f"--weights imagenet: {why}")

@@ -3741,6 +3741,19 @@ def test_an_npz_gives_only_what_is_asked_of_it(tmp_path, monkeypatch):  # 41
     assert "other" not in loaded
 
 
+def test_each_member_has_weights_of_its_own(tmp_path):  # 17
+    torch.manual_seed(0)
+    nets = {name: torchvision.models.get_model(name, weights=None) for name in ("resnet18", "mobilenet_v2")}
+    for name, net in nets.items():
+        torch.save(net.state_dict(), tmp_path / f"{name}.pt")
+    both = ",".join(f"{name}={tmp_path / name}.pt" for name in nets)
+    for name, net in nets.items():
+        features, _ = models.build_backbone(name, 3, both)
+        first = next(p for p in net.parameters() if p.dim() == 4)
+        assert torch.equal(next(p for p in features.parameters() if p.dim() == 4), first)
+    refused("says nothing of alexnet; add alexnet=FILE", models.build_backbone, "alexnet", 3, both)
+
+
 def test_votes_survive_a_probability_of_zero():  # 34
     own = torch.tensor([[[1.0, 0.0], [0.4, 0.6]], [[1.0, 0.0], [0.1, 0.9]]])
     votes = train.member_weights(own, torch.tensor([1, 1]))
