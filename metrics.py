@@ -311,7 +311,7 @@ def intervals(measure, index, parts, change=False):
         down, up = (u, u) if change else (u * v, u * (1 - v))
         low, high = v - math.hypot(min(low - v, 0.0), down), v + math.hypot(max(high - v, 0.0), up)
         if not math.isnan(u):
-            m |= {"low": max(low, -float(change)), "high": min(high, 1.0)}
+            m |= {"low": max(low, -float(change)) + 0.0, "high": min(high, 1.0)}
     return report
 
 
