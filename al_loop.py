@@ -129,7 +129,7 @@ def run_chain(images, strategy, seed, args, folder):
     groups = torch.arange(len(pool)) if args.ignore_groups else images.groups[pool]
     rounds, labelled, last = [], torch.arange(len(pool)), 0 if strategy == "all" else args.rounds
     if (folder / "state.pt").exists():
-        state = models.read_checkpoint(folder / "state.pt", str(folder / "state.pt"))
+        state = models.read_checkpoint(folder / "state.pt")
         rounds, labelled = state["rounds"], state["labelled"]
     elif strategy != "all":
         labelled = first_labels(images, pool, groups, seed, args)
@@ -459,7 +459,7 @@ def suggest(argv):
     if args.query > len(free):
         raise InputError(f"--query {args.query}: the pool {args.pool} has {len(free)} images without a label")
     everything, generator = torch.arange(len(images)), torch.Generator().manual_seed(args.seed)
-    boxes = None if model.dnet is None else train.locate(model, images, everything)
+    boxes = train.locate(model, images, everything)
     picks = ask(args.strategy, model, images, everything, labelled, free, args.query, generator, boxes)
     title = f"{args.strategy}: {args.query} of {len(free)} images to label"
     write_sheet(out, images, picks, model if args.show_guess else None, boxes, title)

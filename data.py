@@ -141,6 +141,7 @@ def to_mode(image, channels):
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, (0, 0, 0, 255)), image)
+    image = image if image.mode in ("L", "RGB") else image.convert("RGB")  # greys by one way, whoever asks
     return image.convert("L" if channels == 1 else "RGB")
 
 

@@ -136,7 +136,7 @@ def measure_batch(name, model, blind, images, index):
     x, masks = images.pixels[index], lesion_masks(images, index)
     meta = None if images.meta is None else images.meta[index]
     with torch.no_grad():
-        boxes = model.locate(x)
+        boxes = model.locate(x, images.boxes[index])
         target = model(x, boxes, meta).argmax(1)
     parts = model.member_maps(x, name, target, meta, boxes)
     maps = sum(parts)
@@ -215,7 +215,7 @@ def predicted_maps(images, pairs, method, batch=32):
         for index in rows.split(batch):
             x, meta = images.pixels[index], None if images.meta is None else images.meta[index]
             with torch.no_grad():
-                boxes = model.locate(x)
+                boxes = model.locate(x, images.boxes[index])
                 p = model(x, boxes, meta)
             predicted = (p[:, 1] >= model.info["threshold"]).long() if p.shape[1] == 2 else p.argmax(1)
             found.append((index, model.explain(x, method, predicted, meta, boxes), predicted))

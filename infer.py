@@ -57,8 +57,10 @@ def answer(probabilities, uncertainty, info, reasons=()):
         predicted = int(np.argmax(probabilities))
         best, second = sorted(probabilities)[:-3:-1]
         near = best < REFER_ODDS * second
-    reasons += ["the probability is near the threshold" if len(classes) == 2 else "two classes are near"] * near
-    reasons += ["its views or members differ"] * (uncertainty > REFER_UNCERTAINTY)
+    if near:
+        reasons.append("the probability is near the threshold" if len(classes) == 2 else "two classes are near")
+    if uncertainty > REFER_UNCERTAINTY:
+        reasons.append("its views or members differ")
     return {
         "prediction": classes[predicted],
         "probability": round(p if len(classes) == 2 else probabilities[predicted], 6),
@@ -73,14 +75,16 @@ def answer(probabilities, uncertainty, info, reasons=()):
 def oddities(picture, channels):
     """Why a picture (PIL, RGB) is none that a model of so many channels can judge: a list of reasons, mostly empty."""
     short, long = sorted(picture.size)
-    values = np.asarray(picture).astype(np.int16)
-    found = [f"it has only {picture.width} x {picture.height} pixels"] * (short < LEAST_SIDE)
-    found += [f"it is {long / short:.0f} times as long as wide"] * (long > MOST_ASPECT * short)
-    found += ["it is blank"] * bool(values.mean(2).std() < LEAST_SPREAD)
-    colour = (values.max(2) - values.min(2)).mean()
-    return found + ["it is in colour, and the model has learnt from grey pictures"] * bool(
-        channels == 1 and colour > MOST_COLOUR
-    )
+    values = np.asarray(picture.reduce(max(1, long // 256)), np.float32)
+    checks = {
+        f"it has only {picture.width} x {picture.height} pixels": short < LEAST_SIDE,
+        f"it is {long / short:.0f} times as long as wide": long > MOST_ASPECT * short,
+        "it is blank": values.mean(2).std() < LEAST_SPREAD,
+        "it is in colour, and the model has learnt from grey pictures": (
+            channels == 1 and np.ptp(values, axis=2).mean() > MOST_COLOUR
+        ),
+    }
+    return [reason for reason, found in checks.items() if found]
 
 
 def check_views(views, scales):
@@ -127,10 +131,8 @@ class BreastCancerDetector:
         boxes = [None] * len(images) if boxes is None else [boxes] if alone else list(boxes)
         if not len(images) == len(metas) == len(boxes):
             raise InputError(f"{len(metas)} patients' data and {len(boxes)} boxes for {len(images)} images")
-        if self.model.needs_boxes and None in boxes:
-            raise InputError(
-                "this model sees crops around the lesion and has no D-Net: give boxes, or train with --roi dnet"
-            )
+        if 0 < sum(box is None for box in boxes) < len(boxes):
+            raise InputError("boxes: give one for every image, or none at all")
         results = []
         for start in range(0, len(images), 32):  # a batch on the device while memory stays bounded
             results += self._predict_batch(*(v[start : start + 32] for v in (images, metas, boxes)))
@@ -259,6 +261,8 @@ def collect(paths, columns=(), image_column=None):
         if path.suffix.lower() == ".csv":
             told = [c for c in columns if c in read_table(path)[1]]
             entries = read_csv(path, COLUMNS | {"image": image_column, "meta": told})
+            if not entries:
+                raise InputError(f"{path}: no image in this table")
             files += [(e.image, e.row) for e in entries]
             continue
         found = [path]
@@ -400,7 +404,7 @@ def look_again(model, images, rows, views, scales, batch=32):
     for index in rows.split(batch):
         pixels = images.pixels[index].to(model.device)
         meta = None if images.meta is None else images.meta[index].to(model.device)
-        boxes = images.boxes[index].to(model.device) if model.needs_boxes else model.locate(pixels)
+        boxes = model.locate(pixels, images.boxes[index].to(model.device))
         found.append(model.opinions(pixels, boxes, meta, views, scales).cpu())
     return torch.cat(found, 2)
 

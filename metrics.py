@@ -207,12 +207,6 @@ def drawn_groups(count, replicates, generator):
     return torch.zeros(replicates, count).scatter_add_(1, drawn, torch.ones(1, 1).expand(replicates, count))
 
 
-def bootstrap_weights(groups, replicates=REPLICATES, generator=None):
-    """(B, N) how often each image is drawn when whole groups are drawn with replacement (Efron & Tibshirani 1993)."""
-    index = group_index(groups, len(groups))
-    return drawn_groups(int(index.max()) + 1, replicates, generator or torch.Generator().manual_seed(0))[:, index]
-
-
 def evidence(labels, classes, iou=None):
     """{metric: (w, [(N,) bool, ...])} for resample: which images tell about it, in parts, and how far it can fall if
     all of a part are wrong: 1 for a share, 1 / K for each class of a macro mean. AUC of two classes: 1 / 2, as a missed

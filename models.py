@@ -372,14 +372,20 @@ class Ensemble(nn.Module):
         """Whether a member sees crops around boxes that nobody here finds: the caller has to give them."""
         return self.dnet is None and any(m.config["roi"] != "none" for m in self.members)
 
-    def locate(self, images):
-        """The lesions' boxes (N, 4) in [0, 1] by D-Net, or None."""
-        return None if self.dnet is None else self.dnet(crop(images, None, self.info["size"])).clamp(0, 1)
+    def locate(self, images, known=None):
+        """The lesions' boxes (N, 4) in [0, 1] by D-Net; without one those that are `known`, if they are needed, or None."""
+        if self.dnet is None:
+            return known if self.needs_boxes else None
+        return self.dnet(crop(images, None, self.info["size"])).clamp(0, 1)
 
     def regions(self, member, boxes):
         """Where a member looks: the crops (N, 4) around the boxes if it was trained on crops, None = the whole."""
-        if member.config["roi"] == "none" or boxes is None:
+        if member.config["roi"] == "none":
             return None
+        if boxes is None:  # a network of crops would answer on whole pictures, and wrongly
+            raise InputError(
+                "this model sees crops around the lesion: it needs boxes, or a D-Net (train with --roi dnet)"
+            )
         return crop_regions(boxes, self.info["margin"])
 
     def member_probabilities(self, images, boxes=None, meta=None, look=crop, scale=1.0):

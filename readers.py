@@ -211,6 +211,8 @@ def read_csv(path, columns):
 
 def read_table(path):
     """(rows as dicts, header) of a CSV as spreadsheets write it: commas, semicolons or tabs; UTF-8, UTF-16 or Latin-1."""
+    if not Path(path).is_file():
+        raise InputError(f"{path}: no such file")
     content = Path(path).read_bytes()
     try:
         text = content.decode("utf-16" if content[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")

@@ -126,7 +126,7 @@ def finished_run(folder, images, runs):
         file, report = (Path(folder) / name / f for f in ("test.pt", "report.json"))
         if not file.is_file():
             raise InputError(f"--against {folder}: no {file}; give the folder of a finished run, of as many folds")
-        results.append(read_checkpoint(file, str(file)))
+        results.append(read_checkpoint(file))
         data = json.loads(report.read_text())["data"]
         same = torch.equal(results[-1]["rows"], test) and data["images"] == len(images)
         if not same or data["classes"] != images.classes:
@@ -265,7 +265,7 @@ def held_out(model_path, data_path, cache):
     args.data, args.cache = data_path or args.data, cache
     images, pairs = load_images(args), []
     for file in files:
-        rows = read_checkpoint(file.with_name("test.pt"), str(file.with_name("test.pt")))["rows"]
+        rows = read_checkpoint(file.with_name("test.pt"))["rows"]
         model = load_classifier(file)
         if int(rows.max()) >= len(images) or not same_pictures(images, rows, model.info.get("seen")):
             raise InputError(f"--data {args.data}: it has changed, its images are not those that {folder} held out")
@@ -275,7 +275,7 @@ def held_out(model_path, data_path, cache):
 
 def same_pictures(images, rows, seen):
     """Whether these rows show what the model's test split did; older models don't know."""
-    return seen is None or torch.equal(images.pictures()[rows], seen["test"])
+    return seen is None or torch.equal(images.take(rows).pictures(), seen["test"])
 
 
 def recommended_method(model_path):

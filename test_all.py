@@ -1378,8 +1378,14 @@ def test_a_class_without_images_gives_nan():
     assert all(math.isnan(v) for m in nowhere.values() for v in m.values())
 
 
+def bootstrap_weights(groups, replicates=metrics.REPLICATES):
+    """How often each image is drawn, in the draws that the intervals make."""
+    index = metrics.group_index(groups, len(groups))
+    return metrics.drawn_groups(int(index.max()) + 1, replicates, torch.Generator().manual_seed(0))[:, index]
+
+
 def test_the_bootstrap_draws_whole_groups():
-    weights = metrics.bootstrap_weights([5, 5, 5, 2, 9, 9], 500)
+    weights = bootstrap_weights([5, 5, 5, 2, 9, 9], 500)
     assert torch.equal(weights, weights[:, [0, 0, 0, 3, 4, 4]])
     assert (weights[:, [0, 3, 4]].sum(1) == 3).all()  # three groups are drawn each time
     assert float(weights.mean()) == pytest.approx(1, abs=0.1)
@@ -1403,7 +1409,7 @@ def test_far_from_the_edge_the_interval_is_the_percentile_bootstrap():
     rng = np.random.default_rng(0)
     y, groups, iou = rng.integers(0, 3, 300), rng.integers(0, 120, 300), rng.random(300)
     p = torch.tensor(rng.normal(size=(300, 3)) + np.eye(3)[y]).softmax(1)
-    draws = metrics.measure(p, y, iou=iou, weights=metrics.bootstrap_weights(groups))
+    draws = metrics.measure(p, y, iou=iou, weights=bootstrap_weights(groups))
     report = metrics.with_intervals(p, y, groups, iou=iou)
     plain = metrics.resample(lambda w: metrics.measure(p, y, iou=iou, weights=w), groups)
     for name in draws.keys() - {"ece"}:
@@ -3561,8 +3567,13 @@ def test_patients_and_boxes_come_with_their_pictures(tmp_path):  # 13, 30
     models.save(tmp_path / "m.pt", model)
     some = infer.BreastCancerDetector(tmp_path / "m.pt", "cpu")
     shots = [picture(60, 50, i) for i in range(3)]
-    with pytest.raises(InputError, match="give boxes"):
-        some.predict(shots, {"age": 50})
+    for ask in (some.predict, lambda shots, meta: report.explain_picture(model, shots[0], "ig", None, meta)):
+        with pytest.raises(InputError, match="it needs boxes"):
+            ask(shots, {"age": 50})
+    with pytest.raises(InputError, match="one for every image, or none"):
+        some.predict(shots, None, [None, [5, 5, 30, 30], np.array([5, 5, 30, 30])])
+    known = torch.rand(2, 4)
+    assert model.locate(torch.rand(2, 1, 32, 32), known) is known
     boxes, metas = [[5, 5, 30, 30], [20, 10, 55, 45], [0, 0, 60, 50]], [{"age": 20}, {"age": 80}, {}]
     together = some.predict(shots, metas, boxes)
     alone = [some.predict(*one) for one in zip(shots, metas, boxes, strict=True)]
@@ -3596,6 +3607,9 @@ def test_a_table_of_patients_goes_in_and_one_of_answers_comes_out(tmp_path):  # 
         expected = some.predict(tmp_path / f"{i}.png", meta)
         assert float(row["probability"]) == pytest.approx(expected["probability"], abs=1e-5)
         assert Path(row["image"]).name == f"{i}.png"
+    (tmp_path / "empty.csv").write_text("image\n")
+    for table, why in (("empty.csv", "no image in this table"), ("nowhere.csv", "no such file")):
+        assert why in error_of(call(infer, tmp_path / table, "--model", tmp_path / "m.pt"))
     said = error_of(call(infer, "--model", tmp_path / "m.pt", "--scales", "0.75", "1", tmp_path / "0.png"))
     assert "give files before the options" in said  # 20
     assert "a folder; give one picture" in error_of(call(explain, tmp_path, "--model", tmp_path / "m.pt"))
@@ -3772,17 +3786,15 @@ def test_votes_survive_a_probability_of_zero():  # 34
             train.main([option, value])
 
 
-def test_a_dead_worker_ends_the_loop_with_a_hint(tmp_path, monkeypatch):  # 36
-    import concurrent.futures.process as broken
+def dies(images):
+    """A job whose process is killed, as the system does when memory runs out."""
+    os.kill(os.getpid(), signal.SIGKILL)
 
-    def dies(*_, **__):
-        raise broken.BrokenProcessPool("gone")
 
-    monkeypatch.setattr(train, "as_completed", dies)
-    said = error_of(
-        call(al_loop, "--workers", "2", "--epochs", "1", "--rounds", "1", "--strategies", "random", "--runs", tmp_path)
-    )
-    assert "--resume" in said
+def test_a_dead_worker_ends_the_work_with_a_hint_slow(tmp_path, folders):  # 36
+    args = parse(["--data", str(folders), "--size", "32", "--cache", str(tmp_path)])
+    with pytest.raises(InputError, match=r"a worker died .*--resume"):
+        list(train.run_jobs(dies, [()] * 3, None, args, 2))
 
 
 def test_two_processes_can_not_share_a_run(tmp_path):  # 37

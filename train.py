@@ -35,7 +35,7 @@ from data import partition
 from losses import class_weights, classification_loss, detection_loss, distillation_loss
 from options import claim, load_images, parse, prepare_folder, run_main, stop
 from readers import InputError
-from report import finished_run, print_report, write_report
+from report import finished_run, print_report, same_pictures, write_report
 
 EVAL_BATCH = 64  # images a step when nothing is learnt
 
@@ -261,9 +261,12 @@ def predict(model, images, rows, boxes=None, batch=EVAL_BATCH):
 
 @torch.no_grad()
 def locate(model, images, rows, batch=EVAL_BATCH):
-    """D-Net's boxes (N, 4) of the images in `rows`, on the CPU."""
-    blocks = (images.pixels[i.to(images.pixels.device)].to(model.device) for i in rows.cpu().split(batch))
-    return torch.cat([model.locate(x).cpu() for x in blocks])
+    """The boxes (N, 4) of the images in `rows` that the model goes by, on the CPU, or None; see Ensemble.locate."""
+    found = []
+    for index in rows.cpu().split(batch):
+        x = images.pixels[index.to(images.pixels.device)].to(model.device)
+        found.append(model.locate(x, images.boxes[index].to(model.device)))
+    return None if found[0] is None else torch.cat(found).cpu()
 
 
 def member_weights(probabilities, labels, steps=20):
@@ -508,16 +511,16 @@ def load_teacher(images, args, part, test):
             raise InputError(f"--teacher {path}: its {what} {teacher.info[key]} are not those of the data, {info[key]}")
     if "seen" not in teacher.info:
         print(f"--teacher {path}: of an older version, which did not note what it learnt from; it may know test images")
-    elif known := met(teacher, images, test, "train", "val"):
+    elif not same_pictures(images, test, teacher.info["seen"]) and (known := met(teacher, images, test)):
         advice = "train it with the same --data, --folds and --seed, and give its run folder"
         raise InputError(f"--teacher {path}: it learnt from {known} of the {len(test)} test images; {advice}")
     return teacher
 
 
-def met(model, images, rows, *splits):
-    """How many of the images in `rows` show what the model was given in one of these splits."""
-    seen = torch.cat([model.info["seen"][split] for split in splits])
-    return int(torch.isin(images.pictures()[rows], seen).sum())
+def met(model, images, rows):
+    """How many of the images in `rows` show what the model learnt from, or was chosen by."""
+    seen = torch.cat([model.info["seen"][split] for split in ("train", "val")])
+    return int(torch.isin(images.take(rows).pictures(), seen).sum())
 
 
 def teach(images, args, part, test):
@@ -525,8 +528,7 @@ def teach(images, args, part, test):
     if not args.teacher:
         return None
     teacher, rows = load_teacher(images, args, part, test), torch.arange(len(images))
-    boxes = None if teacher.dnet is None else locate(teacher, images, rows)
-    return teacher.combine(predict(teacher, images, rows, boxes))
+    return teacher.combine(predict(teacher, images, rows, locate(teacher, images, rows)))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
