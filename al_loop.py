@@ -54,10 +54,10 @@ def reveal(images, rows):
 @torch.no_grad()
 def observe(model, images, rows, boxes=None, batch=64):
     """Embeddings (P, D) of the first member and the members' probabilities (M, P, K), on the CPU, in one pass."""
-    embeddings, probabilities = [], []
+    embeddings, probabilities, patients = [], [], data.meta_for(images, model.info["meta_spec"])
     for index in rows.split(batch):
         pixels = images.pixels[index].to(model.device)
-        meta, around = (None if v is None else v[index].to(model.device) for v in (images.meta, boxes))
+        meta, around = (None if v is None else v[index].to(model.device) for v in (patients, boxes))
         found = [m.embed(crop(pixels, model.regions(m, around), model.info["size"]), meta) for m in model.members]
         embeddings.append(found[0].float().cpu())
         heads = zip(model.members, found, strict=True)

@@ -4,7 +4,8 @@
     from augment import augment, clahe, tta_views
     images = torch.randint(0, 256, (8, 1, 96, 128), dtype=torch.uint8)  # (N, C, H, W), 1 or 3 channels
     boxes = torch.tensor([[0.2, 0.3, 0.5, 0.7]] * 8)  # x_min, y_min, x_max, y_max in [0, 1]; four NaN = no box known
-    x, moved = augment(images, strength=1.0, boxes=boxes)  # float32 (8, 1, 96, 128) in [0, 1], and (8, 4)
+    masks = torch.rand(8, 96, 128) > 0.9  # lesions' pixels
+    x, moved, outlines = augment(images, strength=1.0, boxes=boxes, masks=masks)  # float32 in [0, 1], (8, 4), (8, 96, 128)
     views = tta_views(clahe(images), views=5)  # even contrast, then float32 (40, 1, 96, 128) for test-time augmentation
 
 Images are uint8, or floats in [0, 1]: floats come back in their own precision, uint8 as float32. A size is an int (a
@@ -34,25 +35,26 @@ STAINS = F.normalize(torch.tensor([[0.65, 0.70, 0.29], [0.07, 0.99, 0.11], [0.27
 UNMIX = torch.linalg.inv(STAINS)
 
 
-def augment(images, strength=1.0, boxes=None, regions=None, size=None, generator=None):
-    """Augment a whole batch: (images (N, C, h, w) in [0, 1], boxes (N, 4) or None).
+def augment(images, strength=1.0, boxes=None, regions=None, size=None, generator=None, masks=None):
+    """Augment a whole batch: images (N, C, h, w) in [0, 1], boxes (N, 4) or None, masks (N, h, w) in [0, 1] or None.
 
-    images (N, C, H, W), C = 1 or 3; boxes (N, 4) in [0, 1]; regions (N, 4): cropped first (see crop_regions); size:
-    (h, w); generator: of the images' device. strength 0 only crops and resizes. ValueError where something doesn't fit.
+    images (N, C, H, W), C = 1 or 3; boxes (N, 4) in [0, 1]; masks (N, H, W), bool or in [0, 1]; regions (N, 4): cropped
+    first (see crop_regions); size: (h, w); generator: of the images' device. strength 0 only crops and resizes.
+    ValueError where something doesn't fit.
 
     Flip, rotation (of pixels, whatever the aspect ratio), zoom, shift, elastic deformation and the crop are ONE
     resampling; then come intensity, blur and cutout. Grey is ultrasound, where depth has a meaning: flips are left-
     right only, and gain, gamma, depth gain and speckle vary. Colour is a tissue slide or skin, with no up: all flips,
     and quarter turns (half turns where it is not square), and the stains vary (Tellez et al. 2018), which never makes a
-    colour that the stains can't mix. A box follows as the ellipse inscribed in it, which is what a lesion is, so that
-    rotations don't inflate it; it does not follow the elastic part."""
+    colour that the stains can't mix. A mask follows by the same resampling. A box follows as the ellipse inscribed in
+    it, which is what a lesion is, so that rotations don't inflate it; one that leaves the picture becomes NaN."""
     check_images(images, channels=(1, 3), values=True)
     if not strength >= 0:
         raise ValueError(f"strength {strength}: give 0 (none) or more, 1 is the usual")
     size, (height, width) = output_size(images, size), images.shape[-2:]
     base, colour = base_matrices(images, regions).float(), images.shape[1] == 3
     if strength == 0:
-        return warp(images, base, size), None if boxes is None else move_boxes(boxes, base)
+        return follow(images, boxes, masks, base, size)
     u = torch.rand(
         len(images), 20, generator=generator, device=images.device
     )  # one draw for all parts: a column a parameter
@@ -60,15 +62,28 @@ def augment(images, strength=1.0, boxes=None, regions=None, size=None, generator
     tall = torch.where((tall - 1).abs() < 1e-3, 1.0, tall)  # a square whose corners were rounded is a square
     matrices = random_matrices(base, tall, u, strength, colour)
     displacement = random_displacement(base, tall * (width / height), size, strength, generator)
-    x = warp(to_float(images).float(), matrices, size, displacement)
+    x, boxes, masks = follow(to_float(images).float(), boxes, masks, matrices, size, displacement)
     if colour:
         signed = (2 * u - 1) * strength
         x = change_stains(x, torch.exp(signed[:, 5:8] * STAIN), signed[:, 8:11] * STAIN_SHIFT).clamp_(0, 1)
     else:
         x = random_echo(x, u, strength, generator)
     x = random_cutout(random_blur(x, u, strength), u, strength)
-    x = x.to(images.dtype) if images.is_floating_point() else x
-    return x, None if boxes is None else move_boxes(boxes, matrices)
+    return x.to(images.dtype) if images.is_floating_point() else x, boxes, masks
+
+
+def follow(images, boxes, masks, matrices, size, displacement=None):
+    """(images, boxes, masks) after one resampling of all, see warp."""
+    boxes = None if boxes is None else move_boxes(boxes, matrices, displacement)
+    if masks is None:
+        return warp(images, matrices, size, displacement), boxes, None
+    if masks.shape != (len(images), *images.shape[-2:]):
+        raise ValueError(f"masks of shape {tuple(masks.shape)} for images {tuple(images.shape)}: give (N, H, W)")
+    x = torch.cat(
+        [to_float(images), masks[:, None].to(images.dtype if images.is_floating_point() else torch.float32)], 1
+    )
+    x = warp(x, matrices, size, displacement, empty=1)
+    return x[:, :-1], boxes, x[:, -1]
 
 
 def random_matrices(base, tall, u, strength, colour):
@@ -146,14 +161,33 @@ def blur(images, sigma):
     return x.reshape(n, c, h, w).to(images.dtype)
 
 
-def move_boxes(boxes, matrices):
-    """Where boxes (N, 4) in [0, 1] lie after `warp` by these matrices: the bounds of the moved inscribed ellipse."""
+def move_boxes(boxes, matrices, displacement=None):
+    """Where boxes (N, 4) in [0, 1] lie after `warp` by these matrices and this displacement: the bounds of the moved
+    inscribed ellipse, cut at the picture's edges; NaN where less than a quarter of it is left inside.
+
+    The grid says for each pixel where it comes FROM; where a point of the ellipse goes TO is found by a few steps of
+    fixed-point iteration, as the displacement is small and smooth."""
     check_corners("box", boxes, len(matrices))
     b = precise(boxes)
     linear = torch.linalg.inv_ex(matrices[:, :, :2].to(b.dtype)).inverse  # plain inv would wait for a GPU
-    centre = (linear @ ((b[:, :2] + b[:, 2:] - 1)[:, :, None] - matrices[:, :, 2:].to(b.dtype)))[:, :, 0]
-    extent = (linear * (b[:, None, 2:] - b[:, None, :2])).norm(dim=2)
-    return (torch.cat([centre - extent, centre + extent], 1) / 2 + 0.5).clamp(0, 1).to(boxes.dtype)
+    middle, sides = b[:, :2] + b[:, 2:] - 1, b[:, 2:] - b[:, :2]
+    centre = (linear @ (middle[:, :, None] - matrices[:, :, 2:].to(b.dtype)))[:, :, 0]
+    extent = (linear * sides[:, None]).norm(dim=2)
+    low, high = centre - extent, centre + extent
+    if displacement is not None:
+        angle = torch.arange(32, device=b.device) * (2 * math.pi / 32)
+        rim = torch.stack([angle.cos(), angle.sin()], 1) * sides[:, None]
+        start = points = centre[:, None] + rim @ linear.mT
+        field = displacement.to(b.dtype).permute(0, 3, 1, 2)
+        for _ in range(3):
+            shift = F.grid_sample(field, points[:, None], padding_mode="border", align_corners=False)[:, :, 0].mT
+            points = start - shift @ linear.mT
+        low, high = low + points.amin(1) - start.amin(1), high + points.amax(1) - start.amax(1)
+    moved = torch.cat([low, high], 1) / 2 + 0.5
+    inside = moved.clamp(0, 1)
+    share = (inside[:, 2:] - inside[:, :2]).prod(1) / (moved[:, 2:] - moved[:, :2]).prod(1).clamp(min=1e-12)
+    gone = (share < 0.25) & (sides.amin(1) > 0)  # a box of no area is kept for what it is
+    return torch.where(gone[:, None], math.nan, inside).to(boxes.dtype)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -186,14 +220,17 @@ def base_matrices(images, regions):
     return region_matrices(precise(regions))
 
 
-def warp(images, matrices, size, displacement=None):
+def warp(images, matrices, size, displacement=None, empty=0):
     """Resample a batch once: (N, C, H, W) -> (N, C, h, w); outside the image is the image's own mean.
 
-    matrices: (N, 2, 3), output to input coordinates in [-1, 1]; displacement: (N, h, w, 2) added to the grid. Half
-    precision is resampled in float32, where its grid would be too coarse."""
+    matrices: (N, 2, 3), output to input coordinates in [-1, 1]; displacement: (N, h, w, 2) added to the grid; empty: so
+    many of the last channels, masks, are 0 outside. Half precision is resampled in float32, where its grid would be too
+    coarse."""
     check_images(images)
     x = precise(images := to_float(images))
     mean = x.mean((2, 3), keepdim=True)
+    if empty:
+        mean[:, -empty:] = 0
     grid = F.affine_grid(matrices.to(x.dtype), (len(x), 1, *output_size(images, size)), align_corners=False)
     if displacement is not None:
         grid = grid + displacement

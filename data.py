@@ -268,6 +268,33 @@ def encode_meta(rows, columns, spec=None):
     return torch.tensor(np.stack(parts, 1).astype(np.float32)), list(names), spec
 
 
+def fit_meta(images, rows):
+    """The spec of encode_meta with the means and spreads of these rows alone: what is tested must not set its own scale."""
+    spec = []
+    for s in images.meta_spec:
+        if "mean" in s:
+            known = images.meta[rows, images.meta_columns.index(f"{s['column']} missing")] == 0
+            values = images.meta[rows, images.meta_columns.index(s["column"])][known].double() * s["sd"] + s["mean"]
+            if len(values):
+                s = s | {"mean": float(values.mean()), "sd": float(values.std(correction=0)) or 1.0}
+        spec.append(s)
+    return spec
+
+
+def meta_for(images, spec):
+    """images.meta (N, M), or None, as a model of this spec has learnt to read it: on its own scale."""
+    if images.meta is None or spec == images.meta_spec:
+        return images.meta
+    meta = images.meta.clone()
+    for own, other in zip(images.meta_spec, spec, strict=True):
+        if "mean" in own:
+            k = images.meta_columns.index(own["column"])
+            there = meta[:, images.meta_columns.index(f"{own['column']} missing")] == 0
+            values = (meta[:, k].double() * own["sd"] + own["mean"] - other["mean"]) / other["sd"]
+            meta[:, k] = torch.where(there, values, 0.0).float()
+    return meta
+
+
 def parse_meta(text):
     """{"age": "55", "sex": "female"} from "age=55,sex=female"; None from None."""
     return dict(pair.partition("=")[::2] for pair in text.split(",")) if text else None
@@ -316,7 +343,9 @@ def merge_groups(groups, pairs):
 def partition(labels, groups, shares, seed):
     """Divide images into parts of the given shares: int64 (N,), the part of each. Stratified, and no group is split.
 
-    Groups are dealt in random order, the largest first, each to the part that then lacks most of its classes."""
+    Groups are dealt the largest first, each to the part that then lacks most of its classes; those whose sizes are alike
+    (to a factor of 2) in random order. By the very size, the seed would move hardly a group: the parts of two seeds
+    shared 41 % of the IDC images where chance gives 20 %."""
     shares = torch.tensor(shares, dtype=torch.double) / sum(shares)
     kinds, labels = torch.unique(labels, return_inverse=True)
     names, groups = torch.unique(groups, return_inverse=True)
@@ -326,7 +355,7 @@ def partition(labels, groups, shares, seed):
     filled = torch.zeros_like(target)
     part = torch.zeros(len(counts), dtype=torch.long)
     order = torch.randperm(len(counts), generator=torch.Generator().manual_seed(seed))
-    order = order[torch.argsort(counts[order].sum(1), descending=True, stable=True)]
+    order = order[torch.argsort(counts[order].sum(1).log2().floor(), descending=True, stable=True)]
     for g in order.tolist():
         lack = (target - filled) / target.clamp(min=1e-9)  # relative, so that small parts get theirs
         part[g] = (lack * (counts[g] > 0)).sum(1).argmax()

@@ -20,7 +20,7 @@ import torch
 
 import plots
 from augment import blur, crop, cut
-from data import parse_meta, read_image
+from data import meta_for, parse_meta, read_image
 from metrics import resample
 from models import DISCLAIMER, WithPatients, choose_device, load_classifier, model_file, write_atomically
 from options import build_parser, run_main
@@ -134,7 +134,7 @@ def evaluate(images, pairs, methods=None, batch=16, log=print):
 def measure_batch(name, model, blind, images, index):
     """{measure: (N,)} of one method on the images `index`. blind: the model with random weights."""
     x, masks = images.pixels[index], lesion_masks(images, index)
-    meta = None if images.meta is None else images.meta[index]
+    meta = None if images.meta is None else meta_for(images, model.info["meta_spec"])[index]
     with torch.no_grad():
         boxes = model.locate(x, images.boxes[index])
         target = model(x, boxes, meta).argmax(1)
@@ -212,8 +212,9 @@ def predicted_maps(images, pairs, method, batch=32):
     """(rows, maps, predicted classes) of all held-out lesions: each map is the evidence for what was predicted."""
     found = []
     for model, rows in pairs:
+        patients = meta_for(images, model.info["meta_spec"])
         for index in rows.split(batch):
-            x, meta = images.pixels[index], None if images.meta is None else images.meta[index]
+            x, meta = images.pixels[index], None if patients is None else patients[index]
             with torch.no_grad():
                 boxes = model.locate(x, images.boxes[index])
                 p = model(x, boxes, meta)

@@ -28,7 +28,7 @@ import torch
 from PIL import Image
 
 from augment import VIEWS, clahe
-from data import encode_meta, letterbox, letterboxed_box, original_box, parse_meta, read_image, to_mode
+from data import encode_meta, letterbox, letterboxed_box, meta_for, original_box, parse_meta, read_image, to_mode
 from models import DISCLAIMER, choose_device, load_classifier, model_file, write_atomically
 from options import build_parser, run_main
 from readers import COLUMNS, MASK, InputError, image_files, natural, read_csv, read_table, walk
@@ -400,10 +400,10 @@ def save_overlay(result, detector, path, meta=None):
 @torch.inference_mode()
 def look_again(model, images, rows, views, scales, batch=32):
     """Opinions (M, V, N, K), see models.Ensemble, on the images in `rows`."""
-    found = []
+    found, patients = [], meta_for(images, model.info["meta_spec"])
     for index in rows.split(batch):
         pixels = images.pixels[index].to(model.device)
-        meta = None if images.meta is None else images.meta[index].to(model.device)
+        meta = None if patients is None else patients[index].to(model.device)
         boxes = model.locate(pixels, images.boxes[index].to(model.device))
         found.append(model.opinions(pixels, boxes, meta, views, scales).cpu())
     return torch.cat(found, 2)

@@ -117,7 +117,7 @@ def main(argv=None):
     images.pixels = images.pixels.to(device)
 
     def loss_of(net, view, boxes, index):
-        other, _ = augment(images.pixels[index], args.augment, size=args.size)
+        other, *_ = augment(images.pixels[index], args.augment, size=args.size)
         return net.loss(view, other.contiguous(memory_format=torch.channels_last))
 
     name, seed = args.method, args.seed

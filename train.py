@@ -31,7 +31,7 @@ import metrics
 import models
 import plots
 from augment import augment, crop_regions
-from data import partition
+from data import fit_meta, meta_for, partition
 from losses import class_weights, classification_loss, detection_loss, distillation_loss
 from options import claim, load_images, parse, prepare_folder, run_main, stop
 from readers import InputError
@@ -144,7 +144,7 @@ def train_epoch(net, optimizer, scheduler, loss_of, inputs, rows, args, generato
     for index in draw_batches(rows, args.batch, generator, sample_weights, args.steps_per_epoch):
         x = pixels[index.to(pixels.device)].to(device, non_blocking=True)
         box, region = (None if v is None else v[index] for v in (boxes, regions))
-        x, box = augment(x, args.augment, box, region, args.size, generator)
+        x, box, _ = augment(x, args.augment, box, region, args.size, generator)
         with autocast:
             loss = loss_of(net, x.contiguous(memory_format=torch.channels_last), box, index)
         optimizer.zero_grad(set_to_none=True)
@@ -183,15 +183,16 @@ def build_optimizer(net, args, steps):
     return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
 
 
-SMOOTH = 5  # epochs that a validation score is averaged over
+SMOOTH = 5  # epochs at most, and a fifth of all at most, that a validation score is averaged over
 
 
 def fit(net, images, rows, loss_of, validate, args, *, name, folder, seed, regions=None, sample_weights=None):
     """Train `net` and return its best state by validation and the history (a list of dicts, one an epoch).
 
     validate(net) -> {"score": [first, second, ...], ...}: the higher list is better; the rest is logged. The score of
-    an epoch is the mean over the last few: on a small validation split a single one is luck. None: there is nothing to
-    choose by, and the last epoch is kept."""
+    an epoch is the mean over the last few: on a small validation split a single one is luck. The first epochs, which
+    have fewer before them, don't take part: their means scatter more, and the best of many would often be theirs.
+    None: there is nothing to choose by, and the last epoch is kept."""
     device = models.choose_device(args.device)
     net = net.to(device, memory_format=torch.channels_last)
     steps = args.epochs * (args.steps_per_epoch or math.ceil(len(rows) / args.batch))
@@ -204,7 +205,7 @@ def fit(net, images, rows, loss_of, validate, args, *, name, folder, seed, regio
     state = State(name, folder, generator, parts, args.tensorboard)
 
     def over():
-        best_epoch = max((h["epoch"] for h in state.history if h["best"]), default=0)
+        best_epoch = max((h["epoch"] for h in state.history if h["best"]), default=math.inf)
         return len(state.history) == args.epochs or 0 < args.patience <= len(state.history) - best_epoch
 
     first, start = len(state.history), time.time()
@@ -219,7 +220,7 @@ def fit(net, images, rows, loss_of, validate, args, *, name, folder, seed, regio
         kept = net if averaged is None else averaged
         found = validate(kept.eval()) if validate else {"score": [epoch]}
         raw = found.pop("score")
-        better = is_better(state, raw, kept)
+        better = is_better(state, raw, kept, min(SMOOTH, 1 + args.epochs // 5))
         rounded = {"loss": round(loss, 5), **{k: round(v, 5) for k, v in found.items()}}
         seconds = round(time.time() - began, 2)
         state.add({"net": name, "epoch": epoch, **rounded, "score": raw, "best": better, "lr": lr, "seconds": seconds})
@@ -233,12 +234,13 @@ def fit(net, images, rows, loss_of, validate, args, *, name, folder, seed, regio
     return state.best, state.history
 
 
-def is_better(state, raw, net):
-    """Whether the smoothed score of this epoch is the best so far; its weights are then kept: a copy, not an alias."""
-    recent = [*(h["score"] for h in state.history), raw][-SMOOTH:]
-    score = [sum(values) / len(recent) for values in zip(*recent, strict=True)]
-    if state.best_score is not None and score <= state.best_score:
-        return score == state.best_score
+def is_better(state, raw, net, window):
+    """Whether the mean score of this and the epochs before, `window` in all, is the best so far; its weights are then
+    kept: a copy, not an alias."""
+    recent = [*(h["score"] for h in state.history), raw][-window:]
+    score = [sum(values) / window for values in zip(*recent, strict=True)]
+    if len(recent) < window or (state.best_score is not None and score <= state.best_score):
+        return False
     state.best_score, state.best = score, {k: v.detach().cpu().clone() for k, v in net.state_dict().items()}
     return True
 
@@ -252,9 +254,10 @@ def predict(model, images, rows, boxes=None, batch=EVAL_BATCH):
     """Members' probabilities (M, N, K) of the images in `rows`, by as many views as info says, on the CPU. boxes (all
     images, 4): the crops."""
     parts = []
+    patients = meta_for(images, model.info["meta_spec"])
     for index in rows.cpu().split(batch):
         x = images.pixels[index.to(images.pixels.device)].to(model.device)
-        meta, around = (None if v is None else v[index].to(model.device) for v in (images.meta, boxes))
+        meta, around = (None if v is None else v[index].to(model.device) for v in (patients, boxes))
         parts.append(model.opinions(x, around, meta).mean(1).cpu())
     return torch.cat(parts, 1)
 
@@ -313,7 +316,7 @@ def one_run(images, train, val, test, args, folder, seed, teacher=None):
             calibrate(alone, on_val[i, None], images.labels[val], args)
             result["members"].append(opinion(alone, on_test[i, None], on_val[i, None], images.labels[val]))
     if model.dnet is not None:
-        result["val_iou"] = max(h["val_iou"] for h in histories[0])
+        result["val_iou"] = [h["val_iou"] for h in histories[0] if h["best"]][-1]  # of the epoch that was kept
     result.update(temperature=model.info["temperature"], weights=model.weights.tolist(), histories=histories)
     pictures = images.pictures()  # so that nobody takes for new what it has met
     model.info["seen"] = {"train": pictures[train], "val": pictures[val], "test": pictures[test]}
@@ -338,7 +341,8 @@ def train_model(images, train, val, args, folder, seed, teacher=None, unlabelled
 
     An empty `val`: nothing is chosen or calibrated, the last epoch is kept. teacher (N, K): soft answers for all
     images, to learn beside the labels, also on the rows `unlabelled`. start: the Ensemble whose weights to go on from."""
-    device = models.choose_device(args.device)
+    device, spec = models.choose_device(args.device), fit_meta(images, train)
+    images = dataclasses.replace(images, meta=meta_for(images, spec), meta_spec=spec)
     if device.type == "cuda" and images.pixels.nbytes < torch.cuda.mem_get_info(device)[0] / 2:
         images = dataclasses.replace(images, pixels=images.pixels.to(device))
     info = model_info(images, args, seed)
@@ -505,10 +509,14 @@ def load_teacher(images, args, part, test):
     taken: a teacher that has learnt from an image of this part's `test` would tell its pupil the answer."""
     path = Path(args.teacher) / part / "model.pt" if Path(args.teacher).is_dir() else Path(args.teacher)
     teacher = models.load_classifier(path, models.choose_device(args.device))
-    info = model_info(images, args, args.seed)
-    for key, what in {"classes": "classes", "channels": "channels", "meta_spec": "patient data"}.items():
-        if teacher.info[key] != info[key]:
-            raise InputError(f"--teacher {path}: its {what} {teacher.info[key]} are not those of the data, {info[key]}")
+    found, wanted = (
+        {"classes": info["classes"], "channels": info["channels"]}
+        | {"patient data": [(s["column"], s.get("levels")) for s in info["meta_spec"]]}
+        for info in (teacher.info, model_info(images, args, args.seed))
+    )
+    for what, value in wanted.items():
+        if found[what] != value:
+            raise InputError(f"--teacher {path}: its {what} {found[what]} are not those of the data, {value}")
     if "seen" not in teacher.info:
         print(f"--teacher {path}: of an older version, which did not note what it learnt from; it may know test images")
     elif not same_pictures(images, test, teacher.info["seen"]) and (known := met(teacher, images, test)):
