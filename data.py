@@ -354,10 +354,11 @@ def partition(labels, groups, shares, seed):
     target = shares[:, None] * counts.sum(0)
     filled = torch.zeros_like(target)
     part = torch.zeros(len(counts), dtype=torch.long)
-    order = torch.randperm(len(counts), generator=torch.Generator().manual_seed(seed))
+    generator = torch.Generator().manual_seed(seed)
+    order, ties = torch.randperm(len(counts), generator=generator), 1e-6 * torch.rand(target.shape, generator=generator)
     order = order[torch.argsort(counts[order].sum(1).log2().floor(), descending=True, stable=True)]
     for g in order.tolist():
-        lack = (target - filled) / target.clamp(min=1e-9)  # relative, so that small parts get theirs
+        lack = (target - filled) / target.clamp(min=1e-9) + ties  # relative, so that small parts get theirs
         part[g] = (lack * (counts[g] > 0)).sum(1).argmax()
         filled[part[g]] += counts[g]
     return part[groups]
