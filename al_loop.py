@@ -238,13 +238,13 @@ def finished_loop(images, args):
     if not file.is_file():
         raise InputError(f"--against {args.against}: no al.json there; give the folder of a finished run")
     other = json.loads(file.read_text())
+    if not {c["seed"] for c in other["chains"]} & set(range(args.seed, args.seed + args.repeats)):
+        raise InputError(f"--against {args.against}: no seed in common: nothing to compare")
     own = {"classes": images.classes, "pool": len(images.rows("train")), "test": len(images.rows("test"))}
     if any(other["data"][k] != v for k, v in own.items()):
         raise InputError(f"--against {args.against}: it has other classes, or another pool or test split")
     if other["labels"] != list(range(args.start, args.start + args.rounds * args.query + 1, args.query)):
         raise InputError(f"--against {args.against}: its rounds have other numbers of labels")
-    if not {c["seed"] for c in other["chains"]} & set(range(args.seed, args.seed + args.repeats)):
-        raise InputError(f"--against {args.against}: no seed in common: nothing to compare")
     return other
 
 
