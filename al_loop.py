@@ -47,8 +47,14 @@ from report import compare as compare_models
 def reveal(images, rows):
     """The ImageSet as one knows it who has labelled only `rows`: every other label and box is hidden."""
     labels, boxes = torch.full_like(images.labels, -1), torch.full_like(images.boxes, math.nan)
-    labels[rows], boxes[rows] = images.labels[rows], images.boxes[rows]
-    return dataclasses.replace(images, labels=labels, boxes=boxes, masks=None)
+    labels[rows], boxes[rows], known = (
+        images.labels[rows],
+        images.boxes[rows],
+        torch.zeros(len(images), dtype=torch.bool),
+    )
+    known[rows] = True
+    masks = None if images.masks is None else images.masks & known[:, None, None]
+    return dataclasses.replace(images, labels=labels, boxes=boxes, masks=masks, outlined=images.outlined & known)
 
 
 @torch.no_grad()
@@ -115,8 +121,9 @@ def judge(model, images, test, look):
     """{"auc"} of C-Net, and {"iou", "iou_at_50"} where there is a D-Net, on the test images."""
     answers = model.combine(train.predict(model, images, test, look))
     result = {"auc": metrics.evaluate(answers, images.labels[test])["auc"]}
-    if model.dnet is not None:
-        result |= metrics.localisation(metrics.paired_iou(train.locate(model, images, test), images.boxes[test]))
+    if model.finders:
+        iou = metrics.paired_iou(train.locate(model, images, test), images.boxes[test])
+        result |= metrics.means(metrics.localisation(iou))
     return {name: float(value) for name, value in result.items()}
 
 
@@ -145,7 +152,7 @@ def run_chain(images, strategy, seed, args, folder):
         if number and args.distill != "none":
             if args.distill == "pool":
                 unlabelled = pool[~torch.isin(pool, rows)]
-            one = models.Ensemble(before.members[:judged], dnet=before.dnet, **before.info)
+            one = models.Ensemble(before.members[:judged], dnets=before.dnets, **before.info)
             teacher = self_teacher(one, known, rows if unlabelled is None else pool, args)
         settings = argparse.Namespace(**{**vars(args), "ensemble": ",".join(asked if number < last else own)})
         work = folder / f"round{number}"
@@ -155,7 +162,7 @@ def run_chain(images, strategy, seed, args, folder):
             model, look, _ = train.train_model(known, rows, pool[:0], settings, work, seed, teacher, unlabelled, start)
         new = rows[rounds[-1]["labels"] if rounds else 0 :]
         result = {"labels": len(rows), "picks": [images.names[i] for i in new.tolist()]}
-        result |= judge(models.Ensemble(model.members[:judged], dnet=model.dnet, **model.info), images, test, look)
+        result |= judge(models.Ensemble(model.members[:judged], dnets=model.dnets, **model.info), images, test, look)
         if number < last:
             free = candidates(groups, labelled, args.query)
             generator = torch.Generator().manual_seed(1000 * seed + number + 1)
@@ -559,7 +566,8 @@ def add_answers(images, entries, args):
     meta = None if images.meta is None else data.encode_meta([{}] * len(entries), None, images.meta_spec)[0]
     new = data.ImageSet(
         pixels, torch.tensor([e.label for e in entries]), boxes, None, torch.arange(len(entries)),
-        ["train"] * len(entries), meta, [e.image for e in entries], images.classes, thumbnails=thumbnails,
+        ["train"] * len(entries), meta, [e.image for e in entries], images.classes, outlined=boxes[:, 0].isfinite(),
+        thumbnails=thumbnails,
     )  # fmt: skip
     everything = data.join(images, new)
     groups, rows = everything.groups.tolist(), []

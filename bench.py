@@ -60,7 +60,7 @@ def bench_epoch(size, batch, images, runs, amp, device):
     argv = ["--model", "resnet18", "--weights", "none", "--size", str(size), "--batch", str(batch)]
     args = options.parse([*argv, "--augment", "1", "--amp", amp, "--device", str(device)])
     phantoms = data.phantom_set(images, size)
-    inputs, labels = (phantoms.pixels.to(device), phantoms.boxes.to(device), None), phantoms.labels.to(device)
+    inputs, labels = (phantoms.pixels.to(device), None, phantoms.boxes.to(device), None), phantoms.labels.to(device)
     rows = torch.arange(images, device=device)
     generator = torch.Generator(device).manual_seed(0)
 
@@ -70,7 +70,7 @@ def bench_epoch(size, batch, images, runs, amp, device):
 
     net, optimizer, scheduler = network()
 
-    def loss_of(net, x, boxes, index):
+    def loss_of(net, x, boxes, masks, index):
         return losses.classification_loss(net(x), labels[index])
 
     def ours():
@@ -199,8 +199,7 @@ def bench_start(runs):
         data.Image.fromarray(data.phantom_set(1, 128).pixels[0, 0].numpy()).save(image)
         for name, size in (("small_cnn", 64), ("mobilenet_v2", 160)):
             model = models.Ensemble(
-                [models.CNet(name)],
-                dnet=models.DNet(name),
+                [models.CNet(name, trunk="shared")],
                 classes=["benign", "malignant"],
                 size=size,
                 load_size=size,
@@ -221,7 +220,7 @@ def bench_models(paths, runs, device):
     """The detector on 32 pictures in memory, one view each, in one batch."""
     for path in paths:
         detector = infer.BreastCancerDetector(path, device, tta=1)
-        nets = [net for net in (*detector.model.members, detector.model.dnet) if net is not None]
+        nets = [*detector.model.members, *detector.model.dnets]
         weights = sum(p.numel() for net in nets for p in net.parameters())
         info = detector.info
         x = torch.rand(32, info["channels"], info["size"], info["size"], device=device)

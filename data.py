@@ -51,6 +51,7 @@ class ImageSet:
     classes: list[str]  # of two classes the LAST is the positive one
     meta_columns: list[str] = dataclasses.field(default_factory=list)  # the M columns of `meta`
     meta_spec: list[dict] = dataclasses.field(default_factory=list)  # how to encode a new patient: see encode_meta
+    outlined: torch.Tensor | None = None  # bool (N,): it is known where the lesion is, or that there is none
     placeholder_boxes: bool = False  # the boxes are dummies: every report says so
     source: str = ""
     thumbnails: torch.Tensor | None = None  # uint8 (N, 1, 28, 28): what near-duplicates are found by; None: too many
@@ -629,7 +630,8 @@ def load(
     boxes[unknown] = torch.tensor([0.25, 0.25, 0.75, 0.75])
     images = ImageSet(
         pixels, labels, boxes, masks, groups, complete_splits([e.split for e in entries], labels, groups, seed), meta,
-        [e.name for e in entries], classes, meta_columns, spec, bool(unknown.any()), str(source), thumbnails,
+        [e.name for e in entries], classes, meta_columns, spec,
+        torch.tensor([bool(e.masks) for e in entries]) | boxes[:, 0].isfinite(), bool(unknown.any()), str(source), thumbnails,
     )  # fmt: skip
     log(images.summary())
     return images
@@ -640,7 +642,7 @@ def phantom_set(n=800, size=128, seed=0):
     pixels, labels, masks = phantoms(n, size, seed)
     return ImageSet(
         pixels, labels, torch.from_numpy(np.stack([box_of(m) for m in masks.numpy()])) / size, masks, torch.arange(n),
-        [""] * n, None, [f"phantom#{i}" for i in range(n)], ["benign", "malignant"], source="phantoms",
+        [""] * n, None, [f"phantom#{i}" for i in range(n)], ["benign", "malignant"], outlined=torch.ones(n, dtype=torch.bool), source="phantoms",
         thumbnails=torch.from_numpy(np.stack([thumbnail(Image.fromarray(p[0])) for p in pixels.numpy()])),
     )  # fmt: skip
 
@@ -650,7 +652,7 @@ def join(a, b):
     the set as a whole is that of `a`; metadata and masks are kept where both have them."""
     b = dataclasses.replace(b, groups=b.groups + (int(a.groups.max()) + 1 if len(a) else 0))
     both = {}
-    for name in ("pixels", "labels", "boxes", "masks", "groups", "meta", "thumbnails"):
+    for name in ("pixels", "labels", "boxes", "masks", "groups", "meta", "outlined", "thumbnails"):
         x, y = getattr(a, name), getattr(b, name)
         both[name] = None if x is None or y is None else torch.cat([x, y])
     if both["thumbnails"] is not None and len(a) + len(b) <= MOST_COMPARED:

@@ -34,7 +34,8 @@ from options import build_parser, run_main
 from readers import COLUMNS, MASK, InputError, image_files, natural, read_csv, read_table, walk
 
 KEYS = (
-    "image", "prediction", "probability", "confidence", "probabilities", "uncertainty", "box", "refer", "reason", "error"
+    "image", "prediction", "probability", "confidence", "probabilities", "uncertainty", "box", "refer", "reason", "error",
+    "lesion_score", "boxes",
 )  # fmt: skip
 REFER_ODDS = 2.0  # refer when the odds lie within this factor of the threshold's
 REFER_UNCERTAINTY = 0.15  # or when the opinions' standard deviation is above this
@@ -70,6 +71,18 @@ def answer(probabilities, uncertainty, info, reasons=()):
         "refer": bool(reasons),
         "reason": "; ".join(reasons) or None,
     }
+
+
+def describe_lesions(said, k, info, given, original):
+    """Where the lesions of image k are: the dict's keys box, boxes and lesion_score. said: models.Answer; given: the
+    caller knew the box; original(box): in the picture's own pixels."""
+    if said.found is None or given:
+        box = None if said.boxes is None else original(said.boxes[k])
+        return {"box": box, "boxes": [box] if box else [], "lesion_score": None}
+    score = float(said.found.scores()[k])
+    boxes = [original(box) for box in said.found.lesions(k, info["lesion_threshold"])]
+    box = original(said.boxes[k]) if score >= info["lesion_threshold"] else None
+    return {"box": box, "boxes": [box, *boxes[1:]] if box else [], "lesion_score": round(score, 6)}
 
 
 def oddities(picture, channels):
@@ -150,21 +163,23 @@ class BreastCancerDetector:
             return results
         pixels = torch.from_numpy(np.stack([opened[i]["pixels"] for i in good])).to(self.device)
         pixels = clahe(pixels) if info["equalise"] else pixels
-        if boxes[0] is None:
-            found = self.model.locate(pixels)
-        else:
-            found = [letterboxed_box(boxes[i], opened[i]["placement"], info["load_size"]) for i in good]
-            found = torch.tensor(found, device=self.device)
+        given = boxes[0] is not None
+        if given:
+            boxes = [letterboxed_box(boxes[i], opened[i]["placement"], info["load_size"]) for i in good]
+            boxes = torch.tensor(boxes, device=self.device)
         patients = None if patients is None else patients[good]
-        opinions = self.model.opinions(pixels, found, patients, self.tta, self.scales)
-        probabilities, uncertainty = self.model.conclude(opinions)
+        said = self.model.look(pixels, boxes if given else None, patients, self.tta, self.scales)
+        probabilities, uncertainty = self.model.conclude(said.opinions)
         for k, i in enumerate(good):
             reasons = opened[i]["reasons"] + strange[i]
             results[i] |= answer(probabilities[k].tolist(), float(uncertainty[k]), info, reasons)
-            if found is not None:
-                box = original_box(found[k].tolist(), opened[i]["placement"], info["load_size"], opened[i]["size"])
-                results[i]["box"] = [round(v, 1) for v in box]
+            results[i] |= describe_lesions(said, k, info, given, partial(self._original, opened[i]))
         return results
+
+    def _original(self, opened, box):
+        """A box (4,) in [0, 1] of the square, in the original picture's pixels."""
+        corners = original_box(box.tolist(), opened["placement"], self.info["load_size"], opened["size"])
+        return [round(v, 1) for v in corners]
 
     def _patients(self, metas):
         """Data (N, M) of N patients, or None where the model knows none; and what is strange about each, lists of words."""
@@ -404,8 +419,8 @@ def look_again(model, images, rows, views, scales, batch=32):
     for index in rows.split(batch):
         pixels = images.pixels[index].to(model.device)
         meta = None if patients is None else patients[index].to(model.device)
-        boxes = model.locate(pixels, images.boxes[index].to(model.device))
-        found.append(model.opinions(pixels, boxes, meta, views, scales).cpu())
+        boxes = images.boxes[index].to(model.device) if model.needs_boxes else None
+        found.append(model.look(pixels, boxes, meta, views, scales).opinions.cpu())
     return torch.cat(found, 2)
 
 

@@ -1,4 +1,4 @@
-"""What is minimised: classification, self-distillation, and a detector whose every cell votes for a box.
+"""What is minimised: classification, self-distillation, and a detector of outlines and boxes.
 
     import torch
     from losses import classification_loss, distillation_loss
@@ -11,8 +11,6 @@ Logits in half precision are taken as float32. All boxes are x_min, y_min, x_max
 
 import torch
 import torch.nn.functional as F
-
-VOTING = 0.5  # weight of a cell's cross-entropy beside its box loss
 
 
 def two_logits(logits):
@@ -89,19 +87,32 @@ def box_loss(predicted, true):
     return 4 * near + generalized_box_iou_loss(predicted, true)
 
 
-def detection_loss(boxes, log_weights, true):
-    """Loss of a detector in which every cell votes for a box: boxes (N, 4, h, w), the log of their weights (N, h, w),
-    the true boxes (N, 4), in [0, 1], four NaN where none is known. Every cell near the lesion's centre has to know the box by itself, and to vote:
-    its box loss and the cross-entropy of its weight, under a Gaussian of a sixth of the lesion's sides (Zhou et al.,
-    CenterNet, 2019). It fits faster than a loss of the mean box alone."""
-    n, h, w = log_weights.shape
-    known = true[:, 0].isfinite()
-    true = torch.where(known[:, None], true, 0.5)
-    x, y = cell_centres(h, w, log_weights.device)
-    centre, sides = (true[:, :2] + true[:, 2:]) / 2, (true[:, 2:] - true[:, :2]).clamp(min=0.02)
-    away = ((x - centre[:, 0, None, None]) / sides[:, 0, None, None]) ** 2
-    away = away + ((y - centre[:, 1, None, None]) / sides[:, 1, None, None]) ** 2
-    near = (-18 * away).flatten(1).softmax(1)  # exp(-d^2 / (2 / 36))
-    each = box_loss(boxes.flatten(2).mT.reshape(-1, 4), true.repeat_interleave(h * w, 0)).view(n, h * w)
-    loss = (near * (each - VOTING * log_weights.flatten(1))).sum(1)
-    return (loss * known).sum() / known.sum().clamp(min=1)
+def detection_loss(logits, cells, outlines, boxes):
+    """Loss of a detector whose every cell tells whether it is lesion, and where the lesion's sides are.
+
+    logits (N, h, w) of the outline; cells (N, 4, h, w), a box from every cell; outlines (N, h, w), the share of each
+    cell that is lesion, NaN where that is not known: such an image teaches nothing; boxes (N, 4), NaN where not known.
+    The outline by cross-entropy and, where there is a lesion, Dice (Milletari et al. 2016); the boxes by the cells inside
+    the lesion."""
+    known = outlines.flatten(1).isfinite().all(1)
+    target = torch.where(known[:, None, None], outlines, 0.0)
+    cross = F.binary_cross_entropy_with_logits(logits, target, reduction="none").mean((1, 2))
+    p, area = logits.sigmoid(), target.sum((1, 2))
+    dice = 1 - (2 * (p * target).sum((1, 2)) + 1) / (p.sum((1, 2)) + area + 1)
+    outline = ((cross + dice * (area > 0)) * known).sum() / known.sum().clamp(min=1)
+
+    n, _, h, w = cells.shape
+    boxed = boxes[:, 0].isfinite() & known
+    true = torch.where(boxed[:, None], boxes, 0.5)
+    inside = target * boxed[:, None, None] / area[:, None, None].clamp(min=1e-6)
+    each = box_loss(cells.flatten(2).mT.reshape(-1, 4), true.repeat_interleave(h * w, 0)).view(n, h, w)
+    return outline + (each * inside).sum() / boxed.sum().clamp(min=1)
+
+
+def ellipses(boxes, h, w):
+    """Outlines (N, h, w), 1 inside, of the ellipses inscribed in boxes (N, 4): what stands for a mask where only a box is
+    known. A box of NaN gives none."""
+    x, y = cell_centres(h, w, boxes.device)
+    centre, half = (boxes[:, :2] + boxes[:, 2:]) / 2, ((boxes[:, 2:] - boxes[:, :2]) / 2).clamp(min=0.5 / max(h, w))
+    across = ((x - centre[:, 0, None, None]) / half[:, 0, None, None]) ** 2
+    return (across + ((y - centre[:, 1, None, None]) / half[:, 1, None, None]) ** 2 <= 1).float()

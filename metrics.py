@@ -187,19 +187,30 @@ def paired_iou(a, b):
     return inter / (area - inter).clamp(min=1e-12)
 
 
-def localisation(iou, weights=None, index=None):
-    """Mean IoU, and the share of lesions found with IoU >= 0.5: {name: (B,)}. iou (N,), NaN where no box is known."""
+def localisation(iou):
+    """{metric: (N,)} whose means tell how well lesions are found: the IoU (N,), NaN where no box is known, and whether it
+    reaches 0.5. A dict of such values passes."""
+    if isinstance(iou, dict):
+        return {name: numbers(values, (None,), name, nan=True).double() for name, values in iou.items()}
     iou = numbers(iou, (None,), "iou", nan=True).double()
-    weights, index = weighting(weights, index, len(iou))
-    index, iou = index[iou.isfinite()], iou[iou.isfinite()]
-    sums = totals(weights, index, torch.stack([torch.ones_like(iou), iou, (iou >= 0.5).double()], 1))
-    return {"iou": sums[:, 1] / sums[:, 0], "iou_at_50": sums[:, 2] / sums[:, 0]}
+    return {"iou": iou, "iou_at_50": torch.where(iou.isfinite(), (iou >= 0.5).double(), iou)}
+
+
+def means(columns, weights=None, index=None):
+    """{name: (B,)} weighted means of {name: (N,)}, of what is not NaN."""
+    found = {}
+    for name, values in columns.items():
+        w, i = weighting(weights, index, len(values))
+        sums = totals(w, i, torch.stack([values.isfinite().double(), values.nan_to_num()], 1))
+        found[name] = sums[:, 1] / sums[:, 0]
+    return found
 
 
 def measure(probabilities, labels, threshold=0.5, iou=None, weights=None, index=None):
-    """All metrics of a classification, a localisation, or both: {name: (B,)}. probabilities or iou may be None."""
+    """All metrics of a classification, a localisation, or both: {name: (B,)}. probabilities or iou (see localisation) may
+    be None."""
     values = {} if probabilities is None else evaluate(probabilities, labels, threshold, weights, index)
-    return values if iou is None else values | localisation(iou, weights, index)
+    return values if iou is None else values | means(localisation(iou), weights, index)
 
 
 def drawn_groups(count, replicates, generator):
@@ -212,7 +223,7 @@ def evidence(labels, classes, iou=None):
     all of a part are wrong: 1 for a share, 1 / K for each class of a macro mean. AUC of two classes: 1 / 2, as a missed
     positive that scores like the negatives loses half its pairs (34 and 34 at 1.0: from 0.949; Newcombe 2006: 0.945).
 
-    labels (N,) or None, iou (N,) or None."""
+    labels (N,) or None, iou (see localisation) or None."""
     parts = {}
     if labels is not None:
         labels = class_numbers(labels, classes)
@@ -221,20 +232,20 @@ def evidence(labels, classes, iou=None):
         parts |= dict.fromkeys(("auc", "balanced_accuracy"), (1 / classes, of))
         parts |= dict.fromkeys(("sensitivity", "f1"), (1, of[1:]) if classes == 2 else (1 / classes, of))
         parts["specificity"] = (1, of[:1]) if classes == 2 else (1 / classes, rest)
-    known = None if iou is None else numbers(iou, (None,), "iou", nan=True).isfinite()
-    return parts if iou is None else parts | dict.fromkeys(("iou", "iou_at_50"), (1, [known]))
+    told = {} if iou is None else localisation(iou)
+    return parts | {name: (1, [values.isfinite()]) for name, values in told.items()}
 
 
 @torch.inference_mode(False)
 def with_intervals(probabilities, labels, groups=None, threshold=0.5, iou=None):
     """{metric: {"value", "low", "high"}} with 95 % intervals by group, see resample. NaN where groups are too few.
 
-    probabilities (N, K) and labels (N,), or None, None for a detector alone; groups: N numbers or names, or None; iou
-    (N,) or None. ValueError where shapes, lengths or labels do not fit."""
+    probabilities (N, K) and labels (N,), or None, None for a detector alone; groups: N numbers or names, or None; iou:
+    see localisation, or None. ValueError where shapes, lengths or labels do not fit."""
     if probabilities is not None:
         probabilities, labels = answers(probabilities, labels)
     known = evidence(None, 0, iou) if probabilities is None else evidence(labels, probabilities.shape[1], iou)
-    index = group_index(groups, len(iou if probabilities is None else labels))
+    index = group_index(groups, len(next(iter(localisation(iou).values())) if probabilities is None else labels))
     return intervals(lambda w: measure(probabilities, labels, threshold, iou, w, index), index, known)
 
 
@@ -244,10 +255,10 @@ def change_with_intervals(before, after, labels, groups=None):
     its interval is that of the pairs, which is narrower than the two intervals let expect: both models meet the same easy
     and hard images in a resample. No change among 34 images is +0.000 [-0.103, +0.103].
 
-    before, after: (probabilities (N, K) or None, threshold, iou (N,) or None) each."""
+    before, after: (probabilities (N, K) or None, threshold, iou, see localisation, or None) each."""
     (p, _, iou), none = after, after[0] is None
     known = evidence(None, 0, iou) if none else evidence(labels, answers(p, labels)[0].shape[1], iou)
-    index = group_index(groups, len(iou if none else p))
+    index = group_index(groups, len(next(iter(localisation(iou).values())) if none else p))
 
     def both(w):
         return (measure(p, labels, threshold, iou, w, index) for p, threshold, iou in (before, after))

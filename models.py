@@ -1,12 +1,13 @@
 """Networks: what looks at the pixels. Nothing here knows a data set.
 
-CNet      backbone -> pooled embedding (+ patient data) -> logits       benign or malignant?
-DNet      backbone -> feature pyramid -> every cell votes for a box     where is the lesion?
+DNet      backbone -> feature pyramid -> every cell: lesion or not, and the box      where is it, what is its outline?
+CNet      backbone -> pooled embedding (+ patient data) -> logits                    benign or malignant?
+          with a shared trunk it holds a D-Net, and looks at what lies inside of the outline: one pass finds and names
 Ensemble  members' probabilities, weighted and calibrated; their disagreement is the uncertainty
 
-model = load("runs/busi/model.pt")            # an Ensemble with its D-Net; the file alone says how to build it
-boxes = model.locate(images)                  # (N, 4) in [0, 1], None without a D-Net
-probabilities = model(images, boxes)           # (N, K)
+model = load("runs/busi/model.pt")  # an Ensemble; the file alone says how to build it
+answer = model.look(images)         # .boxes (N, 4) in [0, 1], .outlines (N, h, w), .opinions (M, V, N, K) ...
+probabilities = model(images)       # (N, K)
 """
 
 import functools
@@ -16,6 +17,7 @@ import os
 import pickle
 import zipfile
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -243,6 +245,123 @@ class AttentionCondenser(nn.Module):
 ATTENTION = {"none": nn.Identity, "se": SqueezeExcitation, "condenser": AttentionCondenser}
 
 # ---------------------------------------------------------------------------------------------------------------------
+# D-Net: where is the lesion, and what is its outline?
+
+
+class Found(NamedTuple):
+    """What detectors say of N images: of every cell, how likely it is lesion, and where that lesion's sides are."""
+
+    outlines: torch.Tensor  # (N, h, w) probabilities
+    cells: torch.Tensor  # (N, 4, h, w) boxes in [0, 1]
+
+    def scores(self):
+        """How sure (N,) it is that there is a lesion at all: the outline's largest probability."""
+        return self.outlines.amax((1, 2))
+
+    def boxes(self):
+        """The box (N, 4) of the likeliest lesion: the mean of its cells' boxes, weighted by the outline. Its cells: those
+        around the likeliest, connected, with half of its probability at least."""
+        p = self.outlines.flatten(1)
+        parts = label_parts(self.outlines >= self.scores()[:, None, None] / 2).flatten(1)
+        return self.boxes_of(parts == parts.gather(1, p.argmax(1, keepdim=True)))
+
+    def boxes_of(self, chosen):
+        """The mean box (N, 4) of the cells that are chosen (N, h * w), weighted by the outline."""
+        weights = self.outlines.flatten(1) * chosen
+        weights = weights / weights.sum(1, keepdim=True).clamp(min=1e-12)
+        return (self.cells.flatten(2) * weights[:, None]).sum(2).clamp(0, 1)
+
+    def lesions(self, i, threshold):
+        """All lesions of image i, the likeliest first: their boxes, a list of (4,). A lesion is a connected part of the
+        outline above a half whose largest probability reaches the threshold."""
+        one = Found(self.outlines[i, None], self.cells[i, None])
+        parts, found = label_parts(one.outlines >= min(0.5, threshold)).flatten(1), []
+        for part in parts.unique().tolist():
+            score = float((one.outlines.flatten(1) * (parts == part)).max())
+            if part and score >= threshold:
+                found.append((score, one.boxes_of(parts == part)[0]))
+        return [box for _, box in sorted(found, key=lambda pair: -pair[0])]
+
+
+def label_parts(masks):
+    """Connected parts (8 neighbours) of masks (N, h, w) bool: a number (N, h, w) for each, 0 outside. The largest number
+    spreads through its part until nothing changes."""
+    labels = torch.arange(1, masks[0].numel() + 1, dtype=torch.float, device=masks.device).view(masks.shape[1:]) * masks
+    while True:
+        spread = F.max_pool2d(labels[:, None], 3, 1, 1)[:, 0] * masks
+        if torch.equal(spread, labels):
+            return labels.long()
+        labels = spread
+
+
+class DNet(nn.Module):
+    """Detector: images (N, C, S, S) -> logits of the outline (N, h, w), every cell's box (N, 4, h, w) in [0, 1].
+
+    The backbone's maps of stride 4 and more are merged top-down (Lin et al., FPN, 2017); every cell of the finest tells
+    whether it is lesion, and its distances to the lesion's four sides (Tian et al., FCOS, 2019). No anchors are needed,
+    and the outline, which every segmentation data set has, teaches features that travel to other scanners."""
+
+    def __init__(self, model="mobilenet_v2", channels=1, normalise="image", weights="none", width=96):
+        super().__init__()
+        self.config = {"model": model, "channels": channels, "normalise": normalise, "width": width}
+        self.features, self.deepest = build_backbone(model, channels, weights)
+        with torch.no_grad():  # the maps' widths, by a look
+            maps = feature_pyramid(self.features.eval(), torch.zeros(1, channels, 128, 128))
+        self.features.train()
+        maps = [m for m in maps if m.shape[-1] <= 32]
+        self.lateral = nn.ModuleList(nn.Conv2d(m.shape[1], width, 1) for m in maps)
+        self.smooth = nn.ModuleList(nn.Sequential(*convolution(width, width)) for _ in maps)
+        self.head = nn.Conv2d(width, 5, 1)
+        nn.init.normal_(self.head.weight, std=0.01)
+        with (
+            torch.no_grad()
+        ):  # the first outlines are faint, and with softplus(-1.3) = 0.24 the first boxes half the image
+            self.head.bias.copy_(torch.tensor([-2.0, -1.3, -1.3, -1.3, -1.3]))
+
+    def pyramid(self, images):
+        """The backbone's deepest map (N, C, h, w) and the merged ones (N, width, h, w), finest first."""
+        maps = feature_pyramid(self.features, standardise(images, self.config["normalise"]))[-len(self.lateral) :]
+        merged = [self.lateral[-1](maps[-1])]
+        for lateral, own in zip(reversed(self.lateral[:-1]), reversed(maps[:-1]), strict=True):
+            merged.append(lateral(own) + F.interpolate(merged[-1], size=own.shape[-2:], mode="nearest"))
+        return maps[-1], [smooth(m) for smooth, m in zip(self.smooth, reversed(merged), strict=True)]
+
+    def read(self, finest):
+        """What the finest merged map says, see forward."""
+        out = self.head(finest).float()
+        reach = 1e-3 + F.softplus(out[:, 1:])  # left, top, right, bottom of the cell's centre: always positive
+        x, y = cell_centres(*out.shape[-2:], out.device)
+        return out[:, 0], torch.stack([x - reach[:, 0], y - reach[:, 1], x + reach[:, 2], y + reach[:, 3]], 1)
+
+    def forward(self, images):
+        return self.read(self.pyramid(images)[1][0])
+
+    def find(self, images):
+        """As forward, but the outline as probabilities: Found."""
+        logits, cells = self(images)
+        return Found(logits.sigmoid(), cells)
+
+
+class VotingDNet(DNet):
+    """D-Net as model files of version 1 hold it: from the three coarsest maps, unsmoothed, and every cell's vote for the
+    box has a weight, which says little of an outline. It predicts; it is not trained any more."""
+
+    def __init__(self, model="mobilenet_v2", channels=1, normalise="image", weights="none", width=96):
+        super().__init__(model, channels, normalise, weights, width)
+        with torch.no_grad():
+            maps = feature_pyramid(self.features.eval(), torch.zeros(1, channels, 128, 128))[-3:]
+        self.lateral = nn.ModuleList(nn.Conv2d(m.shape[1], width, 1) for m in maps)
+        self.smooth = nn.ModuleList(nn.Identity() for _ in maps)
+        self.head = nn.Sequential(*convolution(width, width), *convolution(width, width), nn.Conv2d(width, 5, 1))
+
+    def find(self, images):
+        votes, cells = self(images)
+        share = votes.flatten(1).softmax(1)
+        box = (cells.flatten(2) * share[:, None]).sum(2)
+        return Found(share.view_as(votes), box[:, :, None, None].expand_as(cells))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # C-Net: benign or malignant?
 
 
@@ -250,7 +369,9 @@ class CNet(nn.Module):
     """Classifier. Two classes: one logit (N, 1), of the positive class; K classes: K logits (N, K).
 
     meta: number of metadata columns, 0 for images alone. attention: of ATTENTION, before the pooling. roi: "none" if it
-    was trained on whole images, "mask" or "dnet" if on crops. `config` holds the arguments that build it again."""
+    was trained on whole images, "mask" or "dnet" if on crops. trunk: "own", or "shared": its backbone is that of a D-Net
+    of its own, and beside the pooled deepest map the head sees the means of D-Net's maps of stride 4 and 16 over the
+    outline. `config` holds the arguments that build it again."""
 
     def __init__(
         self,
@@ -263,14 +384,21 @@ class CNet(nn.Module):
         roi="none",
         attention="none",
         weights="none",
+        trunk="own",
     ):
         super().__init__()
         if model == "none" and not meta:
             raise InputError("--model none sees no image; it needs patient data, --meta-columns")
         self.config = {"model": model, "classes": classes, "channels": channels, "meta": meta, "dropout": dropout}
-        self.config |= {"normalise": normalise, "roi": roi, "attention": attention}
-        self.features, self.width = build_backbone(model, channels, weights)
+        self.config |= {"normalise": normalise, "roi": roi, "attention": attention, "trunk": trunk}
+        if trunk == "shared":
+            self.dnet = DNet(model, channels, normalise, weights)
+            self.width = self.dnet.deepest
+        else:
+            self.features, self.width = build_backbone(model, channels, weights)
         self.attention = ATTENTION[attention](self.width)
+        if trunk == "shared":
+            self.width += 2 * self.dnet.config["width"]
         if meta:
             self.meta = nn.Sequential(nn.Linear(meta, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU())
             self.width += 32
@@ -278,18 +406,37 @@ class CNet(nn.Module):
         self.head = nn.Linear(self.width, 1 if classes == 2 else classes)
         nn.init.zeros_(self.head.bias)
 
-    def embed(self, images, meta=None):
-        """Penultimate embedding (N, width): pooled features, and the metadata branch where there is one."""
-        return self.pool(self.features(standardise(images, self.config["normalise"])), meta)
+    @property
+    def shared(self):
+        return self.config["trunk"] == "shared"
 
-    def pool(self, maps, meta=None):
-        """The embedding (N, width) of feature maps (N, C, h, w)."""
-        x = self.attention(maps).mean((2, 3))
-        if not self.config["meta"]:
-            return x
-        if meta is None:
-            raise InputError("this model was trained with patient metadata: give it")
-        return torch.cat([x, self.meta(meta)], 1)
+    @property
+    def seen(self):
+        """The layer whose maps the embedding is made of: what Grad-CAM and its kin look at."""
+        return self.dnet.smooth[0] if self.shared else self.features
+
+    def see(self, images, meta=None):
+        """The penultimate embedding (N, width): pooled features, and the metadata branch where there is one; and, of a
+        shared trunk, D-Net's logits of the outline and cells' boxes, else None."""
+        found = None
+        if self.shared:
+            maps, merged = self.dnet.pyramid(images)
+            found = self.dnet.read(merged[0])
+            inside = found[0].detach().sigmoid()[:, None]  # the class is not to bend the outline
+            parts = [self.attention(maps).mean((2, 3))]
+            for m in (merged[0], merged[min(2, len(merged) - 1)]):
+                weights = F.adaptive_avg_pool2d(inside, m.shape[-2:]) + 1e-4  # where nothing is found: the plain mean
+                parts.append((m * (weights / weights.sum((2, 3), keepdim=True))).sum((2, 3)))
+        else:
+            parts = [self.attention(self.features(standardise(images, self.config["normalise"]))).mean((2, 3))]
+        if self.config["meta"]:
+            if meta is None:
+                raise InputError("this model was trained with patient metadata: give it")
+            parts.append(self.meta(meta))
+        return torch.cat(parts, 1), found
+
+    def embed(self, images, meta=None):
+        return self.see(images, meta)[0]
 
     def classify(self, embeddings):
         return self.head(self.dropout(embeddings))
@@ -304,63 +451,39 @@ def to_probabilities(logits):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# D-Net: where is the lesion?
-
-
-class DNet(nn.Module):
-    """Detector of the one lesion: images (N, C, S, S) -> boxes (N, 4), x_min < x_max and y_min < y_max in [0, 1].
-
-    The three coarsest maps are merged top-down (Lin et al., FPN, 2017); every cell of the finest predicts its distances
-    to the four sides (Tian et al., FCOS, 2019) and a score, and the box is the mean of all votes under the softmax of
-    the scores. It is differentiable, needs no anchors, and knows WHERE each feature is."""
-
-    def __init__(self, model="mobilenet_v2", channels=1, normalise="image", weights="none", width=96):
-        super().__init__()
-        self.config = {"model": model, "channels": channels, "normalise": normalise, "width": width}
-        self.features, _ = build_backbone(model, channels, weights)
-        with torch.no_grad():  # the maps' widths, by a look
-            maps = feature_pyramid(self.features.eval(), torch.zeros(1, channels, 128, 128))[-3:]
-        self.features.train()
-        self.lateral = nn.ModuleList(nn.Conv2d(m.shape[1], width, 1) for m in maps)
-        self.head = nn.Sequential(*convolution(width, width), *convolution(width, width), nn.Conv2d(width, 5, 1))
-        nn.init.normal_(self.head[-1].weight, std=0.01)
-        nn.init.constant_(self.head[-1].bias, -1.3)  # softplus(-1.3) = 0.24: the first boxes are about half the image
-
-    def vote(self, images):
-        """Every cell's box (N, 4, h, w) and the log of its weight in the mean (N, h, w)."""
-        maps = feature_pyramid(self.features, standardise(images, self.config["normalise"]))[-3:]
-        *finer, merged = [lateral(m) for lateral, m in zip(self.lateral, maps, strict=True)]
-        for finer_map in reversed(finer):
-            merged = finer_map + F.interpolate(merged, size=finer_map.shape[-2:], mode="nearest")
-        out = self.head(merged).float()
-        n, _, h, w = out.shape
-        reach = 1e-3 + F.softplus(out[:, 1:])  # left, top, right, bottom of the cell's centre: always positive
-        x, y = cell_centres(h, w, out.device)
-        boxes = torch.stack([x - reach[:, 0], y - reach[:, 1], x + reach[:, 2], y + reach[:, 3]], 1)
-        return boxes, out[:, 0].flatten(1).log_softmax(1).view(n, h, w)
-
-    def forward(self, images):
-        boxes, log_weights = self.vote(images)
-        return (boxes * log_weights.exp()[:, None]).sum((2, 3))
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # The whole model: members, D-Net, and everything that predicting needs
+
+
+def average(found):
+    """The mean of what several detectors have Found."""
+    side = found[0].outlines.shape[-2:]
+    outlines = [F.interpolate(f.outlines[:, None], size=side, mode="bilinear")[:, 0] for f in found]
+    cells = [F.interpolate(f.cells, size=side, mode="bilinear") for f in found]
+    return Found(torch.stack(outlines).mean(0), torch.stack(cells).mean(0))
+
+
+class Answer(NamedTuple):
+    """All that an Ensemble says of N images in one pass."""
+
+    opinions: torch.Tensor  # (M, V, N, K) probabilities: of every member, of every view at every scale (V)
+    boxes: torch.Tensor | None  # (N, 4): found, or as the caller gave them
+    found: Found | None
 
 
 class Ensemble(nn.Module):
     """Weighted mean of the members' probabilities, softened by one temperature. One member is the common case.
 
-    info: "classes", "size" (what C-Net and D-Net see), "load_size" (what the file is letterboxed to), "channels",
+    dnets: the detectors that stand by themselves; members with a shared trunk bring their own. info: "classes", "size" (what C-Net and D-Net see), "load_size" (what the file is letterboxed to), "channels",
     "equalise" (CLAHE), "margin" of the crops, "meta_spec", "temperature", "threshold" and the "views" of an image that
-    both were set for, "made"."""
+    both were set for, "lesion_threshold" (of the outline's largest probability: below it no lesion is said to be found),
+    "made"."""
 
-    def __init__(self, members, weights=None, dnet=None, **info):
+    def __init__(self, members, weights=None, dnets=(), **info):
         super().__init__()
-        self.members = nn.ModuleList(members)
-        self.dnet = dnet
+        self.members, self.dnets = nn.ModuleList(members), nn.ModuleList(dnets)
         self.weights = torch.tensor([1.0] * len(members) if weights is None else weights, dtype=torch.float32)
         usual = {"temperature": 1.0, "threshold": 0.5, "views": 1, "margin": 0.25, "equalise": False}
+        usual |= {"lesion_threshold": 0.0}
         self.info = usual | {"meta_spec": [], "made": {}} | info
 
     @property
@@ -368,15 +491,26 @@ class Ensemble(nn.Module):
         return next(self.parameters()).device
 
     @property
+    def finders(self):
+        """The D-Nets: those that stand by themselves, and those of members that look at the whole."""
+        return [*self.dnets, *(m.dnet for m in self.members if m.shared and m.config["roi"] == "none")]
+
+    @property
     def needs_boxes(self):
         """Whether a member sees crops around boxes that nobody here finds: the caller has to give them."""
-        return self.dnet is None and any(m.config["roi"] != "none" for m in self.members)
+        return not self.finders and any(m.config["roi"] != "none" for m in self.members)
+
+    def find(self, images):
+        """What the D-Nets say together: Found, or None where there is none."""
+        x = crop(images, None, self.info["size"])
+        parts = [dnet.find(x) for dnet in self.finders]
+        return average(parts) if parts else None
 
     def locate(self, images, known=None):
         """The lesions' boxes (N, 4) in [0, 1] by D-Net; without one those that are `known`, if they are needed, or None."""
-        if self.dnet is None:
-            return known if self.needs_boxes else None
-        return self.dnet(crop(images, None, self.info["size"])).clamp(0, 1)
+        if self.finders:
+            return self.find(images).boxes()
+        return known if self.needs_boxes else None
 
     def regions(self, member, boxes):
         """Where a member looks: the crops (N, 4) around the boxes if it was trained on crops, None = the whole."""
@@ -388,15 +522,6 @@ class Ensemble(nn.Module):
             )
         return crop_regions(boxes, self.info["margin"])
 
-    def member_probabilities(self, images, boxes=None, meta=None, look=crop, scale=1.0):
-        """(M, N, K) probabilities, each member by itself, before the temperature.
-
-        boxes (N, 4): what the crops are made around. look(images, regions, size): what a member gets to see; more
-        views than one are a larger N. scale: of the size."""
-        size = round(self.info["size"] * scale)
-        looks = (look(images, self.regions(m, boxes), size) for m in self.members)
-        return torch.stack([to_probabilities(m(x, meta)) for m, x in zip(self.members, looks, strict=True)])
-
     def combine(self, probabilities):
         """(M, N, K) -> (N, K): weighted mean, then the temperature: p^(1/T), which for one member is logits / T."""
         weights = (self.weights / self.weights.sum()).to(probabilities.device)
@@ -405,16 +530,29 @@ class Ensemble(nn.Module):
 
     def forward(self, images, boxes=None, meta=None):
         """Probabilities (N, K): the answer, from as many views as it was calibrated for."""
-        return self.combine(self.opinions(images, boxes, meta).mean(1))
+        return self.combine(self.look(images, boxes, meta).opinions.mean(1))
 
-    def opinions(self, images, boxes=None, meta=None, views=None, scales=(1.0,)):
-        """Probabilities (M, V, N, K): of every member, of every view at every scale (V), of every image. `conclude`
-        makes one answer of them."""
-        views = views or self.info["views"]
+    def look(self, images, boxes=None, meta=None, views=None, scales=(1.0,)):
+        """Answer of images (N, C, L, L). boxes (N, 4): what crops are made around; None: what is found. Members that see
+        the whole come first: those that hold a D-Net find the lesion in the pass that names it."""
+        views, n, size = views or self.info["views"], len(images), self.info["size"]
+        take = crop if views == 1 else functools.partial(tta_views, views=views)
         meta = None if meta is None else meta.repeat(views, 1)
-        look = crop if views == 1 else functools.partial(tta_views, views=views)
-        found = [self.member_probabilities(images, boxes, meta, look, scale) for scale in scales]
-        return torch.cat([p.unflatten(1, (views, len(images))) for p in found], 1)
+        found = [dnet.find(crop(images, None, size)) for dnet in self.dnets]
+        opinions = [[] for _ in self.members]
+        for i, member in sorted(enumerate(self.members), key=lambda pair: pair[1].config["roi"] != "none"):
+            if member.config["roi"] != "none" and boxes is None and found:
+                boxes = average(found).boxes()
+            regions = self.regions(member, boxes)
+            for scale in scales:
+                embeddings, own = member.see(take(images, regions, round(size * scale)), meta)
+                opinions[i].append(to_probabilities(member.classify(embeddings)).unflatten(0, (views, n)))
+                if own and regions is None and scale == scales[0]:
+                    found.append(Found(own[0][:n].sigmoid(), own[1][:n]))  # by the first view, the picture as it is
+        found = average(found) if found else None
+        boxes = found.boxes() if boxes is None and found else boxes
+        opinions = [torch.cat(o) for o in opinions]
+        return Answer(torch.stack(opinions) if opinions else images.new_zeros((0, views, n, 0)), boxes, found)
 
     def conclude(self, opinions):
         """From opinions (M, V, N, K): calibrated probabilities (N, K), and the uncertainty (N,), their standard deviation (of
@@ -434,7 +572,7 @@ class Ensemble(nn.Module):
             boxes = self.locate(images) if boxes is None else boxes
             target = self(images, boxes, meta).argmax(1) if target is None else target
         for member, vote in zip(self.members, (self.weights / self.weights.sum()).tolist(), strict=True):
-            layer = {"layer": member.features} if method in saliency.CAMS else {}
+            layer = {"layer": member.seen} if method in saliency.CAMS else {}
             regions = self.regions(member, boxes)
             x = crop(images, regions, self.info["size"])
             own = function(WithPatients(member, meta), x, target, **layer, **options)
@@ -457,7 +595,7 @@ class WithPatients(nn.Module):
 # ---------------------------------------------------------------------------------------------------------------------
 # Files
 
-FORMAT, VERSION = "miniCADx model", 1
+FORMAT, VERSION = "miniCADx model", 2
 
 
 def write_atomically(path, data):
@@ -500,8 +638,9 @@ def read_checkpoint(path, what=None):
 def save(path, model):
     """One file that suffices to predict. model: Ensemble."""
     content = {"format": FORMAT, "version": VERSION, "weights": model.weights, **model.info}
-    nets = [net and {"config": net.config, "state": net.state_dict()} for net in (*model.members, model.dnet)]
-    save_checkpoint(path, content | {"members": nets[:-1], "dnet": nets[-1]})
+    for name in ("members", "dnets"):
+        content[name] = [{"config": net.config, "state": net.state_dict()} for net in getattr(model, name)]
+    save_checkpoint(path, content)
 
 
 def load_classifier(path, device="cpu"):
@@ -525,8 +664,10 @@ def load(path, device="cpu"):
         raise InputError(f"{path}: model file of version {version}, this program knows up to {VERSION}; update it")
     try:
         check_info(content)
-        dnet, members = content.pop("dnet"), [rebuild(CNet, m) for m in content.pop("members")]
-        model = Ensemble(members, content.pop("weights").tolist(), dnet and rebuild(DNet, dnet), **content)
+        old = content.pop("dnet", None)  # version 1 had one, of another design
+        dnets = [rebuild(VotingDNet, old)] if old else [rebuild(DNet, d) for d in content.pop("dnets", [])]
+        members = [rebuild(CNet, m) for m in content.pop("members")]
+        model = Ensemble(members, content.pop("weights").tolist(), dnets, **content)
     except (KeyError, TypeError, RuntimeError, AttributeError, ValueError) as e:
         why = (str(e) or type(e).__name__).splitlines()[0][:120]
         raise InputError(f"{path}: a model file with parts missing or not fitting ({why})") from e
@@ -541,7 +682,9 @@ def check_info(content):
         "load_size": lambda v: isinstance(v, int) and 1 <= v <= 8192,
         "channels": lambda v: v in (1, 3),
         "views": lambda v: v in range(1, len(VIEWS) + 1),
-        **dict.fromkeys(("temperature", "threshold", "margin"), lambda v: math.isfinite(v) and v >= 0),
+        **dict.fromkeys(
+            ("temperature", "threshold", "margin", "lesion_threshold"), lambda v: math.isfinite(v) and v >= 0
+        ),
     }
     for key, fits in rules.items():
         if key in content and not fits(content[key]):

@@ -84,16 +84,30 @@ def draw_report(images, results, report, folder):
 
 def pooled(images, results):
     """Several runs together: probabilities (N, K) or None, the threshold (N,) that each image is held against (its
-    run's), and the IoU (N,) or None."""
-    probabilities = thresholds = iou = None
+    run's), and how lesions were found: {metric: (N,)}, NaN where an image tells nothing of it, or None."""
+    probabilities = thresholds = None
     if results[0]["probabilities"] is not None:
         probabilities = torch.cat([r["probabilities"] for r in results])
         thresholds = torch.tensor([0.5 if r["threshold"] is None else r["threshold"] for r in results])
         thresholds = thresholds.repeat_interleave(torch.tensor([len(r["rows"]) for r in results]))
-    if results[0]["boxes"] is not None:
-        iou = torch.cat([metrics.paired_iou(r["boxes"], images.boxes[r["rows"]]) for r in results])
-        iou = iou if iou.isfinite().any() else None
-    return probabilities, thresholds, iou
+    if results[0]["boxes"] is None:
+        return probabilities, thresholds, None
+    parts = [found_values(images, r) for r in results]
+    found = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    found = {name: values for name, values in found.items() if values.isfinite().any()}
+    return probabilities, thresholds, found or None
+
+
+def found_values(images, result):
+    """{metric: (N,)} of one run: IoU of the box, Dice of the outline, whether a lesion is said to be found where there is
+    one, and (a false alarm) where there is none."""
+    rows, boxes = result["rows"], images.boxes[result["rows"]]
+    values = metrics.localisation(metrics.paired_iou(result["boxes"], boxes))
+    if "scores" in result:  # else of an older version
+        said, there = (result["scores"] >= result["lesion_threshold"]).double(), boxes[:, 0].isfinite()
+        values |= {"dice": result["dice"].double(), "lesions_found": torch.where(there, said, math.nan)}
+        values["false_alarms"] = torch.where(images.outlined[rows] & ~there, said, math.nan)
+    return values
 
 
 def describe_members(images, results, args):

@@ -101,7 +101,7 @@ def try_setting(images, number, setting, epochs, fold, args, folder):
         if model.members:
             found = metrics.evaluate(model.combine(predict(model, images, rows, look)), images.labels[rows])["auc"]
         else:
-            found = metrics.localisation(metrics.paired_iou(locate(model, images, rows), images.boxes[rows]))["iou"]
+            found = metrics.paired_iou(locate(model, images, rows), images.boxes[rows]).nanmean()
         result["score"] = float(found)
     except ValueError as e:  # an InputError of the training, or what metrics.py says of a network's NaN
         if "loss is not finite" not in str(e) and "holds NaN" not in str(e):

@@ -32,7 +32,7 @@ import models
 import plots
 from augment import augment, crop_regions
 from data import fit_meta, meta_for, partition
-from losses import class_weights, classification_loss, detection_loss, distillation_loss
+from losses import class_weights, classification_loss, detection_loss, distillation_loss, ellipses
 from options import claim, load_images, parse, prepare_folder, run_main, stop
 from readers import InputError
 from report import finished_run, print_report, same_pictures, write_report
@@ -133,20 +133,21 @@ def train_epoch(net, optimizer, scheduler, loss_of, inputs, rows, args, generato
     """One pass over `rows`, or --steps-per-epoch steps: draw, augment, forward, backward, step, all on the device.
     Returns the mean loss.
 
-    inputs: (pixels, boxes, regions) of ALL images; pixels may stay on the CPU (a set larger than the device), boxes
-    and regions (or None) lie where the network is, and so do rows. loss_of(net, x, boxes, rows) -> scalar.
+    inputs: (pixels, masks, boxes, regions) of ALL images; pixels and masks (or None) may stay on the CPU (a set larger
+    than the device), boxes and regions (or None) lie where the network is, and so do rows. loss_of(net, x, boxes,
+    masks, rows) -> scalar.
     Raises FloatingPointError before a loss or gradient that is not finite can touch the weights."""
-    pixels, boxes, regions = inputs
+    pixels, masks, boxes, regions = inputs
     device = next(net.parameters()).device
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=models.choose_amp(args.amp, device))
     net.train()
     total, seen = 0.0, 0
     for index in draw_batches(rows, args.batch, generator, sample_weights, args.steps_per_epoch):
-        x = pixels[index.to(pixels.device)].to(device, non_blocking=True)
+        x, mask = (None if v is None else v[index.to(v.device)].to(device, non_blocking=True) for v in (pixels, masks))
         box, region = (None if v is None else v[index] for v in (boxes, regions))
-        x, box, _ = augment(x, args.augment, box, region, args.size, generator)
+        x, box, mask = augment(x, args.augment, box, region, args.size, generator, mask)
         with autocast:
-            loss = loss_of(net, x.contiguous(memory_format=torch.channels_last), box, index)
+            loss = loss_of(net, x.contiguous(memory_format=torch.channels_last), box, mask, index)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         norm, value = torch.nn.utils.clip_grad_norm_(net.parameters(), args.clip), loss.item()
@@ -186,7 +187,9 @@ def build_optimizer(net, args, steps):
 SMOOTH = 5  # epochs at most, and a fifth of all at most, that a validation score is averaged over
 
 
-def fit(net, images, rows, loss_of, validate, args, *, name, folder, seed, regions=None, sample_weights=None):
+def fit(
+    net, images, rows, loss_of, validate, args, *, name, folder, seed, regions=None, masks=None, sample_weights=None
+):
     """Train `net` and return its best state by validation and the history (a list of dicts, one an epoch).
 
     validate(net) -> {"score": [first, second, ...], ...}: the higher list is better; the rest is logged. The score of
@@ -200,7 +203,8 @@ def fit(net, images, rows, loss_of, validate, args, *, name, folder, seed, regio
     averaged = copy.deepcopy(net).eval() if args.ema else None
     generator = torch.Generator(device).manual_seed(seed)
     torch.manual_seed(seed)
-    rows, inputs = rows.to(device), (images.pixels, images.boxes.to(device), regions if regions is None else regions.to(device))  # fmt: skip
+    rows, regions = rows.to(device), None if regions is None else regions.to(device)
+    inputs = (images.pixels, masks, images.boxes.to(device), regions)
     parts = {"net": net, "optimizer": optimizer, "scheduler": scheduler, "averaged": averaged}
     state = State(name, folder, generator, parts, args.tensorboard)
 
@@ -250,16 +254,24 @@ def is_better(state, raw, net, window):
 
 
 @torch.no_grad()
-def predict(model, images, rows, boxes=None, batch=EVAL_BATCH):
-    """Members' probabilities (M, N, K) of the images in `rows`, by as many views as info says, on the CPU. boxes (all
-    images, 4): the crops."""
-    parts = []
-    patients = meta_for(images, model.info["meta_spec"])
+def look_at(model, images, rows, boxes=None, batch=EVAL_BATCH):
+    """The models.Answer of the images in `rows`, on the CPU, by as many views as info says; their mean: opinions are
+    (M, 1, N, K). boxes (all images, 4): what the crops are made around; None: what is found."""
+    parts, patients = [], meta_for(images, model.info["meta_spec"])
     for index in rows.cpu().split(batch):
         x = images.pixels[index.to(images.pixels.device)].to(model.device)
         meta, around = (None if v is None else v[index].to(model.device) for v in (patients, boxes))
-        parts.append(model.opinions(x, around, meta).mean(1).cpu())
-    return torch.cat(parts, 1)
+        answer = model.look(x, around, meta)
+        parts.append(answer._replace(opinions=answer.opinions.mean(1, keepdim=True)))
+    opinions = torch.cat([p.opinions for p in parts], 2).cpu()
+    boxes = None if parts[0].boxes is None else torch.cat([p.boxes for p in parts]).cpu()
+    found = parts[0].found and models.Found(*(torch.cat(v).cpu() for v in zip(*(p.found for p in parts), strict=True)))
+    return models.Answer(opinions, boxes, found)
+
+
+def predict(model, images, rows, boxes=None, batch=EVAL_BATCH):
+    """Members' probabilities (M, N, K) of the images in `rows`, see look_at."""
+    return look_at(model, images, rows, boxes, batch).opinions[:, 0]
 
 
 @torch.no_grad()
@@ -270,6 +282,19 @@ def locate(model, images, rows, batch=EVAL_BATCH):
         x = images.pixels[index.to(images.pixels.device)].to(model.device)
         found.append(model.locate(x, images.boxes[index].to(model.device)))
     return None if found[0] is None else torch.cat(found).cpu()
+
+
+def judge_found(found, images, rows):
+    """What is kept of what D-Net Found: boxes (N, 4), scores (N,), and Dice (N,) of the outline with the lesion's mask,
+    NaN where there is none."""
+    dice = torch.full((len(rows),), math.nan)
+    for k in range(0, len(rows) if images.masks is not None else 0, EVAL_BATCH):
+        part = slice(k, k + EVAL_BATCH)
+        true = images.masks[rows[part]]
+        said = F.interpolate(found.outlines[part, None], size=true.shape[-2:], mode="bilinear")[:, 0] >= 0.5
+        both, sizes = (true & said).sum((1, 2)), true.sum((1, 2)) + said.sum((1, 2))
+        dice[part] = torch.where(true.any(2).any(1), 2 * both / sizes.clamp(min=1), math.nan)
+    return {"boxes": found.boxes(), "scores": found.scores(), "dice": dice}
 
 
 def member_weights(probabilities, labels, steps=20):
@@ -305,18 +330,22 @@ def one_run(images, train, val, test, args, folder, seed, teacher=None):
     tensors, into `folder`. Only when the model is finished are the test images looked at."""
     unlabelled = None if teacher is None else torch.nonzero(images.labels < 0)[:, 0]
     model, look, histories = train_model(images, train, val, args, folder, seed, teacher, unlabelled)
-    boxes = None if model.dnet is None else locate(model, images, test)
-    result = {"rows": test, "probabilities": None, "threshold": None, "boxes": boxes}
+    result = {"rows": test, "probabilities": None, "threshold": None, "boxes": None}
+    on_test = look_at(model, images, test, look)
+    if on_test.found:
+        result |= judge_found(on_test.found, images, test)
     if len(model.members):
-        on_test, on_val = (predict(model, images, rows, look) for rows in (test, val))
-        result |= opinion(model, on_test, on_val, images.labels[val])
+        on_val, result["opinions"] = predict(model, images, val, look), on_test.opinions[:, 0]
+        result |= opinion(model, result["opinions"], on_val, images.labels[val])
         result["members"] = []
         for i, member in enumerate(model.members):
             alone = models.Ensemble([member], **model.info)
             calibrate(alone, on_val[i, None], images.labels[val], args)
-            result["members"].append(opinion(alone, on_test[i, None], on_val[i, None], images.labels[val]))
-    if model.dnet is not None:
-        result["val_iou"] = [h["val_iou"] for h in histories[0] if h["best"]][-1]  # of the epoch that was kept
+            result["members"].append(opinion(alone, result["opinions"][i, None], on_val[i, None], images.labels[val]))
+    for history in histories:
+        if "val_iou" in history[0] and "val_iou" not in result:  # of the epoch that was kept
+            result["val_iou"] = [h["val_iou"] for h in history if h["best"]][-1]
+    result["lesion_threshold"] = model.info["lesion_threshold"]
     result.update(temperature=model.info["temperature"], weights=model.weights.tolist(), histories=histories)
     pictures = images.pictures()  # so that nobody takes for new what it has met
     model.info["seen"] = {"train": pictures[train], "val": pictures[val], "test": pictures[test]}
@@ -345,14 +374,39 @@ def train_model(images, train, val, args, folder, seed, teacher=None, unlabelled
     images = dataclasses.replace(images, meta=meta_for(images, spec), meta_spec=spec)
     if device.type == "cuda" and images.pixels.nbytes < torch.cuda.mem_get_info(device)[0] / 2:
         images = dataclasses.replace(images, pixels=images.pixels.to(device))
-    info = model_info(images, args, seed)
-    dnet, histories = train_dnet(images, train, val, info, args, folder, seed, start)
-    look = choose_look(images, train, models.Ensemble([], dnet=dnet, **info), args)
-    members, more = train_members(images, train, val, look, info, args, folder, seed, teacher, unlabelled, start)
-    model = models.Ensemble(members, dnet=dnet, **info)
-    if members and len(val):
-        calibrate(model, predict(model, images, val, look), images.labels[val], args)
+    info, trunk = model_info(images, args, seed), choose_trunk(images, train, val, args)
+    dnets, histories = train_dnet(images, train, val, info, args, folder, seed, start) if trunk == "own" else ([], [])
+    members, look, more = train_members(
+        images, train, val, trunk, dnets, info, args, folder, seed, teacher, unlabelled, start
+    )
+    model = models.Ensemble(members, dnets=dnets, **info)
+    if len(val):
+        answer = look_at(model, images, val, look)
+        model.info["lesion_threshold"] = lesion_threshold(answer.found, images, val)
+        if members:
+            calibrate(model, answer.opinions[:, 0], images.labels[val], args)
     return model, look, histories + more
+
+
+def choose_trunk(images, train, val, args):
+    """Whether C-Net and D-Net share their features: "shared" where that is wanted, lesions are known, and a member sees
+    the whole, else "own"."""
+    boxed = images.boxes[:, 0].isfinite()
+    known = boxed[train].any() and (not len(val) or boxed[val].any())
+    whole = args.nets == "both" and args.model != "none" and "none" in args.roi.split(",")
+    return "shared" if args.trunk == "shared" and known and whole else "own"
+
+
+NO_LESION = 0.25  # the lesion threshold where no image is without a lesion: a cell has to be that sure
+
+
+def lesion_threshold(found, images, val):
+    """Above what score a lesion is said to be found: what tells validation images with one best from those without."""
+    told = images.outlined[val]
+    there = images.boxes[val, 0].isfinite()[told].long()
+    if found is None or there.all() or not there.any():
+        return NO_LESION
+    return metrics.threshold_for_balance(found.scores()[told], there)
 
 
 def model_info(images, args, seed):
@@ -390,32 +444,58 @@ def train_or_reload(build, images, rows, loss_of, validate, args, name, folder, 
 
 
 def train_dnet(images, train, val, info, args, folder, seed, start=None):
-    """(D-Net, [its history]) from the images that have a box, or (None, []) where it is not wanted or can't be."""
+    """([D-Net], [its history]) from the images whose lesions are known, or ([], []) where it is not wanted or can't be."""
     boxed, choose = images.boxes[:, 0].isfinite(), len(val) > 0
-    train, val = train[boxed[train]], val[boxed[val]]
     if args.nets == "cnet" or args.model == "none":
-        return None, []
-    if not len(train) or (choose and not len(val)):
-        message = f"no boxes in the {'training' if not len(train) else 'validation'} images: D-Net can't be trained"
+        return [], []
+    if not boxed[train].any() or (choose and not boxed[val].any()):
+        which = "validation" if boxed[train].any() else "training"
+        message = f"no boxes in the {which} images: D-Net can't be trained"
         if args.nets == "dnet" or "dnet" in args.roi:
             raise InputError(f"{message}; give masks or boxes, or --dummy-boxes for central placeholders")
         print(message)
-        return None, []
+        return [], []
+    device = models.choose_device(args.device)
+    train, found_loss = train[images.outlined[train]], finding_loss(images, device)
+    watched = eval_rows(val[boxed[val]], args, seed)
 
-    def loss_of(net, x, boxes, rows):
-        return detection_loss(*net.vote(x), boxes)
-
-    watched = eval_rows(val, args, seed)
+    def loss_of(net, x, boxes, masks, rows):
+        return found_loss(*net(x), boxes, masks, rows)
 
     def validate(net):
-        found = locate(models.Ensemble([], dnet=net, **info), images, watched)
+        found = locate(models.Ensemble([], dnets=[net], **info), images, watched)
         iou = float(metrics.paired_iou(found, images.boxes[watched]).mean())
         return {"score": [iou], "val_iou": iou}
 
     build = functools.partial(models.DNet, args.model, **network_options(images, args))
-    validate, start = validate if choose else None, start and start.dnet
-    net, history = train_or_reload(build, images, train, loss_of, validate, args, "dnet", folder, seed, start)
-    return net, [history]
+    validate, start = validate if choose else None, start and start.dnets[0]
+    net, history = train_or_reload(
+        build, images, train, loss_of, validate, args, "dnet", folder, seed, start, masks=images.masks
+    )
+    return [net], [history]
+
+
+def finding_loss(images, device):
+    """The detector's loss of a batch: loss(logits, cells, boxes, masks, rows), see losses.detection_loss. The outline is
+    the mask, where there is only a box the ellipse in it. Of several lesions the box would be that of none: not taught."""
+    n, masks, known = len(images), images.masks, images.outlined.to(device)
+    drawn, parted = torch.zeros(n, dtype=torch.bool), torch.zeros(n, dtype=torch.bool)
+    for index in torch.arange(n).split(256) if masks is not None else ():
+        small = F.adaptive_max_pool2d(masks[index].float()[:, None], 64)[:, 0] > 0
+        parts = models.label_parts(small).flatten(1)
+        least, most = torch.where(parts > 0, parts, 64**2 + 1).amin(1), parts.amax(1)
+        drawn[index], parted[index] = most > 0, (most > least) & (most > 0)
+    drawn, parted = drawn.to(device), parted.to(device)
+
+    def loss(logits, cells, boxes, masks, rows):
+        outlines = ellipses(boxes, *logits.shape[-2:])
+        if masks is not None:
+            small = F.adaptive_avg_pool2d(masks, logits.shape[-2:])
+            outlines = torch.where(drawn[rows, None, None], small, outlines)
+        outlines = torch.where(known[rows, None, None], outlines, math.nan)
+        return detection_loss(logits, cells, outlines, torch.where(parted[rows, None], math.nan, boxes))
+
+    return loss
 
 
 def eval_rows(val, args, seed):
@@ -435,48 +515,65 @@ def choose_look(images, train, model, args):
         if not known.any():
             raise InputError("--roi mask: this data has neither masks nor boxes")
         return images.boxes
-    if model.dnet is None:
+    if not model.finders:
         raise InputError("--roi dnet needs D-Net: leave out --nets cnet, or use --roi none")
     look, rows = locate(model, images, torch.arange(len(images))), train[known[train]]
     look[rows] = images.boxes[rows]  # D-Net has learnt these by heart; the augmentation's shifts stand for its errors
     return look
 
 
-def train_members(images, train, val, look, info, args, folder, seed, teacher=None, unlabelled=None, start=None):
-    """(C-Net members, their histories), one after another. See train_model."""
+def train_members(
+    images, train, val, trunk, dnets, info, args, folder, seed, teacher=None, unlabelled=None, start=None
+):
+    """(C-Net members, the boxes that crops are made around or None, their histories), one after another: first those that
+    see the whole, as with a shared trunk they find what the others look at. See train_model."""
     if args.nets == "dnet":
-        return [], []
-    device = models.choose_device(args.device)
+        return [], None, []
+    device, shared = models.choose_device(args.device), trunk == "shared"
     rows, *drawing = draw_by(images, train, unlabelled, args)
     known = (images.labels, images.meta, teacher, *drawing)
     labels, meta, teacher, weights, drawn = (None if v is None else v.to(device) for v in known)
+    found_loss, look = finding_loss(images, device) if shared else None, None
 
-    def loss_of(net, x, boxes, rows):
-        logits, own = net(x, None if meta is None else meta[rows]), labels[rows]
+    def loss_of(net, x, boxes, masks, rows):
+        embeddings, found = net.see(x, None if meta is None else meta[rows])
+        logits, own = net.classify(embeddings), labels[rows]
+        loss = 0.0 if found is None else found_loss(*found, boxes, masks, rows)
         if teacher is None:
-            return classification_loss(logits, own, weights, args.label_smoothing)
+            return loss + classification_loss(logits, own, weights, args.label_smoothing)
         soft, temperature = teacher[rows], args.distill_temperature
-        return distillation_loss(logits, own, soft, args.alpha, temperature, weights, args.label_smoothing)
+        return loss + distillation_loss(logits, own, soft, args.alpha, temperature, weights, args.label_smoothing)
 
     watched = eval_rows(val, args, seed)
 
     def validate(net):
-        p = predict(models.Ensemble([net], **(info | {"views": 1})), images, watched, look)[0]  # an epoch: a quick look
+        answer = look_at(
+            models.Ensemble([net], **(info | {"views": 1})), images, watched, look
+        )  # an epoch: a quick look
+        p = answer.opinions[0, 0]
         area = float(metrics.evaluate(p, images.labels[watched])["auc"].nan_to_num(0.5))  # a part may lack a class
         nll = float(F.nll_loss((p + 1e-12).log(), images.labels[watched]))
-        return {"score": [area, -nll], "val_auc": area, "val_loss": nll}  # equal AUC: the better likelihood
+        result = {"score": [area, -nll], "val_auc": area, "val_loss": nll}  # equal AUC: the better likelihood
+        if answer.found:
+            iou = float(metrics.paired_iou(answer.found.boxes(), images.boxes[watched]).nanmean())
+            result |= {"val_iou": iou, "score": [area + iou, -nll]}  # it names and it finds
+        return result
 
-    same = network_options(images, args) | {"dropout": args.dropout, "attention": args.attention}
+    same = network_options(images, args) | {"dropout": args.dropout, "attention": args.attention, "trunk": trunk}
     same |= {"classes": len(images.classes), "meta": 0 if meta is None else meta.shape[1]}
-    wanted, trained = itertools.product((args.ensemble or args.model).split(","), args.roi.split(",")), []
-    for i, (backbone, roi) in enumerate(wanted):
-        trained.append(train_or_reload(
+    wanted, trained = itertools.product((args.ensemble or args.model).split(","), args.roi.split(",")), {}
+    for i, (backbone, roi) in sorted(enumerate(wanted), key=lambda member: member[1][1] != "none"):
+        if roi != "none" and look is None:
+            whole = models.Ensemble([net for net, _ in trained.values()], dnets=dnets, **info)
+            look = choose_look(images, train, whole, args)
+        trained[i] = train_or_reload(
             functools.partial(models.CNet, backbone, roi=roi, **same), images, rows, loss_of,
             validate if len(val) else None, args, f"cnet{i + 1} {backbone}", folder, seed + 1000 * i,
-            start and start.members[i], sample_weights=drawn,
+            start and start.members[i], sample_weights=drawn, masks=images.masks if shared else None,
             regions=None if roi == "none" else crop_regions(look, args.margin),
-        ))  # fmt: skip
-    return [net for net, _ in trained], [history for _, history in trained]
+        )  # fmt: skip
+    nets, histories = zip(*(trained[i] for i in range(len(trained))), strict=True)
+    return list(nets), look, list(histories)
 
 
 def draw_by(images, train, unlabelled, args):
