@@ -100,7 +100,7 @@ RUN = [
     ("name", None, "NAME", "of the run folder; default: from data and model"),
     ("resume", None, "DIR", "go on with a run that was stopped, with its own options"),
     ("device", "auto", "DEVICE", "auto, cpu, cuda, cuda:1 ..."),
-    ("workers", 1, (1, 1000), "processes of search.py and of al_loop.py"),
+    ("workers", 1, (1, 1000), "processes: of the folds and repeats of train.py, of search.py, of al_loop.py"),
     ("tensorboard", False, None, "write what log.jsonl holds for TensorBoard too, into the run folder"),
     ("save-seconds", 30.0, (0, MANY), "least time between two saves of last.pt; 0 = every epoch"),
 ]

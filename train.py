@@ -12,6 +12,7 @@ A run folder holds config.json, log.jsonl (a line an epoch), last.pt (to resume)
 report.png and mistakes.png. The chapters: one training loop for both networks, calibration on validation, one run, the
 folds and the command line."""
 
+import contextlib
 import copy
 import dataclasses
 import functools
@@ -725,19 +726,27 @@ def prepare(args):
 
 def make_runs(images, runs, args, folder):
     """The results of all runs, each trained in a folder of its own, or read where an earlier start finished it."""
-    results = []
-    for name, train, val, test, seed in runs:
-        part, start = folder / name, time.time()
-        part.mkdir(parents=True, exist_ok=True)
-        splits, done = {"train": len(train), "val": len(val), "test": len(test)}, part / "test.pt"
-        if not done.exists():
-            if name:
-                print(f"\n{name}: {', '.join(f'{n} {what}' for what, n in splits.items())}")
-            one_run(images, train, val, test, args, part, seed, teach(images, args, name, test))
-        results.append(models.read_checkpoint(done))
-        if name and not (part / "report.json").exists():
-            write_report(images, results[-1:], args, part, time.time() - start, splits)
+    left = [(run, args, folder) for run in runs if not (folder / run[0] / "test.pt").exists()]
+    for _ in run_jobs(make_run, left, images, args, args.workers):
+        pass
+    results = [models.read_checkpoint(folder / run[0] / "test.pt") for run in runs]
+    for run, result in zip(runs, results, strict=True):
+        if run[0] and not (folder / run[0] / "report.json").exists():
+            seconds = sum(h["seconds"] for history in result["histories"] for h in history)
+            write_report(images, [result], args, folder / run[0], seconds, count_splits([run]))
     return results
+
+
+def make_run(images, run, args, folder):
+    name, train, val, test, seed = run
+    if name:
+        print(f"\n{name}: {', '.join(f'{n} {what}' for what, n in count_splits([run]).items())}", flush=True)
+    (folder / name).mkdir(parents=True, exist_ok=True)
+    one_run(images, train, val, test, args, folder / name, seed, teach(images, args, name, test))
+
+
+def count_splits(runs):
+    return {what: sum(len(run[i]) for run in runs) for i, what in ((1, "train"), (2, "val"), (3, "test"))}
 
 
 def main(argv=None):
@@ -755,13 +764,12 @@ def main(argv=None):
     folder, start = prepare_folder(args, images), time.time()
     print(f"run folder: {folder}")
     try:
-        with claim(folder), Interrupt():
+        with claim(folder), Interrupt() if args.workers == 1 else contextlib.nullcontext():
             results = make_runs(images, runs, args, folder)
     except (Stopped, KeyboardInterrupt):
         stop("train.py", folder)
     seconds = sum(h["seconds"] for r in results for history in r["histories"] for h in history)
-    splits = {what: sum(len(run[i]) for run in runs) for i, what in ((1, "train"), (2, "val"), (3, "test"))}
-    report = write_report(images, results, args, folder, seconds, splits, other)
+    report = write_report(images, results, args, folder, seconds, count_splits(runs), other)
     print_report(report)
     print(f"\n{folder}: model.pt, report.json, report.png, mistakes.png   ({time.time() - start:.0f} s)")
     rows, example = results[0]["rows"], folder / "example.png"  # a test image, to try the next command on at once
