@@ -408,7 +408,7 @@ def main(argv=None):
     chains, start = [], time.time()
     try:
         with options.claim(folder), train.Interrupt() if args.workers == 1 else contextlib.nullcontext():
-            for chain in train.run_jobs(run_chain, jobs, images, args, args.workers):
+            for chain in options.run_jobs(run_chain, jobs, images, args, args.workers):
                 chains.append(chain)
                 left = (time.time() - start) / len(chains) * (len(jobs) - len(chains))
                 left = f"{left / 60:.0f} min" if left > 90 else f"{left:.0f} s"
@@ -592,8 +592,10 @@ def learn(argv):
     args = options.parse(argv, options.train_parser(what, prog="al_loop.py learn", answers=ANSWERS))
     if not args.labels:
         raise InputError("learn: give the filled-in to_label.csv with --labels")
-    if args.folds > 1 or args.repeats > 1 or args.nets == "dnet" or args.against:
-        raise InputError("learn: --folds, --repeats, --against and --nets dnet have no meaning here; leave them out")
+    if args.folds > 1 or args.repeats > 1 or args.nets == "dnet" or args.against or args.workers > 1:
+        raise InputError(
+            "learn: --folds, --repeats, --against, --workers and --nets dnet mean nothing here; leave them out"
+        )
     images = options.load_images(args)
     entries = [e for path in args.labels for e in read_answers(path, images.classes, args.partial)]
     more, rows = add_answers(images, entries, args)

@@ -16,8 +16,10 @@ import json
 import os
 import platform
 import shlex
+import signal
 import subprocess
 import sys
+from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, as_completed
 from pathlib import Path
 
 import torch
@@ -89,6 +91,7 @@ DISTILLATION = [
 PROTOCOL = [
     ("seed", 0, (0, 2**31), "of splits, weights, shuffling and augmentation"),
     ("folds", 1, (1, MANY), "cross-validation by groups over all labelled images; the source's splits are then not used"),
+    ("refit", False, None, "with --folds: train once more on all images, into NAME/refit, with the thresholds that the folds set"),
     ("repeats", 1, (1, MANY), "the whole with seeds SEED, SEED+1, ... on the same splits (with --folds: on new folds)"),
     ("threshold-by", "sensitivity", ["sensitivity", "balance"], "chosen on validation: reach --target-sensitivity, or the best balanced accuracy"),
     ("views", 5, (1, len(VIEWS)), "looks at an image (test-time augmentation): temperature, threshold and report are made with them, and infer.py takes them"),
@@ -251,6 +254,40 @@ def claim(folder):
         except BlockingIOError:
             raise InputError(f"{folder}: another process works in it; wait for it, or stop it") from None
         yield
+
+
+def run_jobs(function, jobs, images, args, workers):
+    """Yield function(images, *job) of every job, as they finish: one after another, or in `workers` processes, which
+    read the images by themselves and share the cores, or have a GPU each where there are several."""
+    if workers <= 1:
+        for job in jobs:
+            yield function(images, *job)
+        return
+    context = torch.multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(workers, context, start_worker, (args, workers, context.Value("i", 0)))
+    try:
+        for finished in as_completed([pool.submit(do_job, function, *job) for job in jobs]):
+            yield finished.result()
+    except BrokenExecutor:
+        raise InputError("a worker died (out of memory?); what is finished is kept: --resume, perhaps with fewer --workers") from None  # fmt: skip
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+        for worker in torch.multiprocessing.active_children():
+            worker.terminate()
+
+
+def start_worker(args, workers, number):
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to answer
+    with number.get_lock():
+        rank, number.value = number.value, number.value + 1
+    if torch.cuda.device_count() > 1:
+        os.environ["CUDA_VISIBLE_DEVICES"] = str(rank % torch.cuda.device_count())
+    torch.set_num_threads(max(1, torch.get_num_threads() // workers))
+    do_job.images = load_images(args, log=lambda _: None)
+
+
+def do_job(function, *job):
+    return function(do_job.images, *job)
 
 
 def stop(script, folder):

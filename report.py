@@ -19,9 +19,10 @@ import metrics
 import plots
 from augment import blur, clahe
 from data import encode_meta, letterbox, original_box
+from judge import cross_fit
 from models import load_classifier, read_checkpoint, write_atomically
 from options import load_images, train_parser
-from readers import InputError
+from readers import InputError, natural
 from saliency import CLASSLESS, UNITS
 
 VALIDATION = {"val_auc": "val AUC", "val_iou": "val IoU"}
@@ -145,7 +146,15 @@ def finished_run(folder, images, runs):
         same = torch.equal(results[-1]["rows"], test) and data["images"] == len(images)
         if not same or data["classes"] != images.classes:
             raise InputError(f"--against {folder}: {name or 'it'} has other test images or classes: nothing to compare")
-    return results
+    return cross_fit(images, results, args_of(folder))
+
+
+def args_of(folder):
+    """The options of a run folder, or None: those that its version did not know yet have their defaults."""
+    if not (Path(folder) / "config.json").is_file():
+        return None
+    defaults = vars(train_parser().parse_args([]))
+    return argparse.Namespace(**{**defaults, **json.loads((Path(folder) / "config.json").read_text())["args"]})
 
 
 def compare(images, before, after):
@@ -270,17 +279,17 @@ def held_out(model_path, data_path, cache):
     replaces the path alone."""
     path = Path(model_path)
     folder = path if path.is_dir() else path.parent
-    files = sorted(folder.rglob("model.pt")) if path.is_dir() else [path]
-    config = next((f / "config.json" for f in (folder, folder.parent) if (f / "config.json").is_file()), None)
-    if config is None or not files or not all(f.with_name("test.pt").is_file() for f in files):
+    files = [f.with_name("model.pt") for f in sorted(folder.rglob("test.pt"), key=natural)] if path.is_dir() else [path]
+    args = args_of(folder) or args_of(folder.parent)
+    if args is None or not files or not all(f.is_file() and f.with_name("test.pt").is_file() for f in files):
         raise InputError(f"--model {model_path}: no run of train.py, so it is not known which images are held out")
-    defaults = vars(train_parser().parse_args([]))  # for a run of an older version, which knew fewer options
-    args = argparse.Namespace(**{**defaults, **json.loads(config.read_text())["args"]})
     args.data, args.cache = data_path or args.data, cache
     images, pairs = load_images(args), []
-    for file in files:
-        rows = read_checkpoint(file.with_name("test.pt"))["rows"]
-        model = load_classifier(file)
+    results = [read_checkpoint(file.with_name("test.pt")) for file in files]
+    judged = cross_fit(images, results, args) if len(results) == args.folds * args.repeats else results
+    for file, result in zip(files, judged, strict=True):
+        rows, model = result["rows"], load_classifier(file)
+        model.info |= {k: result[k] for k in ("temperature", "threshold") if result[k] is not None}  # as in the report
         if int(rows.max()) >= len(images) or not same_pictures(images, rows, model.info.get("seen")):
             raise InputError(f"--data {args.data}: it has changed, its images are not those that {folder} held out")
         pairs.append((model, rows))

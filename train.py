@@ -19,10 +19,8 @@ import functools
 import itertools
 import json
 import math
-import os
 import signal
 import time
-from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, as_completed
 from pathlib import Path
 
 import torch
@@ -33,13 +31,22 @@ import models
 import plots
 from augment import augment, crop_regions
 from data import fit_meta, meta_for, partition
+from judge import (
+    EVAL_BATCH,
+    calibrate,
+    cross_fit,
+    judge_found,
+    lesion_threshold,
+    locate,
+    look_at,
+    opinion,
+    pool_folds,
+    predict,
+)
 from losses import class_weights, classification_loss, detection_loss, distillation_loss, ellipses
-from options import claim, load_images, parse, prepare_folder, run_main, stop
+from options import claim, load_images, parse, prepare_folder, run_jobs, run_main, stop
 from readers import InputError
 from report import finished_run, print_report, same_pictures, write_report
-
-EVAL_BATCH = 64  # images a step when nothing is learnt
-
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The training loop, one for both networks
@@ -251,78 +258,6 @@ def is_better(state, raw, net, window):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Predicting, and what is chosen on validation
-
-
-@torch.no_grad()
-def look_at(model, images, rows, boxes=None, batch=EVAL_BATCH):
-    """The models.Answer of the images in `rows`, on the CPU, by as many views as info says; their mean: opinions are
-    (M, 1, N, K). boxes (all images, 4): what the crops are made around; None: what is found."""
-    parts, patients = [], meta_for(images, model.info["meta_spec"])
-    for index in rows.cpu().split(batch):
-        x = images.pixels[index.to(images.pixels.device)].to(model.device)
-        meta, around = (None if v is None else v[index].to(model.device) for v in (patients, boxes))
-        answer = model.look(x, around, meta)
-        parts.append(answer._replace(opinions=answer.opinions.mean(1, keepdim=True)))
-    opinions = torch.cat([p.opinions for p in parts], 2).cpu()
-    boxes = None if parts[0].boxes is None else torch.cat([p.boxes for p in parts]).cpu()
-    found = parts[0].found and models.Found(*(torch.cat(v).cpu() for v in zip(*(p.found for p in parts), strict=True)))
-    return models.Answer(opinions, boxes, found)
-
-
-def predict(model, images, rows, boxes=None, batch=EVAL_BATCH):
-    """Members' probabilities (M, N, K) of the images in `rows`, see look_at."""
-    return look_at(model, images, rows, boxes, batch).opinions[:, 0]
-
-
-@torch.no_grad()
-def locate(model, images, rows, batch=EVAL_BATCH):
-    """The boxes (N, 4) of the images in `rows` that the model goes by, on the CPU, or None; see Ensemble.locate."""
-    found = []
-    for index in rows.cpu().split(batch):
-        x = images.pixels[index.to(images.pixels.device)].to(model.device)
-        found.append(model.locate(x, images.boxes[index].to(model.device)))
-    return None if found[0] is None else torch.cat(found).cpu()
-
-
-def judge_found(found, images, rows):
-    """What is kept of what D-Net Found: boxes (N, 4), scores (N,), and Dice (N,) of the outline with the lesion's mask,
-    NaN where there is none."""
-    dice = torch.full((len(rows),), math.nan)
-    for k in range(0, len(rows) if images.masks is not None else 0, EVAL_BATCH):
-        part = slice(k, k + EVAL_BATCH)
-        true = images.masks[rows[part]]
-        said = F.interpolate(found.outlines[part, None], size=true.shape[-2:], mode="bilinear")[:, 0] >= 0.5
-        both, sizes = (true & said).sum((1, 2)), true.sum((1, 2)) + said.sum((1, 2))
-        dice[part] = torch.where(true.any(2).any(1), 2 * both / sizes.clamp(min=1), math.nan)
-    return {"boxes": found.boxes(), "scores": found.scores(), "dice": dice}
-
-
-def member_weights(probabilities, labels, steps=20):
-    """Votes (M,) of the members, from validation: a few steps of EM for the mixture's likelihood (Dempster et al.
-    1977), from equal votes. Few, as a small validation split can't tell good members apart, and then equal is best."""
-    own = probabilities[:, torch.arange(len(labels)), labels].double().clamp(min=1e-30)  # 0 from all would be 0 / 0
-    votes = torch.full((len(own),), 1 / len(own), dtype=torch.double)
-    for _ in range(steps):
-        share = votes[:, None] * own
-        votes = (share / share.sum(0)).mean(1)
-    return votes.tolist()
-
-
-def calibrate(model, probabilities, labels, args):
-    """Set votes, temperature and threshold of the model from validation alone. probabilities (M, N, K)."""
-    model.weights = torch.tensor(member_weights(probabilities, labels), dtype=torch.float32)
-    model.info["temperature"] = 1.0
-    model.info["temperature"] = metrics.fit_temperature(model.combine(probabilities), labels)
-    if len(model.info["classes"]) == 2:
-        scores = model.combine(probabilities)[:, 1]
-        if args.threshold_by == "balance":
-            model.info["threshold"] = metrics.threshold_for_balance(scores, labels)
-        else:
-            model.info["threshold"] = metrics.threshold_for_sensitivity(scores, labels, args.target_sensitivity)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # One run: D-Net, C-Net members, calibration, test; and the teacher, whose soft answers are learnt beside the labels
 
 
@@ -356,15 +291,6 @@ def one_run(images, train, val, test, args, folder, seed, teacher=None):
         path.unlink()
 
 
-def opinion(model, on_test, on_val, labels):
-    """What a calibrated model says on test (M, N, K), with what it was judged by on validation."""
-    return {
-        "probabilities": model.combine(on_test),
-        "threshold": model.info["threshold"] if len(model.info["classes"]) == 2 else None,
-        "val_auc": float(metrics.evaluate(model.combine(on_val), labels)["auc"]),
-    }
-
-
 def train_model(images, train, val, args, folder, seed, teacher=None, unlabelled=None, start=None):
     """(Ensemble, the boxes that its crops are made from or None, histories). The steps are the story of the whole
     project: find the lesion, look at it, name it, calibrate the answer.
@@ -383,7 +309,7 @@ def train_model(images, train, val, args, folder, seed, teacher=None, unlabelled
     model = models.Ensemble(members, dnets=dnets, **info)
     if len(val):
         answer = look_at(model, images, val, look)
-        model.info["lesion_threshold"] = lesion_threshold(answer.found, images, val)
+        model.info["lesion_threshold"] = lesion_threshold(answer.found and answer.found.scores(), images, val)
         if members:
             calibrate(model, answer.opinions[:, 0], images.labels[val], args)
     return model, look, histories + more
@@ -396,18 +322,6 @@ def choose_trunk(images, train, val, args):
     known = boxed[train].any() and (not len(val) or boxed[val].any())
     whole = args.nets == "both" and args.model != "none" and "none" in args.roi.split(",")
     return "shared" if args.trunk == "shared" and known and whole else "own"
-
-
-NO_LESION = 0.25  # the lesion threshold where no image is without a lesion: a cell has to be that sure
-
-
-def lesion_threshold(found, images, val):
-    """Above what score a lesion is said to be found: what tells validation images with one best from those without."""
-    told = images.outlined[val]
-    there = images.boxes[val, 0].isfinite()[told].long()
-    if found is None or there.all() or not there.any():
-        return NO_LESION
-    return metrics.threshold_for_balance(found.scores()[told], there)
 
 
 def model_info(images, args, seed):
@@ -675,40 +589,6 @@ def plan(images, args):
     return runs
 
 
-def run_jobs(function, jobs, images, args, workers):
-    """Yield function(images, *job) of every job, as they finish: one after another, or in `workers` processes, which
-    read the images by themselves and share the cores, or have a GPU each where there are several."""
-    if workers <= 1:
-        for job in jobs:
-            yield function(images, *job)
-        return
-    context = torch.multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(workers, context, start_worker, (args, workers, context.Value("i", 0)))
-    try:
-        for finished in as_completed([pool.submit(do_job, function, *job) for job in jobs]):
-            yield finished.result()
-    except BrokenExecutor:
-        raise InputError("a worker died (out of memory?); what is finished is kept: --resume, perhaps with fewer --workers") from None  # fmt: skip
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)
-        for worker in torch.multiprocessing.active_children():
-            worker.terminate()
-
-
-def start_worker(args, workers, number):
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to answer
-    with number.get_lock():
-        rank, number.value = number.value, number.value + 1
-    if torch.cuda.device_count() > 1:
-        os.environ["CUDA_VISIBLE_DEVICES"] = str(rank % torch.cuda.device_count())
-    torch.set_num_threads(max(1, torch.get_num_threads() // workers))
-    do_job.images = load_images(args, log=lambda _: None)
-
-
-def do_job(function, *job):
-    return function(do_job.images, *job)
-
-
 def prepare(args):
     """(images, the runs to make, the results to compare with or None). Whatever can be wrong is said here, before a run
     folder is made."""
@@ -729,7 +609,7 @@ def make_runs(images, runs, args, folder):
     left = [(run, args, folder) for run in runs if not (folder / run[0] / "test.pt").exists()]
     for _ in run_jobs(make_run, left, images, args, args.workers):
         pass
-    results = [models.read_checkpoint(folder / run[0] / "test.pt") for run in runs]
+    results = cross_fit(images, [models.read_checkpoint(folder / run[0] / "test.pt") for run in runs], args)
     for run, result in zip(runs, results, strict=True):
         if run[0] and not (folder / run[0] / "report.json").exists():
             seconds = sum(h["seconds"] for history in result["histories"] for h in history)
@@ -743,6 +623,26 @@ def make_run(images, run, args, folder):
         print(f"\n{name}: {', '.join(f'{n} {what}' for what, n in count_splits([run]).items())}", flush=True)
     (folder / name).mkdir(parents=True, exist_ok=True)
     one_run(images, train, val, test, args, folder / name, seed, teach(images, args, name, test))
+
+
+def finish_folds(images, runs, results, args, folder):
+    """What the folds of the first seed come to: runs/NAME/model.pt, an Ensemble of them all, and with --refit
+    refit/model.pt, trained once more on all of their images. Both have the temperature and the thresholds that the
+    out-of-fold answers set."""
+    names = [run[0] for run in runs[: args.folds]]
+    parts = [models.load(folder / name) for name in names]
+    pooled = pool_folds(images, parts, results[: args.folds], args)
+    models.save(folder / "model.pt", pooled)
+    print(f"{folder / 'model.pt'}: all folds together; its own figures can only be measured on other images")
+    if args.refit and not (folder / "refit" / "model.pt").exists():
+        rows, nothing = torch.cat([r["rows"] for r in results[: args.folds]]), torch.zeros(0, dtype=torch.long)
+        (folder / "refit").mkdir(exist_ok=True)
+        model, _, _ = train_model(images, rows, nothing, args, folder / "refit", args.seed)
+        set_here = ("temperature", "threshold", "lesion_threshold", "seen")
+        model.info |= {key: pooled.info[key] for key in set_here if key in pooled.info}
+        models.save(folder / "refit" / "model.pt", model)
+        for path in (folder / "refit").glob("[cdl]*.pt"):
+            path.unlink()
 
 
 def count_splits(runs):
@@ -766,6 +666,8 @@ def main(argv=None):
     try:
         with claim(folder), Interrupt() if args.workers == 1 else contextlib.nullcontext():
             results = make_runs(images, runs, args, folder)
+            if args.folds > 1:
+                finish_folds(images, runs, results, args, folder)
     except (Stopped, KeyboardInterrupt):
         stop("train.py", folder)
     seconds = sum(h["seconds"] for r in results for history in r["histories"] for h in history)
@@ -775,7 +677,8 @@ def main(argv=None):
     rows, example = results[0]["rows"], folder / "example.png"  # a test image, to try the next command on at once
     plots.save_png(plots.to_rgb(images.pixels[int(rows[images.labels[rows].argmax()])]), example)
     if args.nets != "dnet":
-        print(f"try: python infer.py {example} --model {folder / (runs[0][0] or '.') / 'model.pt'}")
+        model = folder / ("." if args.folds > 1 else runs[0][0]) / "model.pt"
+        print(f"try: python infer.py {example} --model {model}")
     print(models.DISCLAIMER)
     return report, folder
 
