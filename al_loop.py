@@ -29,6 +29,7 @@ from pathlib import Path
 import torch
 
 import data
+import judge
 import metrics
 import models
 import options
@@ -117,7 +118,7 @@ def self_teacher(before, known, rows, args):
     return answers
 
 
-def judge(model, images, test, look):
+def assess(model, images, test, look):
     """{"auc"} of C-Net, and {"iou", "iou_at_50"} where there is a D-Net, on the test images."""
     answers = model.combine(train.predict(model, images, test, look))
     result = {"auc": metrics.evaluate(answers, images.labels[test])["auc"]}
@@ -162,7 +163,7 @@ def run_chain(images, strategy, seed, args, folder):
             model, look, _ = train.train_model(known, rows, pool[:0], settings, work, seed, teacher, unlabelled, start)
         new = rows[rounds[-1]["labels"] if rounds else 0 :]
         result = {"labels": len(rows), "picks": [images.names[i] for i in new.tolist()]}
-        result |= judge(models.Ensemble(model.members[:judged], dnets=model.dnets, **model.info), images, test, look)
+        result |= assess(models.Ensemble(model.members[:judged], dnets=model.dnets, **model.info), images, test, look)
         if number < last:
             free = candidates(groups, labelled, args.query)
             generator = torch.Generator().manual_seed(1000 * seed + number + 1)
@@ -511,7 +512,9 @@ def write_sheet(out, images, picks, model, boxes, title):
         table.writerow([number, str(path.resolve()), *guess, "", ""])
         captions.append(f"{number}: {path.name[-24:]}" + (f"\n{guess[0][:14]}?  p {guess[1]}" if model else ""))
     pixels = [images.pixels[i] for i in picks.tolist()]
-    found = None if model is None or boxes is None else boxes[picks]
+    found = None if model is None or boxes is None else boxes[picks].clone()
+    if found is not None:
+        found[[k for k, guess in enumerate(guesses) if not guess[2]]] = math.nan
     sheet = plots.contact_sheet(pixels, captions, found, title=title + ("" if found is None else " (D-Net's box)"))
     models.write_atomically(out / "to_label.csv", file.getvalue().encode())
     plots.save_png(sheet, out / "to_label.png")
@@ -520,12 +523,15 @@ def write_sheet(out, images, picks, model, boxes, title):
 def read_guesses(model, images, picks, boxes):
     """What the model thinks of these images, as words: [class, probability (of the positive class, of more than two of
     the likeliest), box in the picture's pixels or ""] each."""
-    info, guesses = model.info, []
-    probabilities = model.combine(train.predict(model, images, picks, boxes))
+    info, guesses, said = model.info, [], judge.look_at(model, images, picks, boxes)
+    probabilities = model.combine(said.opinions[:, 0])
+    sure = [boxes is not None] * len(picks)  # that there is a lesion at all
+    if said.found:
+        sure = (said.found.scores() >= info["lesion_threshold"]).tolist()
     answers = metrics.decide(probabilities, info["threshold"])
-    for i, answer, p in zip(picks.tolist(), answers.tolist(), probabilities, strict=True):
+    for i, answer, p, lesion in zip(picks.tolist(), answers.tolist(), probabilities, sure, strict=True):
         box, asked = "", 1 if len(p) == 2 else answer
-        if boxes is not None:
+        if lesion:
             picture = data.read_image(images.names[i], info["channels"])
             placement = data.letterbox(picture, info["load_size"])[1]
             corners = data.original_box(boxes[i].tolist(), placement, info["load_size"], picture.size)

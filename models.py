@@ -552,7 +552,7 @@ class Ensemble(nn.Module):
         found = average(found) if found else None
         boxes = found.boxes() if boxes is None and found else boxes
         opinions = [torch.cat(o) for o in opinions]
-        return Answer(torch.stack(opinions) if opinions else images.new_zeros((0, views, n, 0)), boxes, found)
+        return Answer(torch.stack(opinions) if opinions else torch.zeros(0, views, n, 0), boxes, found)
 
     def conclude(self, opinions):
         """From opinions (M, V, N, K): calibrated probabilities (N, K), and the uncertainty (N,), their standard deviation (of

@@ -36,6 +36,7 @@ import bench
 import data
 import explain
 import infer
+import judge
 import losses
 import metrics
 import models
@@ -48,8 +49,9 @@ import report
 import saliency
 import search
 import train
-from options import parse, run_main
+from options import parse, run_jobs, run_main
 from readers import InputError
+from report import clean
 
 HERE = Path(__file__).parent
 DATA = Path(os.environ["DATA"]) if os.environ.get("DATA") else None
@@ -222,9 +224,7 @@ def test_a_lesion_that_leaves_the_picture_is_not_taught():  # 28
     moved = augment.move_boxes(boxes, shifted)
     close(moved[1:], boxes[1:] - torch.tensor([0.18, 0, 0.18, 0]))
     assert moved[0].isnan().all()
-    voted = torch.rand(4, 4, 3, 3).sort(1)[0], torch.zeros(4, 3, 3)
-    alone = losses.detection_loss(voted[0][1:], voted[1][1:], moved[1:])
-    close(losses.detection_loss(*voted, moved), alone)
+    assert not losses.ellipses(moved, 9, 9)[0].any()
 
 
 def test_what_is_not_square_turns_without_shear(monkeypatch):
@@ -433,12 +433,42 @@ def test_the_detection_loss_falls_to_its_least_at_the_true_box():
     # touching boxes of equal size: IoU 0, no gap in the hull, so GIoU 0; smooth L1 of 0.5 in two of four corners
     beside = torch.tensor([[0.0, 0.0, 0.5, 1.0]]), torch.tensor([[0.5, 0.0, 1.0, 1.0]])
     assert float(losses.box_loss(*beside)) == pytest.approx(1 + 4 * (0.5 - 0.025) / 2, abs=1e-5)
-    # the box is right each time, but a cell at the centre (0.4, 0.55) should be the one that votes for it
-    boxes, votes = true[..., None, None].expand(1, 4, 10, 10), (5 * torch.eye(100)).log_softmax(1).view(100, 1, 10, 10)
-    found = [float(losses.detection_loss(boxes, vote, true)) for vote in votes]
-    assert found.index(min(found)) in (53, 54)
-    outside = torch.tensor([[1.0, 0.3, 1.0, 0.3]])  # a lesion that the augmentation moved out of the frame
-    assert losses.detection_loss(boxes, votes[0], outside).isfinite()
+    cells, outline = true[..., None, None].expand(1, 4, 10, 10), losses.ellipses(true, 10, 10)
+    least = losses.detection_loss(20 * (outline - 0.5), cells, outline, true)
+    assert float(least) == pytest.approx(0, abs=0.01)
+    away = torch.where(outline[:, None] > 0, cells, cells + 0.3)  # outside of the lesion no box is taught
+    close(losses.detection_loss(20 * (outline - 0.5), away, outline, true), least)
+    for worse in (
+        (-20 * (outline - 0.5), cells),
+        (20 * (outline.roll(2, 2) - 0.5), cells),
+        (20 * (outline - 0.5), cells + 0.1),
+    ):
+        assert losses.detection_loss(*worse, outline, true) > least + 0.2
+
+
+def test_what_is_not_known_teaches_no_outline_and_no_box():
+    """The loss of a batch is that of its parts: unknown images add nothing, lesion-free ones no box and no Dice."""
+    logits, cells, nan = torch.randn(4, 6, 6, generator=seeded()), torch.rand(4, 4, 6, 6).sort(1)[0], math.nan
+    boxes = torch.tensor([[0.2, 0.3, 0.6, 0.8], [nan] * 4, [nan] * 4, [0.4, 0.4, 0.9, 0.6]])
+    outlines = losses.ellipses(boxes, 6, 6)
+    assert not outlines[1:3].any()
+    outlines[2] = nan
+    cross = [F.binary_cross_entropy_with_logits(logits[i], outlines[i]) for i in (0, 1, 3)]
+    p, expected = logits.sigmoid(), sum(cross) / 3
+    for i in (0, 3):
+        cut = outlines[i].bool()
+        expected = expected + (1 - (2 * p[i][cut].sum() + 1) / (p[i].sum() + cut.sum() + 1)) / 3
+        expected = expected + losses.box_loss(cells[i][:, cut].T, boxes[i].expand(int(cut.sum()), 4)).mean() / 2
+    torch.testing.assert_close(losses.detection_loss(logits, cells, outlines, boxes), expected)
+    nobody = losses.detection_loss(logits, cells, torch.full_like(outlines, nan), boxes)
+    assert nobody == 0
+
+
+def test_an_ellipse_fills_its_box():
+    box = torch.tensor([[0.1, 0.2, 0.7, 0.6]])
+    drawn = losses.ellipses(box, 200, 300)[0] > 0
+    close(torch.tensor(data.box_of(drawn.numpy())) / torch.tensor([300, 200, 300, 200]), box[0], 0.006)
+    assert float(drawn.float().mean()) == pytest.approx(math.pi / 4 * 0.6 * 0.4, rel=0.01)
 
 
 def test_phantoms_are_seeded_and_have_one_lesion_each_that_shows_the_signs_of_its_class():
@@ -1136,7 +1166,9 @@ def test_every_backbone_makes_both_networks_and_takes_grey_images_unchanged_slow
         dnet = models.DNet(name, channels=1).eval()
         for p in dnet.head.parameters():  # boxes are ordered by construction, whatever the weights
             torch.nn.init.normal_(p, std=3.0)
-        box = dnet(grey)
+        logits, cells = dnet(grey)
+        assert logits.shape[1:] == cells.shape[2:] == (maps[0].shape[-1],) * 2 or logits.shape[-1] <= 64
+        box = dnet.find(grey).boxes()
     sides = [m.shape[-1] for m in maps]
     assert sides == sorted(set(sides), reverse=True)
     assert box.shape == (2, 4)
@@ -1180,7 +1212,7 @@ def test_ensemble_by_hand():
     torch.testing.assert_close(ensemble(x)[:, 1], mean, atol=1e-6, rtol=0)
     ensemble.info["temperature"] = 2.0
     expected = torch.sigmoid(torch.log(mean / (1 - mean)) / 2)
-    found, spread = ensemble.conclude(ensemble.opinions(x, views=1))
+    found, spread = ensemble.conclude(ensemble.look(x, views=1).opinions)
     for answer in (ensemble(x), found):
         torch.testing.assert_close(answer[:, 1], expected, atol=1e-6, rtol=0)
     torch.testing.assert_close(spread, p.std(0, correction=0))
@@ -1192,7 +1224,7 @@ def small_model(classes=("benign", "malignant"), roi="none", **info):
     for m in members:  # untrained logits would all be alike
         torch.nn.init.normal_(m.head.weight, std=1.0)
     info |= {"classes": list(classes), "size": 32, "load_size": 32, "channels": 1}
-    return models.Ensemble(members, [0.7, 0.3], models.DNet("small_cnn", 1), **info).eval()
+    return models.Ensemble(members, [0.7, 0.3], [models.DNet("small_cnn", 1)], **info).eval()
 
 
 @pytest.mark.parametrize("kind", ["se", "condenser"])
@@ -1580,7 +1612,7 @@ def test_iou_by_counting_pixels():
             grid[y0:y1, x0:x1] = True
         found = metrics.paired_iou(pair[:1].tolist(), pair[1:].astype(np.float32))
         assert float(found) == pytest.approx((a & b).sum() / (a | b).sum())
-    found = metrics.localisation([0.4, 0.8, math.nan])
+    found = metrics.means(metrics.localisation([0.4, 0.8, math.nan]))
     assert (float(found["iou"]), float(found["iou_at_50"])) == pytest.approx((0.6, 0.5))
 
 
@@ -1720,10 +1752,10 @@ def test_votes_favour_the_better_member():
     labels = torch.tensor([0, 1] * 20)
     good = torch.where(labels[:, None] == torch.arange(2), 0.9, 0.1)
     poor = torch.full((40, 2), 0.5)
-    votes = train.member_weights(torch.stack([good, poor]), labels)
+    votes = judge.member_weights(torch.stack([good, poor]), labels)
     assert votes[0] > 0.9
     assert sum(votes) == pytest.approx(1)
-    assert train.member_weights(torch.stack([good, good]), labels) == pytest.approx([0.5, 0.5])
+    assert judge.member_weights(torch.stack([good, good]), labels) == pytest.approx([0.5, 0.5])
 
 
 TINY = ["--size", "32", "--model", "small_cnn", "--weights", "none", "--epochs", "3", "--save-seconds", "0"]
@@ -1779,12 +1811,14 @@ def test_the_report_tells_what_each_member_does_alone_slow(folders, ensemble):
         for name, _, val, test, _ in train.plan(images, args):
             model = models.load(folder / name)
             alone = models.Ensemble([model.members[i]], **model.info)
-            train.calibrate(alone, train.predict(alone, images, val), images.labels[val], args)
+            judge.calibrate(alone, train.predict(alone, images, val), images.labels[val], args)
+            other = torch.load(folder / f"fold{3 - len(scores) - 1}" / "test.pt", weights_only=True)  # of two folds
+            judge.set_threshold(alone, other["opinions"][i, None], images.labels[other["rows"]], args)
             scores.append(alone.combine(train.predict(alone, images, test))[:, 1])
             labels.append(images.labels[test])
             hits.append(scores[-1][labels[-1] == 1] >= alone.info["threshold"])
         auc, found = metrics.auc(torch.cat(scores), torch.cat(labels)), member["test"]["auc"]
-        assert found["value"] == pytest.approx(float(auc), abs=1e-6)
+        assert found["value"] == pytest.approx(float(auc), abs=2e-3)
         assert member["test"]["sensitivity"]["value"] == pytest.approx(float(torch.cat(hits).float().mean()), abs=1e-6)
         assert found["low"] <= found["value"] <= found["high"]
         assert member["ensemble"]["auc"]["value"] == pytest.approx(report["test"]["auc"]["value"] - found["value"])
@@ -1806,7 +1840,7 @@ def test_two_runs_are_compared_in_pairs_slow(tmp_path, folders, ensemble):
         assert (m["before"], m["after"], m["value"]) == pytest.approx((a, b, b - a))
     for folder in (one, two):
         found = [torch.load(folder / f"fold{k}" / "test.pt", weights_only=True) for k in (1, 2)]
-        rows = torch.cat([r["rows"] for r in found])
+        rows, found = torch.cat([r["rows"] for r in found]), judge.cross_fit(images, found, parse(["--folds", "2"]))
         answers.append(torch.cat([(r["probabilities"][:, 1] >= r["threshold"]).long() for r in found]))
     flipped, right = answers[0] != answers[1], [a == images.labels[rows] for a in answers]
     assert change["flipped"] == int(flipped.sum()) > 0
@@ -1875,8 +1909,10 @@ def test_a_run_folder_holds_what_the_design_says(folders, whole):
     folder, said, report = whole
     files = "config.json log.jsonl last.pt model.pt report.json report.png mistakes.png test.pt example.png"
     assert {p.name for p in folder.iterdir()} == set(files.split())
-    assert report_of(folder) == report
-    names = "auc accuracy sensitivity specificity balanced_accuracy f1 ece iou iou_at_50"
+    assert report_of(folder) == clean(report)
+    names = (
+        "auc accuracy sensitivity specificity balanced_accuracy f1 ece iou iou_at_50 dice lesions_found false_alarms"
+    )
     assert set(report["test"]) == set(names.split())
     assert all(set(m) == {"value", "low", "high"} for m in report["test"].values())
     assert sum(report["splits"].values()) == 80
@@ -1886,7 +1922,7 @@ def test_a_run_folder_holds_what_the_design_says(folders, whole):
     assert report["accuracy_at_half"] == [pytest.approx(np.mean(right))]
     assert {"data", "splits", "model", "seconds"} <= set(report)
     epochs = [(h["net"], h["epoch"]) for h in log_of(folder)]
-    assert epochs == [(n, e) for n in ("dnet", "cnet1 small_cnn") for e in (1, 2, 3)]
+    assert epochs == [("cnet1 small_cnn", e) for e in (1, 2, 3)]
     config = json.loads((folder / "config.json").read_text())
     assert config["args"]["epochs"] == 3
     assert config["versions"]["torch"]
@@ -1925,7 +1961,7 @@ def test_killed_and_stopped_by_ctrl_c_the_result_is_the_same_slow(tmp_path, monk
     options = ["--data", folders, *TINY, "--positive", "malignant", "--runs", tmp_path, "--cache", tmp_path / "cache"]
     command = [sys.executable, HERE / "train.py", *options, "--name", "cut"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        assert any("dnet" in line and "epoch   2/3" in line for line in process.stdout)
+        assert any("cnet1" in line and "epoch   1/3" in line for line in process.stdout)
         process.kill()  # in the midst of an epoch, or of a save
     cut, real = tmp_path / "cut", train.train_epoch
 
@@ -1938,9 +1974,8 @@ def test_killed_and_stopped_by_ctrl_c_the_result_is_the_same_slow(tmp_path, monk
         m.setattr(train, "train_epoch", ctrl_c)
         stopped = call(train, "--resume", cut)
     assert stopped.returncode == 130
-    assert "epoch   1/3" not in stopped.stdout.partition("cnet1")[0]  # D-Net's first epoch was kept
     assert f"stopped; go on with: python train.py --resume {cut}" in stopped.stdout
-    assert "resuming cnet1 small_cnn after epoch 1" in call(train, "--resume", cut).stdout
+    assert re.search("resuming cnet1 small_cnn after epoch [12]", call(train, "--resume", cut).stdout)
     assert same_run(whole[0], cut)
 
 
@@ -2092,7 +2127,7 @@ def test_data_without_boxes(tmp_path):
 
 def test_a_detector_alone(tmp_path, folders):
     folder, _, report = quick(tmp_path, "--name d --nets dnet --epochs 1", data_folder=folders)
-    assert set(report["test"]) == {"iou", "iou_at_50"}
+    assert set(report["test"]) == {"iou", "iou_at_50", "dice", "lesions_found", "false_alarms"}
     with pytest.raises(InputError, match="a D-Net alone"):
         infer.BreastCancerDetector(folder / "model.pt")
 
@@ -2269,7 +2304,7 @@ def test_the_balanced_threshold_has_the_best_balanced_accuracy():
     for _ in range(30):
         p = torch.randint(0, 12, (40,), generator=generator) / 11
         labels = torch.randint(0, 2, (40,), generator=generator)
-        train.calibrate(model, torch.stack([1 - p, p], 1)[None], labels, args)
+        judge.calibrate(model, torch.stack([1 - p, p], 1)[None], labels, args)
         scores = model.combine(torch.stack([1 - p, p], 1)[None])[:, 1]
 
         def balance(t, scores=scores, labels=labels):
@@ -2868,12 +2903,12 @@ def detector(tmp_path_factory):
     """Of one small untrained network and a D-Net."""
     path, model = tmp_path_factory.mktemp("detector") / "m.pt", small_model()
     torch.nn.init.normal_(model.members[0].head.weight, std=1e5)  # untrained features are tiny
-    models.save(path, models.Ensemble(model.members[:1], dnet=model.dnet, **model.info))
+    models.save(path, models.Ensemble(model.members[:1], dnets=model.dnets, **model.info))
     return infer.BreastCancerDetector(path)
 
 
 KEYS = ["image", "prediction", "probability", "confidence", "probabilities"]
-KEYS += ["uncertainty", "box", "refer", "reason", "error"]
+KEYS += ["uncertainty", "box", "refer", "reason", "error", "lesion_score", "boxes"]
 
 
 def test_what_is_no_image_is_refused_at_once(detector):
@@ -2916,7 +2951,11 @@ def test_one_picture_in_every_form_has_one_answer(detector, tmp_path):
         found += answers
     for one in found:
         for key in KEYS[1:]:
-            same = pytest.approx(expected[key], abs=1e-5) if key not in ("prediction", "reason") else expected[key]
+            same = (
+                pytest.approx(expected[key], abs=1e-5)
+                if key not in ("prediction", "reason", "boxes")
+                else expected[key]
+            )
             assert one[key] == same, key
 
 
@@ -3202,7 +3241,7 @@ def test_the_pool_is_seen_as_it_is_by_every_member(tmp_path):
             region = augment.crop_regions(boxes[row : row + 1], model.info["margin"])
             expected = model.members[0].embed(augment.crop(pixels, region, 32))[0]
             torch.testing.assert_close(embeddings[i], expected, atol=1e-5, rtol=1e-4)
-            each = model.member_probabilities(pixels, boxes[row : row + 1])[:, 0]
+            each = model.look(pixels, boxes[row : row + 1]).opinions[:, 0, 0]
             torch.testing.assert_close(probabilities[:, i], each, atol=1e-5, rtol=1e-4)
 
 
@@ -3299,7 +3338,8 @@ def test_the_labels_of_the_pool_stay_hidden_until_they_are_bought_slow(tmp_path,
         known = torch.isin(torch.arange(len(images)), rows)
         assert (images.labels[~known] == -1).all()
         assert images.boxes[~known].isnan().all()
-        assert images.masks is None
+        assert not images.masks[~known].any()
+        assert not images.outlined[~known].any()
         seen.add(int(known.sum()))
         return training(images, rows, *more, **options)
 
@@ -3448,7 +3488,7 @@ def test_suggest_lists_what_to_label_slow(tmp_path, helper, folders, strategy):
         assert row["number"] == str(number)
         assert row["suggested_label"] == answer["prediction"]
         assert float(row["probability"]) == pytest.approx(answer["probability"], abs=6e-4)
-        assert [float(v) for v in row["suggested_box"].split()] == pytest.approx(answer["box"], abs=0.51)
+        assert [float(v) for v in row["suggested_box"].split()] == pytest.approx(answer["box"] or [], abs=0.51)
         assert row["label"] == row["box"] == ""
     assert Image.open(tmp_path / "out" / "to_label.png").width > 800
 
@@ -3548,10 +3588,10 @@ def test_the_benchmark_weighs_model_files(tmp_path):
     spec = [{"column": "age", "mean": 50.0, "sd": 10.0}]
     nets = [models.CNet("small_cnn", 3, 1, meta=2) for _ in range(2)]
     about = {"classes": ["a", "b", "c"], "size": 32, "load_size": 32, "channels": 1, "meta_spec": spec}
-    ensemble = models.Ensemble(nets, dnet=models.DNet("small_cnn", 1), **about)
+    ensemble = models.Ensemble(nets, dnets=[models.DNet("small_cnn", 1)], **about)
     models.save(tmp_path / "m.pt", ensemble)
     said = call(bench, "--models", tmp_path / "m.pt", "--runs", "1", "--device", "cpu").stdout
-    weights = sum(v.numel() for net in (*nets, ensemble.dnet) for v in net.parameters())
+    weights = sum(v.numel() for net in (*nets, *ensemble.dnets) for v in net.parameters())
     size = (tmp_path / "m.pt").stat().st_size
     assert f"3 networks, {weights / 1e6:.1f} M weights, {size / 1e6:.1f} MB" in said
     assert re.search(r"32 answers .*ours +\d+\.\d+ s   floor", said)
@@ -3790,7 +3830,7 @@ def test_one_file_has_one_answer_however_it_is_opened(tmp_path, detector):  # 33
 @pytest.mark.parametrize(
     ("change", "why"),
     [
-        ({"version": "2"}, "version 2"), ({"version": None}, "version None"), ({"size": "big"}, "size: big"),
+        ({"version": "3"}, "version 3"), ({"version": None}, "version None"), ({"size": "big"}, "size: big"),
         ({"classes": None}, "classes: None"), ({"threshold": math.nan}, "threshold: nan"), ({"views": 99}, "views: 99"),
         ({"dropout": 5}, "dropout probability"), ({"stride": 0}, "is larger than its memory"), ({"lost": 0}, "no size"),
     ],
@@ -3842,7 +3882,7 @@ def test_each_member_has_weights_of_its_own(tmp_path):  # 17
 
 def test_votes_survive_a_probability_of_zero():  # 34
     own = torch.tensor([[[1.0, 0.0], [0.4, 0.6]], [[1.0, 0.0], [0.1, 0.9]]])
-    votes = train.member_weights(own, torch.tensor([1, 1]))
+    votes = judge.member_weights(own, torch.tensor([1, 1]))
     assert all(math.isfinite(v) for v in votes)
     assert sum(votes) == pytest.approx(1)
     for option, value in (
@@ -3864,7 +3904,7 @@ def dies(images):
 def test_a_dead_worker_ends_the_work_with_a_hint_slow(tmp_path, folders):  # 36
     args = parse(["--data", str(folders), "--size", "32", "--cache", str(tmp_path)])
     with pytest.raises(InputError, match=r"a worker died .*--resume"):
-        list(train.run_jobs(dies, [()] * 3, None, args, 2))
+        list(run_jobs(dies, [()] * 3, None, args, 2))
 
 
 def test_two_processes_can_not_share_a_run(tmp_path):  # 37
@@ -3934,6 +3974,7 @@ FLOORS = [
     ["models"],
     ["plots"],
     ["options"],
+    ["judge"],
     ["report"],
     ["train"],
     ["infer", "explain", "al_loop", "search", "pretrain"],
@@ -4044,7 +4085,7 @@ def test_the_first_command_keeps_its_promise_slow(phantom_run):
     command = re.search(r"try: python (infer\.py .*)", said)[1].split()
     answer = run(HERE / command[0], *command[1:], cwd=folder)
     assert answer.returncode == 0
-    assert re.search(r"example\.png: (benign|malignant), p\(malignant\) = 0\.\d+", answer.stdout)
+    assert re.search(r"example\.png: (benign|malignant), p\(malignant\) = [01]\.\d+", answer.stdout)
     assert answer.stdout.rstrip().endswith(models.DISCLAIMER)
     assert "PHANTOMS" in answer.stdout
 
