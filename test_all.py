@@ -1829,7 +1829,7 @@ def test_the_report_tells_what_each_member_does_alone_slow(folders, ensemble):
 
 def test_two_runs_are_compared_in_pairs_slow(tmp_path, folders, ensemble):
     one, _, before = ensemble
-    options = "--positive malignant --folds 2 --epochs 1 --against"
+    options = "--positive malignant --folds 2 --epochs 1 --target-sensitivity 0.5 --against"
     two, said, after = quick(tmp_path, options, str(one), "--name two", data_folder=folders)
     assert f"before: {one}, after: this run" in said
     change, images, answers = after["against"], quiet_load(folders, 32, positive="malignant"), []
@@ -1838,9 +1838,10 @@ def test_two_runs_are_compared_in_pairs_slow(tmp_path, folders, ensemble):
     for metric, m in change["test"].items():
         a, b = before["test"][metric]["value"], after["test"][metric]["value"]
         assert (m["before"], m["after"], m["value"]) == pytest.approx((a, b, b - a))
-    for folder in (one, two):
+    for folder, target in ((one, "0.95"), (two, "0.5")):
         found = [torch.load(folder / f"fold{k}" / "test.pt", weights_only=True) for k in (1, 2)]
-        rows, found = torch.cat([r["rows"] for r in found]), judge.cross_fit(images, found, parse(["--folds", "2"]))
+        args = parse(["--folds", "2", "--target-sensitivity", target])
+        rows, found = torch.cat([r["rows"] for r in found]), judge.cross_fit(images, found, args)
         answers.append(torch.cat([(r["probabilities"][:, 1] >= r["threshold"]).long() for r in found]))
     flipped, right = answers[0] != answers[1], [a == images.labels[rows] for a in answers]
     assert change["flipped"] == int(flipped.sum()) > 0
@@ -3740,7 +3741,7 @@ def test_a_half_filled_sheet_labels_only_what_has_an_answer(tmp_path, helper):  
         writer.writeheader()
         writer.writerows(rows)
     more = suggestion(
-        helper, tmp_path / "b", "--labelled", tmp_path / "half.csv", "--query", "12", "--strategy", "random"
+        helper, tmp_path / "b", "--labelled", tmp_path / "half.csv", "--query", "13", "--strategy", "random"
     )
     names = {Path(row["image"]).name for row in more}
     assert Path(rows[0]["image"]).name not in names
