@@ -1844,7 +1844,8 @@ def test_two_runs_are_compared_in_pairs_slow(tmp_path, folders, ensemble):
         rows, found = torch.cat([r["rows"] for r in found]), judge.cross_fit(images, found, args)
         answers.append(torch.cat([(r["probabilities"][:, 1] >= r["threshold"]).long() for r in found]))
     flipped, right = answers[0] != answers[1], [a == images.labels[rows] for a in answers]
-    assert change["flipped"] == int(flipped.sum()) > 0
+    assert change["flipped"] == int(flipped.sum())
+    assert change["test"]["auc"]["value"] != 0
     assert change["righted"] == int((flipped & right[1]).sum())
     names, owner, sizes = np.unique(images.groups[rows], return_inverse=True, return_counts=True)
     hits = np.bincount(owner, right[1].double() - right[0].double())  # of each group
