@@ -25,17 +25,28 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 
 from augment import VIEWS, clahe
-from data import encode_meta, letterbox, letterboxed_box, meta_for, original_box, parse_meta, read_image, to_mode
+from data import (
+    box_of,
+    encode_meta,
+    letterbox,
+    letterboxed_box,
+    meta_for,
+    original_box,
+    parse_meta,
+    read_image,
+    to_mode,
+)
 from models import DISCLAIMER, choose_device, load_classifier, model_file, write_atomically
 from options import build_parser, run_main
 from readers import COLUMNS, MASK, InputError, image_files, natural, read_csv, read_table, walk
 
 KEYS = (
     "image", "prediction", "probability", "confidence", "probabilities", "uncertainty", "box", "refer", "reason", "error",
-    "lesion_score", "boxes",
+    "lesion_score", "boxes", "outline",
 )  # fmt: skip
 REFER_ODDS = 2.0  # refer when the odds lie within this factor of the threshold's
 REFER_UNCERTAINTY = 0.15  # or when the opinions' standard deviation is above this
@@ -78,11 +89,41 @@ def describe_lesions(said, k, info, given, original):
     caller knew the box; original(box): in the picture's own pixels."""
     if said.found is None or given:
         box = None if said.boxes is None else original(said.boxes[k])
-        return {"box": box, "boxes": [box] if box else [], "lesion_score": None}
+        return {"box": box, "boxes": [box] if box else []}
     score = float(said.found.scores()[k])
     boxes = [original(box) for box in said.found.lesions(k, info["lesion_threshold"])]
     box = original(said.boxes[k]) if score >= info["lesion_threshold"] else None
     return {"box": box, "boxes": [box, *boxes[1:]] if box else [], "lesion_score": round(score, 6)}
+
+
+def outlines_on(found, k, placement, size, side):
+    """What is lesion in picture k, bool (h, w), as large as it lies in the square of `side` pixels, without the bars: all
+    lesions, and the likeliest alone. placement and size (w, h): of the picture, see data.letterbox."""
+    sx, sy, left, top = placement
+    part = np.s_[top : top + max(1, round(size[1] * sy)), left : left + max(1, round(size[0] * sx))]
+    near = F.max_pool2d(found.likeliest()[k, None, None].float(), 3, 1, 1)  # its own cells and those around
+    smooth = F.interpolate(found.outlines[k, None, None], size=(side, side), mode="bilinear")[0, 0] >= 0.5
+    near = F.interpolate(near, size=(side, side))[0, 0] > 0
+    return smooth[part].cpu().numpy(), (smooth & near)[part].cpu().numpy()
+
+
+def describe_outline(mask, picture):
+    """What a radiologist reads off an outline (h, w), or None for an empty one: its area as a share of the picture's, its
+    width over its height (below 1 it is taller than wide), and how irregular it is: 1 - IoU with the ellipse that has
+    its second moments."""
+    y, x = np.nonzero(mask)
+    if len(x) < 4:
+        return None
+    points = np.stack([x, y]).astype(float)
+    grid = np.indices(mask.shape)[::-1].reshape(2, -1) - points.mean(1, keepdims=True)
+    spread = np.linalg.inv(np.cov(points) + 0.1 * np.eye(2))  # 0.1: pixels are squares, not points
+    ellipse = ((spread @ grid) * grid).sum(0).reshape(mask.shape) <= 4  # a filled ellipse's axes: two deviations
+    box = box_of(mask) * np.tile([picture[0] / mask.shape[1], picture[1] / mask.shape[0]], 2)
+    return {
+        "area": round(float(mask.mean()), 4),
+        "width_over_height": round(float((box[2] - box[0]) / (box[3] - box[1])), 3),
+        "irregularity": round(float(1 - (mask & ellipse).sum() / (mask | ellipse).sum()), 3),
+    }
 
 
 def oddities(picture, channels):
@@ -128,17 +169,20 @@ class BreastCancerDetector:
         self.info = self.model.info
         self.tta, self.scales = check_views(self.info["views"] if tta is None else tta, scales)
 
-    def predict(self, images, meta=None, boxes=None):
+    def predict(self, images, meta=None, boxes=None, masks=False):
         """A dict for one image, a list of dicts for several. An image is a path, bytes, an open file, a PIL image, an
         array uint8 (H, W) or (H, W, 3), or float in [0, 1], or a tensor (C, H, W); several are any iterable of those, an
         array (N, H, W) or (N, H, W, 3), or a tensor (N, C, H, W). InputError for what is none of these. meta: {"age":
         55, ...}, one dict for all or a list of them; what is not given counts as missing. boxes: where the lesion is, four
-        numbers in the image's pixels, or a list of such; default: D-Net looks.
+        numbers in the image's pixels, or a list of such; default: D-Net looks. masks: add the key "mask", the outline of all
+        lesions, bool (h, w) of the image's own pixels, or None.
 
         Keys: image, prediction, probability (of the positive class, the last of the model's classes; of more than two
         classes: of the predicted one), confidence (the probability of the prediction), probabilities, uncertainty
         (standard deviation over members and views), box (x_min, y_min, x_max, y_max in the image's own pixels, or None),
-        refer, reason (why to refer, or None), error (None, or one line of why there is no answer, and the rest None)."""
+        refer, reason (why to refer, or None), lesion_score (how sure it is that there is a lesion at all: below the model's
+        threshold box is None), boxes (of all lesions, the likeliest first), outline (area, width_over_height and
+        irregularity of the likeliest, see describe_outline), error (None, or one line of why there is no answer, and the rest None)."""
         images, alone = one_by_one(images)
         metas = meta if isinstance(meta, (list, tuple)) else [meta] * len(images)
         boxes = [None] * len(images) if boxes is None else [boxes] if alone else list(boxes)
@@ -148,16 +192,17 @@ class BreastCancerDetector:
             raise InputError("boxes: give one for every image, or none at all")
         results = []
         for start in range(0, len(images), 32):  # a batch on the device while memory stays bounded
-            results += self._predict_batch(*(v[start : start + 32] for v in (images, metas, boxes)))
+            results += self._predict_batch(*(v[start : start + 32] for v in (images, metas, boxes)), masks)
         return results[0] if alone else results
 
     @torch.inference_mode()
-    def _predict_batch(self, images, metas, boxes):
+    def _predict_batch(self, images, metas, boxes, masks):
         info = self.info
         patients, strange = self._patients(metas)
         with ThreadPoolExecutor(min(len(images), os.cpu_count() or 1)) as pool:
             opened = list(pool.map(self._open, images))
-        results = [dict.fromkeys(KEYS) | {"image": o["image"], "error": o["error"]} for o in opened]
+        keys = [*KEYS, "mask"] if masks else KEYS
+        results = [dict.fromkeys(keys) | {"image": o["image"], "error": o["error"]} for o in opened]
         good = [i for i, result in enumerate(results) if result["error"] is None]
         if not good:
             return results
@@ -174,6 +219,13 @@ class BreastCancerDetector:
             reasons = opened[i]["reasons"] + strange[i]
             results[i] |= answer(probabilities[k].tolist(), float(uncertainty[k]), info, reasons)
             results[i] |= describe_lesions(said, k, info, given, partial(self._original, opened[i]))
+            if self.model.tells_outlines:
+                size = opened[i]["size"]
+                whole, likeliest = outlines_on(said.found, k, opened[i]["placement"], size, info["load_size"])
+                sure = results[i]["box"] is not None
+                results[i]["outline"] = describe_outline(likeliest, size) if sure else None
+                if masks:
+                    results[i]["mask"] = np.asarray(Image.fromarray(whole & sure).resize(size))
         return results
 
     def _original(self, opened, box):
@@ -301,6 +353,7 @@ INFER = [
     ("json", False, None, "one JSON object a line on stdout, nothing else"),
     ("csv", None, "FILE", "write the answers as a table too"),
     ("save-overlay", None, "DIR", "write each picture with its box and answer into DIR"),
+    ("save-mask", None, "DIR", "write the outline of the lesions of each picture into DIR, white on black"),
     ("device", "auto", "DEVICE", "auto, cpu, cuda"),
     ("evaluate", False, None, "what --tta and --scales are worth on the held-out images of a run folder"),
     ("data", None, "PATH", "with --evaluate: where the run's images lie, if not where they lay at training"),
@@ -330,6 +383,10 @@ def main(argv=None):
     meta = parse_meta(args.meta)
 
     detector = BreastCancerDetector(args.model, args.device, args.tta, args.scales)
+    if args.save_mask and not detector.model.tells_outlines:
+        raise InputError(
+            f"--save-mask: {detector.path} tells no outlines; train with masks or boxes, and without --nets cnet"
+        )
     known = [s["column"] for s in detector.info["meta_spec"]]
     files = collect(args.images, known, args.image_column)
     patients = [(meta or {}) | (own or {}) for _, own in files]
@@ -340,10 +397,18 @@ def main(argv=None):
             print(f"not given, so counted as missing: {', '.join(missing)}")
     for start in range(0, len(files), 32):
         batch = slice(start, start + 32)
-        for result in detector.predict([file for file, _ in files[batch]], patients[batch]):
+        for result in detector.predict([file for file, _ in files[batch]], patients[batch], masks=True):
+            mask = result.pop("mask")
             print(json.dumps(result) if args.json else sentence(result, detector.info), flush=True)
+            name = names[len(results)]
             if args.save_overlay and result["error"] is None:
-                save_overlay(result, detector, Path(args.save_overlay) / names[len(results)], patients[len(results)])
+                save_overlay(
+                    result, detector, Path(args.save_overlay) / f"{name}_overlay.png", patients[len(results)], mask
+                )
+            if args.save_mask and mask is not None:
+                import plots
+
+                plots.save_png(Image.fromarray(mask), Path(args.save_mask) / f"{name}_mask.png")
             results.append(result)
     if args.csv:
         write_answers(args.csv, results)
@@ -354,9 +419,13 @@ def main(argv=None):
 
 
 def write_answers(path, results):
-    """The answers as a CSV, the box as four columns."""
-    told, corners = [k for k in KEYS if k not in ("probabilities", "box")], ["x_min", "y_min", "x_max", "y_max"]
-    lines = [[*told, *corners], *([r[k] for k in told] + list(r["box"] or [None] * 4) for r in results)]
+    """The answers as a CSV, the box as four columns, the outline as three."""
+    told = [k for k in KEYS if k not in ("probabilities", "box", "boxes", "outline")]
+    corners, shape = ["x_min", "y_min", "x_max", "y_max"], ["area", "width_over_height", "irregularity"]
+    lines = [[*told, *corners, *shape]]
+    for r in results:
+        outline = r["outline"] or {}
+        lines.append([r[k] for k in told] + list(r["box"] or [None] * 4) + [outline.get(k) for k in shape])
     text = io.StringIO()
     csv.writer(text).writerows(lines)
     write_atomically(path, text.getvalue().encode())
@@ -389,13 +458,13 @@ def overlay_names(files):
     shared = os.path.commonpath([os.path.dirname(p) for p in paths])
     for path in paths:
         stem = "_".join(Path(os.path.relpath(path, shared)).parts)
-        numbered = (f"{stem}{'' if n == 1 else f'_{n}'}_overlay.png" for n in itertools.count(1))
+        numbered = (f"{stem}{'' if n == 1 else f'_{n}'}" for n in itertools.count(1))
         names.append(next(n for n in numbered if n.lower() not in taken))
         taken.add(names[-1].lower())
     return names
 
 
-def save_overlay(result, detector, path, meta=None):
+def save_overlay(result, detector, path, meta=None, mask=None):
     """The picture with its box, its answer, and the map of what spoke for it, by the method recommended for the model."""
     import plots  # here and not above: a plain prediction starts without them
     from report import describe_map, explain_picture, recommended_method
@@ -405,7 +474,7 @@ def save_overlay(result, detector, path, meta=None):
     heat, _, _, target = explain_picture(detector.model, picture, method, None, meta)
     lines = [*verdict(result, info), *(["refer"] if result["refer"] else [])]
     lines += [f"{describe_map(method, info['classes'][target])}{note and '; '}{note}", DISCLAIMER]
-    plots.save_png(plots.overlay(picture, result["box"], "\n".join(lines), heat), path)
+    plots.save_png(plots.overlay(picture, result["box"], "\n".join(lines), heat, mask=mask), path)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

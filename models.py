@@ -261,9 +261,13 @@ class Found(NamedTuple):
     def boxes(self):
         """The box (N, 4) of the likeliest lesion: the mean of its cells' boxes, weighted by the outline. Its cells: those
         around the likeliest, connected, with half of its probability at least."""
-        p = self.outlines.flatten(1)
-        parts = label_parts(self.outlines >= self.scores()[:, None, None] / 2).flatten(1)
-        return self.boxes_of(parts == parts.gather(1, p.argmax(1, keepdim=True)))
+        return self.boxes_of(self.likeliest().flatten(1))
+
+    def likeliest(self):
+        """The cells (N, h, w) bool of the likeliest lesion, see boxes."""
+        parts = label_parts(self.outlines >= self.scores()[:, None, None] / 2)
+        top = parts.flatten(1).gather(1, self.outlines.flatten(1).argmax(1, keepdim=True))
+        return parts == top[:, :, None]
 
     def boxes_of(self, chosen):
         """The mean box (N, 4) of the cells that are chosen (N, h * w), weighted by the outline."""
@@ -499,6 +503,10 @@ class Ensemble(nn.Module):
     def needs_boxes(self):
         """Whether a member sees crops around boxes that nobody here finds: the caller has to give them."""
         return not self.finders and any(m.config["roi"] != "none" for m in self.members)
+
+    @property
+    def tells_outlines(self):
+        return any(not isinstance(dnet, VotingDNet) for dnet in self.finders)
 
     def find(self, images):
         """What the D-Nets say together: Found, or None where there is none."""

@@ -9,7 +9,7 @@ import io
 import itertools
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageFont
 
 from models import DISCLAIMER, write_atomically
 
@@ -294,13 +294,13 @@ def colour_bar(height, top):
     return bar
 
 
-def overlay(image, box=None, caption="", heat=None, top=None):
+def overlay(image, box=None, caption="", heat=None, top=None, mask=None):
     """A PIL image with a box (its own pixels) and a caption below, drawn so that the shorter side has 320 px, as far as
     the longer one then has no more than 960; smaller ones are enlarged, larger ones stay.
 
     heat: (h, w) of any size, raw; laid over the picture, opaque where it is strong, with a colour bar that tells its
     numbers, from 0 to `top` (default: its own largest). Negative values are not drawn, and a map without positive ones
-    is said to hold no evidence. The sheet is as wide without a heat map, so that both lie in one page."""
+    is said to hold no evidence. mask: bool (h, w), whose edge is drawn. The sheet is as wide without a heat map, so that both lie in one page."""
     scale = max(1.0, min(320 / min(image.size), 960 / max(image.size)))
     w, h = max(1, round(image.width * scale)), max(1, round(image.height * scale))
     picture, bar = image.convert("RGB").resize((w, h)), None
@@ -313,6 +313,11 @@ def overlay(image, box=None, caption="", heat=None, top=None):
         picture.paste(Image.fromarray(colour_map(strength)), (0, 0), opacity)
         bar = colour_bar(max(h, 80), top)
     draw_box(picture, None if box is None else np.asarray(box, float) * scale, "#56B4E9", max(2, w // 200))
+    if mask is not None:
+        inside = Image.fromarray(np.asarray(mask)).convert("L").resize((w, h), Image.Resampling.BILINEAR)
+        inside = inside.point(lambda v: 255 * (v > 127))
+        edge = ImageChops.subtract(inside, inside.filter(ImageFilter.MinFilter(3)))
+        picture.paste("#F0E442", (0, 0), edge)
     if heat is not None and high <= 0:
         words = {"fill": "white", "font": font(14), "anchor": "mm", "stroke_width": 2, "stroke_fill": "black"}
         ImageDraw.Draw(picture).text((w / 2, h / 2), "no positive evidence", **words)
