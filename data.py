@@ -595,7 +595,7 @@ def decode_into(files, entries, size, channels, equalise):
 
 def load(
     source=None, size=128, *, positive=None, drop=(), channels=None, equalise=False, columns=None, cache="runs/cache",
-    skip_bad=False, split_by_image=False, seed=0, dummy_boxes=False, box_format="xyxy", log=print,
+    skip_bad=False, split_by_image=False, seed=0, dummy_boxes=False, box_format="xyxy", meta_spec=None, log=print,
 ):  # fmt: skip
     """Any data set as an ImageSet, split and grouped. See readers.py for the layouts.
 
@@ -603,7 +603,8 @@ def load(
     channels: 1, 3, or None to look. equalise: CLAHE. columns: {"image": "image_id", "meta": ["age"], ...} for a CSV.
     split_by_image: every image is a group of its own, to show what that would wrongly claim.
     dummy_boxes: give every image without a box the central placeholder box. box_format: what the source's four numbers
-    are, "xyxy" or "xywh" (x, y, width, height). Raises InputError."""
+    are, "xyxy" or "xywh" (x, y, width, height). meta_spec: of a model that is to read the patient data, see encode_meta.
+    Raises InputError."""
     if source is None or source == "phantoms":
         images = phantom_set(size=size, seed=seed)
         images.splits = complete_splits(images.splits, images.labels, images.groups, seed)
@@ -625,7 +626,7 @@ def load(
         log(f"{source}: {native}-pixel images, enlarged to {size}: no detail is gained")
     groups = find_groups(entries, labels, classes, thumbnails, split_by_image, log)
     rows = [e.row for e in entries]
-    meta, meta_columns, spec = encode_meta(rows, list(rows[0])) if rows[0] else (None, [], [])
+    meta, meta_columns, spec = encode_meta(rows, list(rows[0]), meta_spec) if rows[0] else (None, [], [])
     unknown = boxes[:, 0].isnan() & dummy_boxes
     boxes[unknown] = torch.tensor([0.25, 0.25, 0.75, 0.75])
     images = ImageSet(

@@ -12,6 +12,7 @@ An image is letterboxed, D-Net gives the box, C-Net looks at the whole or at the
 views at once (test-time augmentation); the mean is calibrated and held against the validation threshold. What is near
 the threshold, or where members and views disagree, is to be referred to a radiologist."""
 
+import argparse
 import csv
 import io
 import itertools
@@ -41,7 +42,7 @@ from data import (
     to_mode,
 )
 from models import DISCLAIMER, choose_device, load_classifier, model_file, write_atomically
-from options import build_parser, run_main
+from options import DATA, build_parser, run_main
 from readers import COLUMNS, MASK, InputError, image_files, natural, read_csv, read_table, walk
 
 KEYS = (
@@ -194,6 +195,13 @@ class BreastCancerDetector:
         for start in range(0, len(images), 32):  # a batch on the device while memory stays bounded
             results += self._predict_batch(*(v[start : start + 32] for v in (images, metas, boxes)), masks)
         return results[0] if alone else results
+
+    def adapt(self, images):
+        """Take BatchNorm's means and spreads from these images, see `adapt` below."""
+        with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+            opened = [o["pixels"] for o in pool.map(self._open, images) if o["error"] is None]
+        pixels = torch.from_numpy(np.stack(opened)) if opened else torch.zeros(0)
+        adapt(self.model, clahe(pixels) if len(opened) and self.info["equalise"] else pixels)
 
     @torch.inference_mode()
     def _predict_batch(self, images, metas, boxes, masks):
@@ -356,15 +364,71 @@ INFER = [
     ("save-mask", None, "DIR", "write the outline of the lesions of each picture into DIR, white on black"),
     ("device", "auto", "DEVICE", "auto, cpu, cuda"),
     ("evaluate", False, None, "what --tta and --scales are worth on the held-out images of a run folder"),
+    ("test", None, "DATA", "another labelled data set: write a report of what the model reaches there, with the threshold that it brings"),
+    ("out", None, "DIR", "with --test: folder of the report; default: beside the model"),
+    ("adapt", False, None, "take BatchNorm's means and spreads from the pictures at hand: an answer then depends on its neighbours"),
     ("data", None, "PATH", "with --evaluate: where the run's images lie, if not where they lay at training"),
     ("cache", "runs/cache", "DIR", "with --evaluate: folder of decoded images"),
 ]
+THEIRS = ("positive", "drop-class", "skip-bad", "label-column", "group-column", "mask-column", "box-format", "box-columns")
+THEIRS = [line for line in DATA if line[0] in THEIRS]
 # fmt: on
+
+
+LEAST_ADAPTED = 32  # pictures: of fewer the means and spreads are luck
+
+
+@torch.no_grad()
+def adapt(model, pixels, batch=64):
+    """Give all BatchNorm layers of a model the means and spreads of these pictures (N, C, L, L) in place of those of
+    training (Schneider et al. 2020): another scanner's greys, without one label."""
+    if len(pixels) < LEAST_ADAPTED:
+        raise InputError(
+            f"--adapt: {len(pixels)} pictures, give {LEAST_ADAPTED} or more; they are to stand for their scanner"
+        )
+    for layer in (m for m in model.modules() if isinstance(m, torch.nn.BatchNorm2d)):
+        layer.reset_running_stats()
+        layer.momentum = None  # the mean over all batches
+        layer.train()
+    for part in pixels.split(batch):
+        model.look(part.to(model.device), views=1)
+    model.eval()
+
+
+def test(args):
+    """What the model reaches on another labelled data set, as a report like a run's. Returns it."""
+    from options import load_images
+    from report import print_report, test_elsewhere
+
+    model = load_classifier(args.model, choose_device(args.device))
+    info = model.info
+    model.info = info | {"views": check_views(args.tta or info["views"], args.scales)[0]}
+    told = {"data": args.test, "size": info["load_size"], "clahe": info["equalise"], "channels": info["channels"]}
+    told |= {"roi": "none", "split_by_image": False, "seed": 0, "dummy_boxes": False, "split_column": None}
+    told["meta_columns"] = [s["column"] for s in info["meta_spec"]]
+    images = load_images(argparse.Namespace(**vars(args) | told), meta_spec=info["meta_spec"] or None)
+    known = info["classes"]
+    if (
+        len(images.classes) != len(known)
+        or images.classes[-1] != known[-1]
+        or (len(known) > 2 and images.classes != known)
+    ):
+        raise InputError(f"--test {args.test}: its classes are {images.classes}, the model's {known}; see --positive")
+    if tuple(args.scales) != (1.0,):
+        raise InputError("--test looks at pictures at scale 1; leave --scales out")
+    if args.adapt:
+        adapt(model, images.pixels)
+    run = Path(model_file(args.model)).parent
+    folder = Path(args.out or run / f"test-{Path(args.test).stem}")
+    report = test_elsewhere(model, images, folder)
+    print_report(report)
+    print(f"{folder}: report.json, report.png, mistakes.png\n{DISCLAIMER}")
+    return report
 
 
 def main(argv=None):
     """Predict as the command line says: the JSON of the answers goes to stdout; see BreastCancerDetector for Python."""
-    p = build_parser({"options of infer.py": INFER}, __doc__.split("\n\n")[0])
+    p = build_parser({"options of infer.py": INFER, "the data of --test": THEIRS}, __doc__.split("\n\n")[0])
     p.add_argument("images", nargs="*", help="image files and folders")
     args = p.parse_args(argv)
     if args.evaluate:
@@ -378,8 +442,10 @@ def main(argv=None):
         write_atomically(out, json.dumps(clean(table), indent=1).encode())
         print(f"{out}\n{DISCLAIMER}")
         return
+    if args.test:
+        return test(args)
     if not args.images:
-        raise InputError("give an image, or --evaluate (see -h)")
+        raise InputError("give an image, --evaluate, or --test (see -h)")
     meta = parse_meta(args.meta)
 
     detector = BreastCancerDetector(args.model, args.device, args.tta, args.scales)
@@ -389,6 +455,8 @@ def main(argv=None):
         )
     known = [s["column"] for s in detector.info["meta_spec"]]
     files = collect(args.images, known, args.image_column)
+    if args.adapt:
+        detector.adapt([file for file, _ in files])
     patients = [(meta or {}) | (own or {}) for _, own in files]
     names, results = overlay_names([file for file, _ in files]), []
     if not args.json:

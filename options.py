@@ -199,13 +199,13 @@ def train_parser(description="Train a detector (D-Net) and a classifier (C-Net).
     return build_parser(TRAIN | more, description, prog=prog)
 
 
-def load_images(args, log=print):
+def load_images(args, log=print, **more):
     """The data set that the arguments name. With an ROI it is read at twice the size, so that a crop is sharp."""
     columns = {name: getattr(args, f"{name}_column") for name in ("image", "label", "group", "split", "mask")}
     columns |= {"box": args.box_columns, "meta": args.meta_columns}
     same = {name: getattr(args, name) for name in ("positive", "channels", "cache", "skip_bad", "split_by_image", "seed", "dummy_boxes", "box_format")}  # fmt: skip
     size = args.size * (1 if args.roi == "none" else 2)
-    return load(args.data, size, drop=args.drop_class, equalise=args.clahe, columns=columns, log=log, **same)
+    return load(args.data, size, drop=args.drop_class, equalise=args.clahe, columns=columns, log=log, **same, **more)
 
 
 def prepare_folder(args, images, prefix=""):

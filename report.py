@@ -10,6 +10,7 @@ import argparse
 import itertools
 import json
 import math
+import time
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,7 @@ import metrics
 import plots
 from augment import blur, clahe
 from data import encode_meta, letterbox, original_box
-from judge import cross_fit
+from judge import cross_fit, judge_found, look_at
 from models import load_classifier, read_checkpoint, write_atomically
 from options import load_images, train_parser
 from readers import InputError, natural
@@ -67,7 +68,9 @@ def draw_report(images, results, report, folder):
     labels, (probabilities, threshold, _) = images.labels[rows], pooled(images, results)
     note = "   PLACEHOLDER BOXES: localisation means nothing" if images.placeholder_boxes else ""
     runs = f", {len(results)} runs" if len(results) > 1 else ""
-    panels = [training_panel(results[0]["histories"], "Training" + (" of the first run" if runs else ""))]
+    panels = []
+    if results[0]["histories"]:
+        panels = [training_panel(results[0]["histories"], "Training" + (" of the first run" if runs else ""))]
     if probabilities is not None:
         none = torch.full((len(rows), 4), math.nan)
         boxes = none if results[0]["boxes"] is None else torch.cat([r["boxes"] for r in results])
@@ -294,6 +297,37 @@ def held_out(model_path, data_path, cache):
             raise InputError(f"--data {args.data}: it has changed, its images are not those that {folder} held out")
         pairs.append((model, rows))
     return images, pairs
+
+
+def test_elsewhere(model, images, folder):
+    """The report of a model on all labelled images of another set, with the threshold that it brings along; written into
+    `folder` like a run's. What the model has met before is left out, and said."""
+    rows, began = torch.nonzero(images.labels >= 0)[:, 0], time.time()
+    seen = torch.cat([*model.info.get("seen", {}).values(), torch.zeros(0, dtype=torch.long)])
+    new = rows[~torch.isin(images.take(rows).pictures(), seen)]
+    if len(new) < len(rows):
+        print(f"{len(rows) - len(new)} of the {len(rows)} images are left out: the model has met them")
+    if not len(new):
+        raise InputError("--test: no labelled image is left that the model has not met")
+    boxes = images.boxes if model.needs_boxes else None
+    answer = look_at(model, images, new, boxes)
+    result = {
+        "rows": new,
+        "probabilities": model.combine(answer.opinions[:, 0]),
+        "boxes": None,
+        "members": [],
+        "histories": [],
+    }
+    if answer.found:
+        result |= judge_found(answer.found, images, new)
+    result |= {k: model.info[k] for k in ("temperature", "threshold", "lesion_threshold")}
+    result["weights"] = model.weights.tolist()
+    names, rois = ([m.config[k] for m in model.members] for k in ("model", "roi"))
+    args = argparse.Namespace(
+        **{k: ",".join(dict.fromkeys(v)) for k, v in (("ensemble", names), ("roi", rois))}, size=model.info["size"]
+    )
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    return write_report(images, [result], args, folder, time.time() - began, {"test": len(new)})
 
 
 def same_pictures(images, rows, seen):
