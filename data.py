@@ -10,6 +10,7 @@ Images of one patient, one lesion, or near-duplicates of each other share a grou
 """
 
 import concurrent.futures
+import contextlib
 import dataclasses
 import hashlib
 import io
@@ -103,13 +104,23 @@ class ImageSet:
 # One image
 
 
+FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "GIF", "WEBP", "PPM", "JPEG2000")  # EPS, of any name, would start Ghostscript
+
+
+@contextlib.contextmanager
 def open_image(source):
     """A file, or uint8 (H, W) or (H, W, 3), as a PIL image; of a file nothing but its header is read yet."""
-    return Image.fromarray(source) if isinstance(source, np.ndarray) else Image.open(source)
+    if isinstance(source, np.ndarray):
+        yield Image.fromarray(source)
+    elif isinstance(source, (str, Path)):
+        with open(source, "rb") as file:  # a TIFF that Pillow opens by its name is mapped into memory, and that
+            yield Image.open(file, formats=FORMATS)  # scrambles what its EXIF turns by a quarter
+    else:
+        yield Image.open(source, formats=FORMATS)
 
 
 def read_image(path, channels):
-    """Any image file, or array as open_image takes it, as an upright 8-bit PIL image: "L" for channels=1, "RGB" for 3.
+    """An image file of FORMATS, or array as open_image takes it, as an upright 8-bit PIL image: "L" for channels=1, "RGB" for 3.
 
     EXIF rotation is applied, transparency is laid on black, 16-bit and float images are scaled by their own range.
     Raises InputError (one line) when the file is missing, truncated, no image, or a decompression bomb."""
@@ -122,7 +133,7 @@ def read_image(path, channels):
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as e:
         raise InputError(f"more than {Image.MAX_IMAGE_PIXELS / 1e6:.0f} million pixels, refused") from e
     except Image.UnidentifiedImageError as e:
-        raise InputError("not an image") from e
+        raise InputError(f"not an image, or none of {', '.join(FORMATS)}") from e
     except InputError:
         raise
     except Exception as e:  # Pillow's decoders raise whatever comes to their mind on broken files
@@ -137,7 +148,9 @@ def to_mode(image, channels):
         if not np.isfinite(values).all():
             raise InputError("it holds NaN or infinity")
         low, high = values.min(), values.max()
-        image = Image.fromarray(((values - low) * (255 / max(high - low, 1e-12))).astype(np.uint8))
+        values -= low  # in place: a picture may be large, and there is one in every thread
+        values *= 255 / max(high - low, 1e-12)
+        image = Image.fromarray(values.astype(np.uint8))
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, (0, 0, 0, 255)), image)

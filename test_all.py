@@ -3708,6 +3708,12 @@ def test_one_file_has_one_answer_however_it_is_opened(tmp_path, detector):  # 33
     by_path = detector.predict(tmp_path / "turned.jpg")["probability"]
     with Image.open(tmp_path / "turned.jpg") as image:
         assert detector.predict(image)["probability"] == by_path
+    picture(80, 50, 5).save(tmp_path / "turned.tif", exif=exif)  # Pillow would map it into memory by its name
+    upright = np.asarray(picture(80, 50, 5).transpose(Image.Transpose.ROTATE_270))
+    for source in (tmp_path / "turned.tif", io.BytesIO((tmp_path / "turned.tif").read_bytes())):
+        assert np.array_equal(data.read_image(source, 1), upright)
+    picture(80, 50, mode="RGB").save(tmp_path / "script.png", "EPS")  # Pillow has Ghostscript run what is in it
+    assert detector.predict(tmp_path / "script.png")["error"].startswith("not an image, or none of PNG")
     bad = Image.fromarray(np.full((20, 20), np.nan, np.float32))
     bad.save(tmp_path / "nan.tif")
     results = detector.predict(
