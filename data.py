@@ -144,9 +144,9 @@ def to_mode(image, channels):
     """A PIL image of any mode, turned upright as its EXIF says, as 8-bit "L" (channels=1) or "RGB" (channels=3)."""
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I") or image.mode == "F":  # 16-bit, 32-bit, float: no fixed white, so use their own range
-        values = np.asarray(image, dtype=np.float64)
-        if not np.isfinite(values).all():
+        if not np.isfinite(np.asarray(image)).all():
             raise InputError("it holds NaN or infinity")
+        values = np.asarray(image, dtype=np.float64)
         low, high = values.min(), values.max()
         values -= low  # in place: a picture may be large, and there is one in every thread
         values *= 255 / max(high - low, 1e-12)

@@ -13,11 +13,13 @@ import io
 import json
 import math
 import os
+import pickle
 import re
 import shutil
 import signal
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch: for tiny networks a second thread costs more than it brings
@@ -888,12 +890,28 @@ def test_npz_that_can_not_be_trusted_is_refused(tmp_path):
         ({"train_images": np.zeros((20, 28, 28))}, "not uint8"),
         ({"train_labels": np.zeros((20, 14), int)}, "14 columns"),
         ({"train_images": np.array([{}] * 20, dtype=object)}, "pickled"),
+        ({"train_labels": np.array([0.0] * 19 + [np.inf])}, "no whole numbers"),
     ]:
         refused(why, quiet_load, write_npz(tmp_path / "x.npz", **change), 28)
     np.savez(tmp_path / "y.npz", a=np.zeros(3))
     refused("no key train_images", quiet_load, tmp_path / "y.npz", 28)
     (tmp_path / "z.npz").write_bytes(b"PK no zip")
     refused(r"z.npz", quiet_load, tmp_path / "z.npz", 28)
+    with zipfile.ZipFile(write_npz(tmp_path / "raw.npz", val_images=None), "a") as file:
+        file.writestr("val_images", b"no array")
+    refused("not uint8", quiet_load, tmp_path / "raw.npz", 28)
+
+
+def test_what_an_error_quotes_stays_on_its_line_and_the_longest_number_is_one(tmp_path):
+    odd = "\x1b[2J\n" + "x" * 5000  # would clear the screen
+    (tmp_path / "a.csv").write_text(f'"image","{odd}"\na,b\n')
+    with pytest.raises(InputError, match="no column 'label'") as told:
+        quiet_load(tmp_path / "a.csv", columns={"label": "label"})
+    assert str(told.value).isprintable()
+    assert len(str(told.value)) < 600
+    assert str(pickle.loads(pickle.dumps(told.value))) == str(told.value)  # as a worker hands it on
+    assert infer.sentence({"image": odd, "error": "no such file"}, None).isprintable()
+    assert sorted(["9" * 5000, "10", "9", "009"], key=readers.natural) == ["9", "009", "10", "9" * 5000]
 
 
 CORNERS = ["x_min", "y_min", "x_max", "y_max"]
@@ -3723,21 +3741,37 @@ def test_one_file_has_one_answer_however_it_is_opened(tmp_path, detector):  # 33
     assert sorted(["b10", "b²", "b9"], key=readers.natural)  # a digit that is no decimal
 
 
+@pytest.fixture(scope="module")
+def saved_model(tmp_path_factory):
+    path = tmp_path_factory.mktemp("saved") / "m.pt"
+    models.save(path, small_model())
+    return path
+
+
 @pytest.mark.parametrize(
     ("change", "why"),
     [
         ({"version": "2"}, "version 2"), ({"version": None}, "version None"), ({"size": "big"}, "size: big"),
         ({"classes": None}, "classes: None"), ({"threshold": math.nan}, "threshold: nan"), ({"views": 99}, "views: 99"),
         ({"dropout": 5}, "dropout probability"), ({"stride": 0}, "is larger than its memory"), ({"lost": 0}, "no size"),
+        ({"classes": ["a", "b", "c"]}, "classes: 2"), ({"classes": ["a", "a"]}, "classes:"), ({"size": True}, "size: True"),
+        ({"weights": torch.ones(1)}, "of 2 members"), ({"weights": torch.tensor([0.5, math.nan])}, "of 2 members"),
+        ({"temperature": 0.0}, "temperature"), ({"channels": 3}, "channels: 1"), ({"made": {"data": [1]}}, "made:"),
+        ({"meta_spec": [{"column": "age", "mean": 1.0, "sd": 0.0}]}, "meta_spec:"), ({"seen": {"test": 1}}, "seen:"),
+        ({"config": {"normalise": "x"}}, "normalise: x"), ({"config": {"dropout": math.nan}}, "dropout"),
+        ({"state": torch.Tensor.double}, "float64"), ({"state": torch.Tensor.to_sparse}, "not fitting"),
     ],
 )  # fmt: skip
-def test_a_strangers_model_file_is_checked_before_it_is_built(tmp_path, monkeypatch, change, why):  # 41
-    models.save(tmp_path / "m.pt", small_model())
-    content = torch.load(tmp_path / "m.pt", weights_only=True)
+def test_a_strangers_model_file_is_checked_before_it_is_built(tmp_path, saved_model, change, why):  # 41
+    content = torch.load(saved_model, weights_only=True)
     if "dropout" in change:
         content["members"][0]["config"] |= change
     elif "stride" in change:
         content["members"][0]["state"]["head.weight"] = torch.zeros(1).expand(50_000, 100_000)
+    elif "state" in change:
+        content["members"][0]["state"]["head.weight"] = change["state"](content["members"][0]["state"]["head.weight"])
+    elif "config" in change:
+        content["members"][0]["config"] |= change["config"]
     elif "lost" in change:
         del content["size"]
     else:
@@ -3745,7 +3779,10 @@ def test_a_strangers_model_file_is_checked_before_it_is_built(tmp_path, monkeypa
     torch.save(content, tmp_path / "bad.pt")
     with pytest.raises(InputError, match=re.escape(why)):
         models.load(tmp_path / "bad.pt")
-    content = torch.load(tmp_path / "m.pt", weights_only=True)
+
+
+def test_a_model_file_names_no_other_file(tmp_path, saved_model, monkeypatch):  # 41
+    content = torch.load(saved_model, weights_only=True)
     content["members"][0]["config"]["weights"] = "/etc/passwd"
     torch.save(content, tmp_path / "odd.pt")
     monkeypatch.setattr(models, "load_weights", None)  # never followed
