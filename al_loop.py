@@ -129,8 +129,10 @@ def run_chain(images, strategy, seed, args, folder):
     groups = torch.arange(len(pool)) if args.ignore_groups else images.groups[pool]
     rounds, labelled, last = [], torch.arange(len(pool)), 0 if strategy == "all" else args.rounds
     if (folder / "state.pt").exists():
-        state = models.read_checkpoint(folder / "state.pt")
-        rounds, labelled = state["rounds"], state["labelled"]
+        state, advice = models.read_checkpoint(folder / "state.pt"), "remove it, and this chain begins again"
+        with models.parts_of(folder / "state.pt", advice):
+            rounds, labelled = state["rounds"], state["labelled"]
+            check_chain(rounds, labelled, len(pool), args, strategy)
     elif strategy != "all":
         labelled = first_labels(images, pool, groups, seed, args)
     own = (args.ensemble or args.model).split(",")
@@ -170,6 +172,20 @@ def run_chain(images, strategy, seed, args, folder):
         values = "  ".join(f"{k} {result[k]:.3f}" for k in ("auc", "iou") if k in result)
         print(f"{strategy:10s} seed {seed}  {len(rows):5d} labels  {values}  {time.time() - began:.0f} s", flush=True)
     return {"strategy": strategy, "seed": seed, "rounds": rounds}
+
+
+def check_chain(rounds, labelled, pool, args, strategy):
+    """ValueError, or what it likes, unless a chain can go on from there; see run_chain."""
+    counts = [pool] if strategy == "all" else [args.start + i * args.query for i in range(args.rounds + 1)]
+    if labelled.dtype != torch.long or not 0 <= labelled.min() <= labelled.max() < pool:
+        raise ValueError("what is labelled lies outside of the pool")
+    if len(labelled) != len(labelled.unique()) or [r["labels"] for r in rounds] != counts[: len(rounds)]:
+        raise ValueError("the numbers of labels are not those of this run")
+    if len(labelled) != counts[min(len(rounds), len(counts) - 1)]:
+        raise ValueError("what was bought last is missing")
+    judged = all(0 <= r[k] <= 1 for r in rounds for k in ("auc", "iou") if k in r)
+    if not judged or not all(r["seconds"] >= 0 and isinstance(name, str) for r in rounds for name in r["picks"]):
+        raise ValueError("a result is none")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -237,7 +253,12 @@ def finished_loop(images, args):
     file = Path(args.against) / "al.json"
     if not file.is_file():
         raise InputError(f"--against {args.against}: no al.json there; give the folder of a finished run")
-    other = json.loads(file.read_text())
+    with models.parts_of(file, "give the folder of another run"):
+        return matching_loop(json.loads(file.read_text()), images, args)
+
+
+def matching_loop(other, images, args):
+    """The al.json `other`, if it can be compared with what is asked for."""
     own = {"classes": images.classes, "pool": len(images.rows("train")), "test": len(images.rows("test"))}
     if any(other["data"][k] != v for k, v in own.items()):
         raise InputError(f"--against {args.against}: it has other classes, or another pool or test split")
@@ -245,6 +266,10 @@ def finished_loop(images, args):
         raise InputError(f"--against {args.against}: its rounds have other numbers of labels")
     if not {c["seed"] for c in other["chains"]} & set(range(args.seed, args.seed + args.repeats)):
         raise InputError(f"--against {args.against}: no seed in common: nothing to compare")
+    for chain in other["chains"]:
+        curve, count = [r["auc"] for r in chain["rounds"]], 1 if chain["strategy"] == "all" else len(other["labels"])
+        if not isinstance(chain["strategy"], str) or len(curve) != count or not all(0 <= v <= 1 for v in curve):
+            raise ValueError("a chain is no curve")
     return other
 
 

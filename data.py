@@ -252,7 +252,7 @@ def encode_meta(rows, columns, spec=None):
                 numbers = np.array([float(v) for v in values])
             except ValueError:
                 numbers = np.array([])
-            if not np.isfinite(numbers).all():
+            if not (np.abs(numbers) < 1e30).all():  # beyond, the spread overflows, and nothing is left of the others
                 raise InputError(f"{column}: a cell is infinite; leave it empty where the number is not known")
             if len(numbers):
                 spec.append({"column": column, "mean": float(numbers.mean()), "sd": float(numbers.std()) or 1.0})
@@ -428,8 +428,10 @@ def decode_entry(entry, size, channels, equalise):
 
 
 def lies_inside(box, size):
-    """Whether x_min, y_min, x_max, y_max are in order and inside an image of `size` (w, h), a pixel's rounding allowed."""
-    return -1 <= box[0] < box[2] <= size[0] + 1 and -1 <= box[1] < box[3] <= size[1] + 1
+    """Whether x_min, y_min, x_max, y_max are in order and inside an image of `size` (w, h), a pixel's rounding allowed, if
+    something of the box is left in it."""
+    ends = zip(box[:2], box[2:], size, strict=True)
+    return all(-1 <= low < high <= side + 1 and low < side and high > 0 for low, high, side in ends)
 
 
 def box_hint(entries, box_format):

@@ -973,6 +973,7 @@ def test_csv_mistakes_name_the_column_or_the_line(pictures):
         ("1,b,,,,,,,,,", "no column 'weight'", {"meta": ["weight"]}),
         ("1,b,,nowhere,,,,,,,", "line 3: split", box),
         ("1,b,,,,,,9,9,3,3", r"1: its box \(9.0, 9.0, 3.0, 3.0\) is no x_min, y_min, x_max, y_max in its 40x40", box),
+        ("1,b,,,,,,-1,0,0,5", r"its box \(-1.0, 0.0, 0.0, 5.0\) is no", box),  # nothing of it lies inside
         (",b,,,,,,,,,", "line 3: no image", box),
         ("gone,b,,,,,,,,,", "gone: no such file", {}),
     ]:
@@ -3572,8 +3573,9 @@ def test_the_reason_to_refer_is_told_and_nothing_but_numbers_comes_out(detector)
     assert "not a finite number" in found["error"]
     with pytest.raises(InputError, match="finite"):
         data.encode_meta([{"age": "inf"}], None, [{"column": "age", "mean": 50.0, "sd": 9.0}])
-    with pytest.raises(InputError, match="a cell is infinite"):
-        data.encode_meta([{"age": "inf"}, {"age": "3"}], ["age"])
+    for age in ("inf", "1e308"):  # the square of the second is infinite
+        with pytest.raises(InputError, match="a cell is infinite"):
+            data.encode_meta([{"age": age}, {"age": "3"}], ["age"])
 
 
 def test_patients_and_boxes_come_with_their_pictures(tmp_path):  # 13, 30
@@ -3868,6 +3870,75 @@ def test_a_report_that_was_not_written_is_written_by_resume(tmp_path, folders): 
     error_of(call(al_loop, "--strategies", "bald", "--dropout", "0", "--runs", tmp_path / "none"))
     assert al_loop.parse(["--strategies", "coreset,coreset"]).strategies == ["random", "coreset"]
     assert not (tmp_path / "none").exists()
+
+
+def spoilt(path, change):
+    """Write a file of a run again after change(what it holds)."""
+    content = torch.load(path, weights_only=True) if path.suffix == ".pt" else json.loads(path.read_text())
+    change(content)
+    torch.save(content, path) if path.suffix == ".pt" else path.write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "why"),
+    [
+        ("config.json", lambda c: c["args"].update(lr="much"), "'much' is no number"),
+        ("config.json", lambda c: c["args"].update(size=8), "8: must lie in"),
+        ("config.json", lambda c: c["args"].update(nets="all"), "nets: all"),
+        ("config.json", lambda c: c["args"].update(drop_class="x"), "drop_class: x"),
+        ("config.json", lambda c: c.update(args=[]), "do not fit"),
+        ("report.json", lambda c: c["test"].pop("auc") and c["test"].update(auc={}), "'value'"),
+        ("test.pt", lambda c: c.update(rows=c["rows"] + 1), "not of this test split"),
+        ("test.pt", lambda c: c["probabilities"].fill_(math.nan), "no probabilities"),
+        ("test.pt", lambda c: c["histories"][0][0].update(score="x"), "do not fit"),
+    ],
+)
+def test_a_damaged_run_is_not_gone_on_with(tmp_path, whole, name, change, why):
+    run = shutil.copytree(whole[0], tmp_path / "r")
+    if name == "test.pt":
+        (run / "report.json").unlink()
+    spoilt(run / name, change)
+    said = error_of(call(train, "--resume", run))
+    assert f"{run / name}: damaged" in said
+    assert why in said
+
+
+def test_a_damaged_state_is_not_gone_on_with(tmp_path):
+    net = torch.nn.Linear(2, 1)
+    optimizer, scheduler = train.build_optimizer(net, parse(["--warmup", "0.5"]), 9)
+    parts = {"net": net, "optimizer": optimizer, "scheduler": scheduler, "averaged": None}
+    state = train.State("n", tmp_path, seeded(), parts)
+    for _ in range(2):
+        net(torch.ones(1, 2)).sum().backward()
+        optimizer.step()
+        epoch = {"net": "n", "epoch": len(state.history) + 1, "loss": 1.0, "lr": 0.1, "seconds": 0.0, "score": [0.5]}
+        state.add(epoch | {"best": train.is_better(state, [0.5], net)})
+    state.save()
+    assert train.State("n", tmp_path, seeded(), parts).history == state.history
+    for change, why in [
+        (lambda c: c["history"].pop(0), "the history is not whole"),
+        (lambda c: c["history"][1].update(score=["x"]), "do not fit"),
+        (lambda c: c["net"].popitem(), "do not fit"),
+        (lambda c: c["best"].update(weight=torch.ones(3)), "do not fit"),
+        (lambda c: c["optimizer"]["state"][0]["exp_avg"].fill_(math.inf), "not finite"),
+        (lambda c: c.pop("name"), "do not fit"),
+    ]:
+        state.save()
+        spoilt(tmp_path / "last.pt", change)
+        refused(rf"last.pt: damaged.*{why}.*remove it", train.State, "n", tmp_path, seeded(), parts)
+
+
+def test_what_another_script_left_is_checked_too(tmp_path):
+    (tmp_path / "explain.json").write_text('{"recommended": "tea leaves"}')
+    refused("no method 'tea leaves'", report.recommended_method, tmp_path / "model.pt")
+    (tmp_path / "trial0-1-0.json").write_text('{"trial": 0, "epochs": 1, "fold": 0, "lr": 0.1, "score": "high"}')
+    refused("trial0-1-0.json: damaged", search.try_setting, None, 0, {"lr": 0.1}, 1, 0, None, tmp_path)
+    args = argparse.Namespace(start=2, query=2, rounds=2)
+    rounds, labelled = [{"labels": 2, "auc": 0.5, "seconds": 1.0, "picks": ["a"]}], torch.arange(4)
+    al_loop.check_chain(rounds, labelled, 9, args, "random")
+    for bad in ([rounds, labelled + 6], [rounds, labelled // 2], [rounds, labelled[:3]], [[], labelled], [rounds * 2, labelled]):  # fmt: skip
+        with pytest.raises(ValueError, match=r"labels|bought|pool"):
+            al_loop.check_chain(*bad, 9, args, "random")
 
 
 def test_a_damaged_cache_is_written_again(tmp_path, folders):  # 39

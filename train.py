@@ -35,7 +35,7 @@ from data import partition
 from losses import class_weights, classification_loss, detection_loss, distillation_loss
 from options import claim, load_images, parse, prepare_folder, run_main, stop
 from readers import InputError
-from report import finished_run, print_report, same_pictures, write_report
+from report import check_history, finished_run, print_report, read_result, same_pictures, write_report
 
 EVAL_BATCH = 64  # images a step when nothing is learnt
 
@@ -81,21 +81,36 @@ class State:
 
             self.board = SummaryWriter(str(Path(folder) / "tensorboard"))
         saved = models.read_checkpoint(self.last) if self.last.exists() else None
-        if saved and saved["name"] == name:
-            for key, part in parts.items():
-                if part is not None:
-                    part.load_state_dict(saved[key])
-            generator.set_state(saved["generator"])
-            torch.set_rng_state(saved["torch_rng"])
-            if saved["cuda_rng"]:
-                torch.cuda.set_rng_state_all(saved["cuda_rng"])
-            self.best, self.best_score, self.history = saved["best"], saved["best_score"], saved["history"]
-            print(f"resuming {name} after epoch {len(self.history)}")
+        with models.parts_of(self.last, "remove it, and the network is trained from its first epoch"):
+            if saved and saved["name"] == name:
+                self.take(saved)
+                print(f"resuming {name} after epoch {len(self.history)}")
         self.saved = len(self.history)
-        lines = self.log.read_text().splitlines(keepends=True) if self.log.exists() else []
-        lines = [line for line in lines if line.endswith("}\n") and json.loads(line)["net"] != name]
+        lines = self.log.read_text(errors="replace").splitlines(keepends=True) if self.log.exists() else []
+        lines = [line for line in lines if line.endswith("}\n") and f'"net": "{name}"' not in line]
         lines += [json.dumps(h) + "\n" for h in self.history]  # without what came after the save
         models.write_atomically(self.log, "".join(lines).encode())
+
+    def take(self, saved):
+        """Go on from what `save` kept. Raises what it likes where that does not fit."""
+        models.check_tensors(saved["net"], self.parts["net"].state_dict())
+        models.check_tensors(saved["best"], self.parts["net"].state_dict())
+        for key, part in self.parts.items():
+            if part is not None:
+                part.load_state_dict(saved[key])
+        for p, own in self.parts["optimizer"].state.items():
+            if any(v.shape not in (p.shape, ()) or not v.isfinite().all() for v in own.values()):
+                raise ValueError("a moment of the optimizer is of another shape, or not finite")
+        self.generator.set_state(saved["generator"])
+        torch.set_rng_state(saved["torch_rng"])
+        if saved["cuda_rng"]:
+            torch.cuda.set_rng_state_all(saved["cuda_rng"])
+        self.best, self.best_score, self.history = saved["best"], saved["best_score"], saved["history"]
+        check_history(self.history)
+        if not all(map(math.isfinite, self.best_score)) or [h["epoch"] for h in self.history] != list(
+            range(1, len(self.history) + 1)
+        ):
+            raise ValueError("the history is not whole")
 
     def add(self, epoch):
         self.history.append(epoch)
@@ -374,6 +389,9 @@ def train_or_reload(build, images, rows, loss_of, validate, args, name, folder, 
     net = build()
     if path.exists():
         done = models.read_checkpoint(path)
+        with models.parts_of(path, "remove it, and the network is trained again"):
+            models.check_tensors(done["state"], net.state_dict())
+            check_history(done["history"])
     else:
         if start is not None:
             net.load_state_dict(start.state_dict())
@@ -629,7 +647,7 @@ def make_runs(images, runs, args, folder):
             if name:
                 print(f"\n{name}: {', '.join(f'{n} {what}' for what, n in splits.items())}")
             one_run(images, train, val, test, args, part, seed, teach(images, args, name, test))
-        results.append(models.read_checkpoint(done))
+        results.append(read_result(done, images, test))
         if name and not (part / "report.json").exists():
             write_report(images, results[-1:], args, part, time.time() - start, splits)
     return results
@@ -642,8 +660,9 @@ def main(argv=None):
     done = Path(args.resume or ".") / "report.json"
     if args.resume and not args.against and done.exists():
         print(f"{args.resume} is complete:")
-        report = json.loads(done.read_text())
-        print_report(report)
+        with models.parts_of(done, "remove it, and --resume writes it again"):
+            report = json.loads(done.read_text())
+            print_report(report)
         print(models.DISCLAIMER)
         return report, Path(args.resume)
     images, runs, other = prepare(args)
