@@ -245,7 +245,16 @@ def verdict(name, row):
     words = "better than random" if row["gain"] > 0 else "WORSE than random"
     if not row["p"] < 0.05:  # also where one repeat gives no p
         words = "no better than random could be shown on this data"
-    return f"{name}: {words} ({row['gain']:+.4f} [{row['low']:+.4f}, {row['high']:+.4f}] of mean AUC, p {row['p']:.3f})"
+    return f"{name}: {words} ({gain_text(row, ' of mean AUC')})"
+
+
+def gain_text(row, what=""):
+    """As in "+0.0120 [+0.0010, +0.0230], p 0.036"; one seed has neither interval nor p."""
+    return (
+        metrics.interval_text({"value": row["gain"], **row}, "+.4f")
+        + what
+        + (f", p {row['p']:.3f}" if math.isfinite(row["p"]) else "")
+    )
 
 
 def finished_loop(images, args):
@@ -350,7 +359,7 @@ def needed_text(needed, most):
 
 def print_al_report(report):
     full = report["auc"]["all"][0]
-    print(f"\nfull data: AUC {full['mean']:.3f} [{full['low']:.3f}, {full['high']:.3f}]")
+    print(f"\nfull data: AUC {metrics.interval_text({'value': full['mean'], **full})}")
     print("labels needed for a share of it, and as a ratio to random's [95 %, bootstrap over the seeds]")
     print(f"{'':11s} mean AUC" + "".join(f"{f'{100 * s:.0f} %':>30s}" for s in SHARES))
     for name, row in report["table"].items():
@@ -359,8 +368,7 @@ def print_al_report(report):
     for line in report["words"]:
         print(line)
     for name, row in report.get("against", {}).items():
-        change = f"{row['gain']:+.4f} [{row['low']:+.4f}, {row['high']:+.4f}], p {row['p']:.3f}"
-        print(f"{name}: mean AUC against its own in the other run {change}")
+        print(f"{name}: mean AUC against its own in the other run {gain_text(row)}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -425,7 +433,10 @@ def main(argv=None):
     jobs = [(name, seed, args, folder) for seed in seeds for name in ["all", *args.strategies]]
     chains, start = [], time.time()
     try:
-        with options.claim(folder), train.Interrupt() if args.workers == 1 else contextlib.nullcontext():
+        with (
+            options.claim(folder, not args.resume),
+            train.Interrupt() if args.workers == 1 else contextlib.nullcontext(),
+        ):
             for chain in train.run_jobs(run_chain, jobs, images, args, args.workers):
                 chains.append(chain)
                 left = (time.time() - start) / len(chains) * (len(jobs) - len(chains))
@@ -620,7 +631,7 @@ def learn(argv):
     folder = options.prepare_folder(args, more, "learn-")
     runs = [("before", fixed, val, test, seed), ("after", torch.cat([fixed, rows]), val, test, seed)]
     try:
-        with options.claim(folder), train.Interrupt():
+        with options.claim(folder, not args.resume), train.Interrupt():
             before, after = train.make_runs(more, runs, args, folder)
     except (train.Stopped, KeyboardInterrupt):
         options.stop("al_loop.py learn", folder)

@@ -16,6 +16,7 @@ import json
 import os
 import platform
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -233,6 +234,8 @@ def prepare_folder(args, images, prefix=""):
     members = "ensemble" if args.ensemble else args.model
     source = "phantoms" if args.data in (None, "phantoms") else f"{Path(args.data).stem}-{members}"
     name = args.name or prefix + source
+    if Path(name).is_absolute() or ".." in Path(name).parts:
+        raise InputError(f"--name {name}: it leads out of the folder of --runs; give a name, and the folder to --runs")
     for number in itertools.count(1):
         folder = Path(args.runs) / (name if number == 1 else f"{name}-{number}")
         try:
@@ -255,18 +258,25 @@ def prepare_folder(args, images, prefix=""):
 
 
 @contextlib.contextmanager
-def claim(folder):
-    """Work in a run folder alone. The lock is the system's: it goes when the process ends, however that happens."""
-    with open(Path(folder) / "config.json") as file:
-        try:
-            import fcntl
+def claim(folder, new=False):
+    """Work in a run folder alone. The lock is the system's: it goes when the process ends, however that happens. A new
+    folder that an InputError leaves with nothing learnt goes, so that the corrected command can have its name."""
+    try:
+        with open(Path(folder) / "config.json") as file:
+            try:
+                import fcntl
 
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except ImportError:
-            pass  # Windows has no such locks
-        except BlockingIOError:
-            raise InputError(f"{folder}: another process works in it; wait for it, or stop it") from None
-        yield
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except ImportError:
+                pass  # Windows has no such locks
+            except BlockingIOError:
+                raise InputError(f"{folder}: another process works in it; wait for it, or stop it") from None
+            yield
+    except InputError:
+        files = (p for p in Path(folder).rglob("*") if p.is_file() and p.name != "config.json")
+        if new and not any(p.stat().st_size for p in files):
+            shutil.rmtree(folder)
+        raise
 
 
 def stop(script, folder):

@@ -189,7 +189,7 @@ def print_change(change):
 
 def change_text(m):
     """As in +0.003 [-0.003, +0.010]."""
-    return "{} [{}, {}]".format(*numbers(m, "value", "low", "high", form="+.3f"))
+    return metrics.interval_text(m, "+.3f")
 
 
 def numbers(m, *names, form=".3f"):

@@ -630,6 +630,10 @@ def prepare(args):
         raise InputError(f"--data {args.data}: {found}: nothing to learn; at least two are needed")
     runs = plan(images, args)
     for backbone in {args.model, *(args.ensemble or args.model).split(",")}:
+        if backbone == "none" and (images.meta is None or args.nets == "dnet"):
+            raise InputError(
+                "--model none sees no image; it needs patient data, --meta-columns, and a C-Net to learn them"
+            )
         models.build_backbone(backbone, images.pixels.shape[1], args.weights)
     for run in runs if args.teacher else []:
         load_teacher(images, args, run[0], run[3])
@@ -669,7 +673,7 @@ def main(argv=None):
     folder, start = prepare_folder(args, images), time.time()
     print(f"run folder: {folder}")
     try:
-        with claim(folder), Interrupt():
+        with claim(folder, not args.resume), Interrupt():
             results = make_runs(images, runs, args, folder)
     except (Stopped, KeyboardInterrupt):
         stop("train.py", folder)
