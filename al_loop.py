@@ -29,6 +29,7 @@ from pathlib import Path
 import torch
 
 import data
+import files
 import judge
 import metrics
 import models
@@ -137,8 +138,10 @@ def run_chain(images, strategy, seed, args, folder):
     groups = torch.arange(len(pool)) if args.ignore_groups else images.groups[pool]
     rounds, labelled, last = [], torch.arange(len(pool)), 0 if strategy == "all" else args.rounds
     if (folder / "state.pt").exists():
-        state = models.read_checkpoint(folder / "state.pt")
-        rounds, labelled = state["rounds"], state["labelled"]
+        state, advice = files.read_checkpoint(folder / "state.pt"), "remove it, and this chain begins again"
+        with files.parts_of(folder / "state.pt", advice):
+            rounds, labelled = state["rounds"], state["labelled"]
+            check_chain(rounds, labelled, len(pool), args, strategy)
     elif strategy != "all":
         labelled = first_labels(images, pool, groups, seed, args)
     own = (args.ensemble or args.model).split(",")
@@ -172,12 +175,26 @@ def run_chain(images, strategy, seed, args, folder):
             if follows:
                 models.save(folder / f"round{number}.pt", model)
         rounds.append(result | {"seconds": round(time.time() - began, 1)})
-        models.save_checkpoint(folder / "state.pt", {"rounds": rounds, "labelled": labelled})
+        files.save_checkpoint(folder / "state.pt", {"rounds": rounds, "labelled": labelled})
         shutil.rmtree(work)
         (folder / f"round{number - 1}.pt").unlink(missing_ok=True)
         values = "  ".join(f"{k} {result[k]:.3f}" for k in ("auc", "iou") if k in result)
         print(f"{strategy:10s} seed {seed}  {len(rows):5d} labels  {values}  {time.time() - began:.0f} s", flush=True)
     return {"strategy": strategy, "seed": seed, "rounds": rounds}
+
+
+def check_chain(rounds, labelled, pool, args, strategy):
+    """ValueError, or what it likes, unless a chain can go on from there; see run_chain."""
+    counts = [pool] if strategy == "all" else [args.start + i * args.query for i in range(args.rounds + 1)]
+    if labelled.dtype != torch.long or not 0 <= labelled.min() <= labelled.max() < pool:
+        raise ValueError("what is labelled lies outside of the pool")
+    if len(labelled) != len(labelled.unique()) or [r["labels"] for r in rounds] != counts[: len(rounds)]:
+        raise ValueError("the numbers of labels are not those of this run")
+    if len(labelled) != counts[min(len(rounds), len(counts) - 1)]:
+        raise ValueError("what was bought last is missing")
+    judged = all(0 <= r[k] <= 1 for r in rounds for k in ("auc", "iou") if k in r)
+    if not judged or not all(r["seconds"] >= 0 and isinstance(name, str) for r in rounds for name in r["picks"]):
+        raise ValueError("a result is none")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -237,7 +254,16 @@ def verdict(name, row):
     words = "better than random" if row["gain"] > 0 else "WORSE than random"
     if not row["p"] < 0.05:  # also where one repeat gives no p
         words = "no better than random could be shown on this data"
-    return f"{name}: {words} ({row['gain']:+.4f} [{row['low']:+.4f}, {row['high']:+.4f}] of mean AUC, p {row['p']:.3f})"
+    return f"{name}: {words} ({gain_text(row, ' of mean AUC')})"
+
+
+def gain_text(row, what=""):
+    """As in "+0.0120 [+0.0010, +0.0230], p 0.036"; one seed has neither interval nor p."""
+    return (
+        metrics.interval_text({"value": row["gain"], **row}, "+.4f")
+        + what
+        + (f", p {row['p']:.3f}" if math.isfinite(row["p"]) else "")
+    )
 
 
 def finished_loop(images, args):
@@ -245,7 +271,12 @@ def finished_loop(images, args):
     file = Path(args.against) / "al.json"
     if not file.is_file():
         raise InputError(f"--against {args.against}: no al.json there; give the folder of a finished run")
-    other = json.loads(file.read_text())
+    with files.parts_of(file, "give the folder of another run"):
+        return matching_loop(json.loads(file.read_text()), images, args)
+
+
+def matching_loop(other, images, args):
+    """The al.json `other`, if it can be compared with what is asked for."""
     if not {c["seed"] for c in other["chains"]} & set(range(args.seed, args.seed + args.repeats)):
         raise InputError(f"--against {args.against}: no seed in common: nothing to compare")
     own = {"classes": images.classes, "pool": len(images.rows("train")), "test": len(images.rows("test"))}
@@ -253,6 +284,10 @@ def finished_loop(images, args):
         raise InputError(f"--against {args.against}: it has other classes, or another pool or test split")
     if other["labels"] != list(range(args.start, args.start + args.rounds * args.query + 1, args.query)):
         raise InputError(f"--against {args.against}: its rounds have other numbers of labels")
+    for chain in other["chains"]:
+        curve, count = [r["auc"] for r in chain["rounds"]], 1 if chain["strategy"] == "all" else len(other["labels"])
+        if not isinstance(chain["strategy"], str) or len(curve) != count or not all(0 <= v <= 1 for v in curve):
+            raise ValueError("a chain is no curve")
     return other
 
 
@@ -296,7 +331,7 @@ def write_al_report(images, chains, args, folder, other=None):
             report["words"] = [verdict(n, row) for n, row in report["table"].items() if n != "random"]
     if other:
         report["against"] = compare_runs(report, other)
-    models.write_atomically(folder / "al.json", json.dumps(clean(report), indent=1).encode())
+    files.write_atomically(folder / "al.json", json.dumps(clean(report), indent=1).encode())
     seeds = f"mean of {args.repeats} seeds with its 95 % t band" if args.repeats > 1 else "one seed"
     note = f"{Path(images.source).name}: {report['model']}, {seeds}"
     note += "   PLACEHOLDER BOXES: localisation means nothing" if images.placeholder_boxes else ""
@@ -333,7 +368,7 @@ def needed_text(needed, most):
 
 def print_al_report(report):
     full = report["auc"]["all"][0]
-    print(f"\nfull data: AUC {full['mean']:.3f} [{full['low']:.3f}, {full['high']:.3f}]")
+    print(f"\nfull data: AUC {metrics.interval_text({'value': full['mean'], **full})}")
     print("labels needed for a share of it, and as a ratio to random's [95 %, bootstrap over the seeds]")
     print(f"{'':11s} mean AUC" + "".join(f"{f'{100 * s:.0f} %':>30s}" for s in SHARES))
     for name, row in report["table"].items():
@@ -342,8 +377,7 @@ def print_al_report(report):
     for line in report["words"]:
         print(line)
     for name, row in report.get("against", {}).items():
-        change = f"{row['gain']:+.4f} [{row['low']:+.4f}, {row['high']:+.4f}], p {row['p']:.3f}"
-        print(f"{name}: mean AUC against its own in the other run {change}")
+        print(f"{name}: mean AUC against its own in the other run {gain_text(row)}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -408,7 +442,10 @@ def main(argv=None):
     jobs = [(name, seed, args, folder) for seed in seeds for name in ["all", *args.strategies]]
     chains, start = [], time.time()
     try:
-        with options.claim(folder), train.Interrupt() if args.workers == 1 else contextlib.nullcontext():
+        with (
+            options.claim(folder, not args.resume),
+            train.Interrupt() if args.workers == 1 else contextlib.nullcontext(),
+        ):
             for chain in options.run_jobs(run_chain, jobs, images, args, args.workers):
                 chains.append(chain)
                 left = (time.time() - start) / len(chains) * (len(jobs) - len(chains))
@@ -516,7 +553,7 @@ def write_sheet(out, images, picks, model, boxes, title):
     if found is not None:
         found[[k for k, guess in enumerate(guesses) if not guess[2]]] = math.nan
     sheet = plots.contact_sheet(pixels, captions, found, title=title + ("" if found is None else " (D-Net's box)"))
-    models.write_atomically(out / "to_label.csv", file.getvalue().encode())
+    files.write_atomically(out / "to_label.csv", file.getvalue().encode())
     plots.save_png(sheet, out / "to_label.png")
 
 
@@ -611,12 +648,12 @@ def learn(argv):
     folder = options.prepare_folder(args, more, "learn-")
     runs = [("before", fixed, val, test, seed), ("after", torch.cat([fixed, rows]), val, test, seed)]
     try:
-        with options.claim(folder), train.Interrupt():
+        with options.claim(folder, not args.resume), train.Interrupt():
             before, after = train.make_runs(more, runs, args, folder)
     except (train.Stopped, KeyboardInterrupt):
         options.stop("al_loop.py learn", folder)
     change = compare_models(more, [before], [after])
-    models.write_atomically(folder / "change.json", json.dumps(clean(change), indent=1).encode())
+    files.write_atomically(folder / "change.json", json.dumps(clean(change), indent=1).encode())
     print()
     print_change(change)
     print(f"\n{folder}: before/model.pt, after/model.pt, change.json")

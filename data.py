@@ -10,6 +10,7 @@ Images of one patient, one lesion, or near-duplicates of each other share a grou
 """
 
 import concurrent.futures
+import contextlib
 import dataclasses
 import hashlib
 import io
@@ -104,13 +105,23 @@ class ImageSet:
 # One image
 
 
+FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "GIF", "WEBP", "PPM", "JPEG2000")  # EPS, of any name, would start Ghostscript
+
+
+@contextlib.contextmanager
 def open_image(source):
     """A file, or uint8 (H, W) or (H, W, 3), as a PIL image; of a file nothing but its header is read yet."""
-    return Image.fromarray(source) if isinstance(source, np.ndarray) else Image.open(source)
+    if isinstance(source, np.ndarray):
+        yield Image.fromarray(source)
+    elif isinstance(source, (str, Path)):
+        with open(source, "rb") as file:  # a TIFF that Pillow opens by its name is mapped into memory, and that
+            yield Image.open(file, formats=FORMATS)  # scrambles what its EXIF turns by a quarter
+    else:
+        yield Image.open(source, formats=FORMATS)
 
 
 def read_image(path, channels):
-    """Any image file, or array as open_image takes it, as an upright 8-bit PIL image: "L" for channels=1, "RGB" for 3.
+    """An image file of FORMATS, or array as open_image takes it, as an upright 8-bit PIL image: "L" for channels=1, "RGB" for 3.
 
     EXIF rotation is applied, transparency is laid on black, 16-bit and float images are scaled by their own range.
     Raises InputError (one line) when the file is missing, truncated, no image, or a decompression bomb."""
@@ -123,7 +134,7 @@ def read_image(path, channels):
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as e:
         raise InputError(f"more than {Image.MAX_IMAGE_PIXELS / 1e6:.0f} million pixels, refused") from e
     except Image.UnidentifiedImageError as e:
-        raise InputError("not an image") from e
+        raise InputError(f"not an image, or none of {', '.join(FORMATS)}") from e
     except InputError:
         raise
     except Exception as e:  # Pillow's decoders raise whatever comes to their mind on broken files
@@ -134,11 +145,13 @@ def to_mode(image, channels):
     """A PIL image of any mode, turned upright as its EXIF says, as 8-bit "L" (channels=1) or "RGB" (channels=3)."""
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I") or image.mode == "F":  # 16-bit, 32-bit, float: no fixed white, so use their own range
-        values = np.asarray(image, dtype=np.float64)
-        if not np.isfinite(values).all():
+        if not np.isfinite(np.asarray(image)).all():
             raise InputError("it holds NaN or infinity")
+        values = np.asarray(image, dtype=np.float64)
         low, high = values.min(), values.max()
-        image = Image.fromarray(((values - low) * (255 / max(high - low, 1e-12))).astype(np.uint8))
+        values -= low  # in place: a picture may be large, and there is one in every thread
+        values *= 255 / max(high - low, 1e-12)
+        image = Image.fromarray(values.astype(np.uint8))
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, (0, 0, 0, 255)), image)
@@ -240,7 +253,7 @@ def encode_meta(rows, columns, spec=None):
                 numbers = np.array([float(v) for v in values])
             except ValueError:
                 numbers = np.array([])
-            if not np.isfinite(numbers).all():
+            if not (np.abs(numbers) < 1e30).all():  # beyond, the spread overflows, and nothing is left of the others
                 raise InputError(f"{column}: a cell is infinite; leave it empty where the number is not known")
             if len(numbers):
                 spec.append({"column": column, "mean": float(numbers.mean()), "sd": float(numbers.std()) or 1.0})
@@ -446,8 +459,10 @@ def decode_entry(entry, size, channels, equalise):
 
 
 def lies_inside(box, size):
-    """Whether x_min, y_min, x_max, y_max are in order and inside an image of `size` (w, h), a pixel's rounding allowed."""
-    return -1 <= box[0] < box[2] <= size[0] + 1 and -1 <= box[1] < box[3] <= size[1] + 1
+    """Whether x_min, y_min, x_max, y_max are in order and inside an image of `size` (w, h), a pixel's rounding allowed, if
+    something of the box is left in it."""
+    ends = zip(box[:2], box[2:], size, strict=True)
+    return all(-1 <= low < high <= side + 1 and low < side and high > 0 for low, high, side in ends)
 
 
 def box_hint(entries, box_format):

@@ -21,11 +21,12 @@ import torch
 import plots
 from augment import blur, crop, cut
 from data import meta_for, parse_meta, read_image
-from metrics import resample
-from models import DISCLAIMER, WithPatients, choose_device, load_classifier, model_file, write_atomically
+from files import write_atomically
+from metrics import interval_text, resample
+from models import DISCLAIMER, WithPatients, choose_device, load_classifier, model_file
 from options import build_parser, run_main
 from readers import InputError
-from report import describe_map, explain_picture, held_out, recommended_method
+from report import clean, describe_map, explain_picture, held_out, recommended_method
 from saliency import (
     BASELINES,
     CLASSLESS,
@@ -197,13 +198,18 @@ def recommend(found, groups):
     return best, "; ".join([why, *reasons])
 
 
+def cell_text(cell):
+    """A mean with its interval (mean, low, high), in two digits."""
+    return interval_text(dict(zip(("value", "low", "high"), cell, strict=True)), ".2f")
+
+
 def print_table(found, groups):
     """Print the table of methods and measures; return it as {method: {measure: [mean, low, high]}}."""
     table = {name: {m: interval(v, groups) for m, v in row.items()} for name, row in found.items()}
     shown = [m for m in MEASURES if any(m in row for row in table.values())]
     print(f"{'':12s}" + "".join(f"{m:>22s}" for m in shown))
     for name, row in table.items():
-        cells = [f"{row[m][0]:.2f} [{row[m][1]:.2f}, {row[m][2]:.2f}]" if m in row else "" for m in shown]
+        cells = [cell_text(row[m]) if m in row else "" for m in shown]
         print(f"{name:12s}" + "".join(f"{c:>22s}" for c in cells))
     return table
 
@@ -259,7 +265,7 @@ def write_kinds(images, rows, predicted, per_area, method, out):
     print(f"evidence per area ({method}; 1 = as much as anywhere), mean [95 % interval by group]:")
     print(f"{'':24s}" + "".join(f"{r:>22s}" for r in REGIONS))
     for kind, cells in table.items():
-        print(f"{kind[:23]:24s}" + "".join(f"{f'{c[0]:.2f} [{c[1]:.2f}, {c[2]:.2f}]':>22s}" for c in cells))
+        print(f"{kind[:23]:24s}" + "".join(f"{cell_text(c):>22s}" for c in cells))
     lines = [[kind, r, *cell] for kind, cells in table.items() for r, cell in zip(REGIONS, cells, strict=True)]
     write_csv(out / "hotspots.csv", ["images", "region", "evidence per area", "low", "high"], lines)
     chart = plots.bar_chart(table, REGIONS, f"Evidence per area, {method} (1 = as much as anywhere)")
@@ -375,7 +381,7 @@ def explain_run(args):
         best, why = recommend(found, groups)
         print(f"recommended: {why}")
         report = {"images": len(groups), "measures": table, "recommended": best, "why": why}
-        write_atomically(out / "explain.json", json.dumps(report, indent=1).encode())
+        write_atomically(out / "explain.json", json.dumps(clean(report), indent=1).encode())
     if args.hotspots:
         method, note = (args.method, "") if args.method else recommended_method(folder / "model.pt")
         if method == "all":

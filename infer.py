@@ -41,9 +41,10 @@ from data import (
     read_image,
     to_mode,
 )
-from models import DISCLAIMER, choose_device, load_classifier, model_file, write_atomically
+from files import write_atomically
+from models import DISCLAIMER, choose_device, load_classifier, model_file
 from options import DATA, build_parser, run_main
-from readers import COLUMNS, MASK, InputError, image_files, natural, read_csv, read_table, walk
+from readers import COLUMNS, MASK, InputError, image_files, natural, one_line, read_csv, read_table, walk
 
 KEYS = (
     "image", "prediction", "probability", "confidence", "probabilities", "uncertainty", "box", "refer", "reason", "error",
@@ -273,7 +274,7 @@ class BreastCancerDetector:
         except InputError as e:
             opened["error"] = str(e)
         except Exception as e:  # a PIL image that is cut off, of no pixels, of a mode that can't be converted ...
-            opened["error"] = f"no image that can be read ({e or type(e).__name__})"
+            opened["error"] = one_line(f"no image that can be read ({str(e) or type(e).__name__})")
         return opened
 
     def describe(self):
@@ -501,11 +502,12 @@ def write_answers(path, results):
 
 def sentence(result, info):
     """One line for a person."""
+    image = one_line(str(result["image"]))
     if result["error"]:
-        return f"{result['image']}: error: {result['error']}"
+        return f"{image}: error: {result['error']}"
     box = f", box {' '.join(f'{v:.0f}' for v in result['box'])}" if result["box"] else ""
     refer = f"  -> refer to a radiologist: {result['reason']}" if result["refer"] else ""
-    return f"{result['image']}: {', '.join(verdict(result, info))}, uncertainty {result['uncertainty']:.3f}{box}{refer}"
+    return f"{image}: {', '.join(verdict(result, info))}, uncertainty {result['uncertainty']:.3f}{box}{refer}"
 
 
 def verdict(result, info):

@@ -11,11 +11,7 @@ probabilities = model(images)       # (N, K)
 """
 
 import functools
-import io
 import math
-import os
-import pickle
-import zipfile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,6 +21,7 @@ from torch import nn
 
 import saliency
 from augment import VIEWS, crop, crop_regions, place, to_float, tta_views
+from files import read_checkpoint, reason, save_checkpoint
 from losses import cell_centres, two_logits
 from readers import InputError
 
@@ -166,8 +163,11 @@ def load_weights(net, path):
     state = read_checkpoint(path, f"--weights {path}")
     if not isinstance(state, dict) or not any(isinstance(v, torch.Tensor) for v in state.values()):
         raise InputError(f"--weights {path}: holds no state_dict")
-    own = net.state_dict()
+    own, state = net.state_dict(), {str(k): v for k, v in state.items()}
     fits = {k: v for k, v in state.items() if k in own and isinstance(v, torch.Tensor) and v.shape == own[k].shape}
+    for name, value in fits.items():
+        if value.layout != torch.strided or value.is_quantized or value.is_complex() or not value.isfinite().all():
+            raise InputError(f"--weights {path}: {name} holds NaN, infinity, or no plain numbers; take another file")
     if not fits:
         names = f"first: {next(iter(state))}; wanted: {next(iter(own))}"
         raise InputError(f"--weights {path}: not one of its {len(state)} tensors fits this network ({names})")
@@ -606,41 +606,17 @@ class WithPatients(nn.Module):
 FORMAT, VERSION = "miniCADx model", 2
 
 
-def write_atomically(path, data):
-    """Write bytes beside `path`, then move them over it: a kill at any moment leaves a whole file."""
-    path = Path(path)
-    part = path.with_name(path.name + ".part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(part, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    except OSError as e:
-        part.unlink(missing_ok=True)
-        advice = "what was there before is whole; make room and try again"
-        raise InputError(f"{path} can't be written ({e.strerror or e}); {advice}") from e
-
-
-def save_checkpoint(path, content):
-    """torch.save, atomically."""
-    buffer = io.BytesIO()
-    torch.save(content, buffer)
-    write_atomically(path, buffer.getbuffer())
-
-
-def read_checkpoint(path, what=None):
-    """torch.load(weights_only=True) on the CPU. InputError in one line, of `what` (the path), when it is missing or no
-    such file."""
-    what = what or path
-    if not Path(path).is_file():
-        raise InputError(f"{what}: no such file")
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, zipfile.BadZipFile, KeyError, ValueError, OSError) as e:
-        why = (str(e) or type(e).__name__).splitlines()[0][:80]
-        raise InputError(f"{what}: not a PyTorch file, or damaged, or it holds more than tensors ({why})") from e
+def check_tensors(found, wanted):
+    """ValueError unless the state_dict `found` has the tensors of `wanted`, each of its shape and type, and whole: a tensor
+    without strides claims more than its file holds, and load_state_dict(assign=True) takes any type."""
+    for name, own in wanted.items():
+        value = found[name]
+        if value.untyped_storage().nbytes() < value.numel() * value.element_size():
+            raise ValueError(f"{name} is larger than its memory")
+        if (value.shape, value.dtype) != (own.shape, own.dtype):
+            raise ValueError(f"{name} is {tuple(value.shape)} {value.dtype}, not {tuple(own.shape)} {own.dtype}")
+    if more := found.keys() - wanted.keys():
+        raise ValueError(f"{min(more, key=str)} has no place")
 
 
 def save(path, model):
@@ -668,7 +644,7 @@ def load(path, device="cpu"):
     if not isinstance(content, dict) or content.pop("format", None) != FORMAT:
         raise InputError(f"{path}: not a model file of this project (a bare state_dict goes to --weights)")
     version = content.pop("version", None)
-    if not isinstance(version, int) or version > VERSION:
+    if type(version) is not int or version > VERSION:
         raise InputError(f"{path}: model file of version {version}, this program knows up to {VERSION}; update it")
     try:
         check_info(content)
@@ -676,40 +652,64 @@ def load(path, device="cpu"):
         dnets = [rebuild(VotingDNet, old)] if old else [rebuild(DNet, d) for d in content.pop("dnets", [])]
         members = [rebuild(CNet, m) for m in content.pop("members")]
         model = Ensemble(members, content.pop("weights").tolist(), dnets, **content)
-    except (KeyError, TypeError, RuntimeError, AttributeError, ValueError) as e:
-        why = (str(e) or type(e).__name__).splitlines()[0][:120]
-        raise InputError(f"{path}: a model file with parts missing or not fitting ({why})") from e
+        check_nets(model)
+    except Exception as e:  # anything can stand anywhere
+        raise InputError(f"{path}: a model file with parts missing or not fitting ({reason(e)})") from e
     return model.eval().to(device)
 
 
 def check_info(content):
     """ValueError unless what a model file says of itself can be: it may come from a stranger."""
+
+    def encodes(s):  # see data.encode_meta
+        if "levels" in s:
+            return type(s["column"]) is str and all(type(level) is str for level in s["levels"])
+        return type(s["column"]) is str and math.isfinite(s["mean"]) and 0 < s["sd"] < math.inf
+
     rules = {
-        "classes": lambda v: isinstance(v, list) and all(isinstance(c, str) for c in v),
-        "size": lambda v: isinstance(v, int) and 1 <= v <= 4096,
-        "load_size": lambda v: isinstance(v, int) and 1 <= v <= 8192,
-        "channels": lambda v: v in (1, 3),
-        "views": lambda v: v in range(1, len(VIEWS) + 1),
-        **dict.fromkeys(
-            ("temperature", "threshold", "margin", "lesion_threshold"), lambda v: math.isfinite(v) and v >= 0
-        ),
-    }
+        "classes": lambda v: type(v) is list and len(set(v)) == len(v) > 1 and all(type(c) is str and c for c in v),
+        "size": lambda v: type(v) is int and 1 <= v <= 4096,
+        "load_size": lambda v: type(v) is int and 1 <= v <= 8192,
+        "channels": lambda v: type(v) is int and v in (1, 3),
+        "views": lambda v: type(v) is int and 1 <= v <= len(VIEWS),
+        "equalise": lambda v: type(v) is bool,
+        "temperature": lambda v: type(v) in (int, float) and 0 < v < math.inf,
+        **dict.fromkeys(("threshold", "margin", "lesion_threshold"), lambda v: type(v) in (int, float) and 0 <= v < math.inf),
+        "meta_spec": lambda v: type(v) is list and all(map(encodes, v)),
+        "made": lambda v: type(v) is dict and all(type(part) in (str, int, bool, type(None)) for part in v.values()),
+        "seen": lambda v: v.keys() == {"train", "val", "test"} and all(t.dtype == torch.long and t.dim() == 1 for t in v.values()),
+    }  # fmt: skip
     for key, fits in rules.items():
         if key in content and not fits(content[key]):
             raise ValueError(f"{key}: {str(content[key])[:60]}")
-    if missing := {"classes", "size"} - content.keys():
+    if missing := {"classes", "size", "load_size", "channels"} - content.keys():
         raise ValueError(f"no {min(missing)}")
+
+
+def check_nets(model):
+    """ValueError unless the networks of a model file fit one another, its votes, and what it says of itself."""
+    info, votes = model.info, model.weights
+    known = votes.shape == (len(model.members),) and (votes.isfinite() & (votes >= 0)).all()
+    if not known or (len(votes) and not votes.sum() > 0):
+        raise ValueError(f"weights: {votes.tolist()} of {len(model.members)} members")
+    meta = sum(1 + (len(s["levels"]) if "levels" in s else 1) for s in info["meta_spec"])
+    known = {"channels": [info["channels"]], "classes": [len(info["classes"])], "meta": [0, meta]}
+    known |= {"normalise": ["image", "fixed"], "roi": ["none", "mask", "dnet"]}
+    if not all(0 <= net.config["dropout"] <= 1 for net in model.members):  # nn.Dropout takes NaN
+        raise ValueError("dropout is no share")
+    for net in (*model.members, *model.dnets):
+        for key, fit in known.items():
+            if net.config.get(key, fit[-1]) not in fit:
+                raise ValueError(f"{key}: {net.config[key]} of a network, not {fit[-1]}")
 
 
 def rebuild(network, saved):
     """A network from its configuration and state. Built without memory first: drawing weights that the state then
     replaces would take longer than the prediction. Older files name D-Net's design, of which one is left; what a file
     says of weights to start from is not followed."""
-    for name, value in saved["state"].items():  # a tensor of no strides claims more than its file holds
-        if value.untyped_storage().nbytes() < value.numel() * value.element_size():
-            raise ValueError(f"{name} is larger than its memory")
     with torch.device("meta"):
         net = network(**{k: v for k, v in saved["config"].items() if k not in ("design", "weights")})
+    check_tensors(saved["state"], net.state_dict())
     net.load_state_dict(saved["state"], assign=True)
     return net
 

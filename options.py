@@ -16,6 +16,7 @@ import json
 import os
 import platform
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -26,7 +27,8 @@ import torch
 
 from augment import VIEWS
 from data import load
-from models import ATTENTION, BACKBONES, write_atomically
+from files import parts_of, write_atomically
+from models import ATTENTION, BACKBONES
 from readers import InputError
 
 MANY = 1e9
@@ -171,12 +173,11 @@ def parse(argv=None, parser=None):
     parser = parser or train_parser()
     args = parser.parse_args(argv)
     if args.resume:
-        config = Path(args.resume) / "config.json"
-        if not config.is_file():
+        if not (Path(args.resume) / "config.json").is_file():
             raise InputError(f"--resume {args.resume}: no config.json there, so nothing to resume; check the path")
         given = {k: v for k, v in vars(args).items() if v and k in ("resume", "against")}
-        return argparse.Namespace(**vars(args) | json.loads(config.read_text())["args"] | given)
-    if args.data in (None, "phantoms"):
+        args = argparse.Namespace(**vars(args) | saved_args(Path(args.resume) / "config.json", parser) | given)
+    elif args.data in (None, "phantoms"):
         parser.set_defaults(**PHANTOM_DEFAULTS)
         args = parser.parse_args(argv)
     if args.tensorboard and importlib.util.find_spec("tensorboard") is None:
@@ -192,6 +193,24 @@ def parse(argv=None, parser=None):
     if "nets" in args and args.nets == "dnet" and args.roi != "none":
         raise InputError("--roi is what C-Net sees; with --nets dnet there is none")
     return args
+
+
+def saved_args(config, parser):
+    """{name: value} of the options that a config.json keeps, each one that `parser` would take."""
+    with parts_of(config, "take it from a copy, or start a new run"):
+        saved = json.loads(Path(config).read_text())["args"]
+        for action in parser._actions:
+            value = saved.get(action.dest)
+            if value is None or value == action.default:
+                continue
+            if isinstance(value, list) and action.nargs is None and action.type is None:
+                value = saved[action.dest] = ",".join(value)  # al_loop.py keeps its strategies as a list
+            several = action.nargs == "+"
+            for v in value if several else [value]:
+                fits = isinstance(v, bool) if action.nargs == 0 else v == parser._get_value(action, str(v))
+                if not fits or (action.choices and v not in action.choices) or isinstance(value, list) != several:
+                    raise ValueError(f"{action.dest}: {v}")
+        return saved
 
 
 def train_parser(description="Train a detector (D-Net) and a classifier (C-Net).", prog=None, **more):
@@ -212,7 +231,7 @@ def prepare_folder(args, images, prefix=""):
     """The run folder, with its config. An existing run is never written over; one that is resumed must find the images
     that it began with, as what it has learnt so far speaks of them by their number."""
     if args.resume:
-        before = json.loads((Path(args.resume) / "config.json").read_text()).get("images")
+        before = json.loads((Path(args.resume) / "config.json").read_text()).get("images")  # see saved_args
         if before not in (None, images.fingerprint()):
             raise InputError(f"--resume {args.resume}: --data {args.data} has changed since (images, labels, groups or "
                              "splits); put back what it was, or start a new run")  # fmt: skip
@@ -220,6 +239,8 @@ def prepare_folder(args, images, prefix=""):
     members = "ensemble" if args.ensemble else args.model
     source = "phantoms" if args.data in (None, "phantoms") else f"{Path(args.data).stem}-{members}"
     name = args.name or prefix + source
+    if Path(name).is_absolute() or ".." in Path(name).parts:
+        raise InputError(f"--name {name}: it leads out of the folder of --runs; give a name, and the folder to --runs")
     for number in itertools.count(1):
         folder = Path(args.runs) / (name if number == 1 else f"{name}-{number}")
         try:
@@ -242,18 +263,25 @@ def prepare_folder(args, images, prefix=""):
 
 
 @contextlib.contextmanager
-def claim(folder):
-    """Work in a run folder alone. The lock is the system's: it goes when the process ends, however that happens."""
-    with open(Path(folder) / "config.json") as file:
-        try:
-            import fcntl
+def claim(folder, new=False):
+    """Work in a run folder alone. The lock is the system's: it goes when the process ends, however that happens. A new
+    folder that an InputError leaves with nothing learnt goes, so that the corrected command can have its name."""
+    try:
+        with open(Path(folder) / "config.json") as file:
+            try:
+                import fcntl
 
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except ImportError:
-            pass  # Windows has no such locks
-        except BlockingIOError:
-            raise InputError(f"{folder}: another process works in it; wait for it, or stop it") from None
-        yield
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except ImportError:
+                pass  # Windows has no such locks
+            except BlockingIOError:
+                raise InputError(f"{folder}: another process works in it; wait for it, or stop it") from None
+            yield
+    except InputError:
+        files = (p for p in Path(folder).rglob("*") if p.is_file() and p.name != "config.json")
+        if new and not any(p.stat().st_size for p in files):
+            shutil.rmtree(folder)
+        raise
 
 
 def run_jobs(function, jobs, images, args, workers):

@@ -11,7 +11,8 @@ import itertools
 import numpy as np
 from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageFont
 
-from models import DISCLAIMER, write_atomically
+from files import write_atomically
+from models import DISCLAIMER
 
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F3C8D"]
 GREY, LIGHT = "#555555", "#DDDDDD"

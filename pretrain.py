@@ -17,7 +17,8 @@ from torch import nn
 import options
 import train
 from augment import augment
-from models import BACKBONES, build_backbone, choose_device, save_checkpoint, standardise, torchvision_state
+from files import save_checkpoint
+from models import BACKBONES, build_backbone, choose_device, standardise, torchvision_state
 from readers import InputError
 
 
@@ -122,7 +123,7 @@ def main(argv=None):
 
     name, seed = args.method, args.seed
     try:
-        with options.claim(folder), train.Interrupt():
+        with options.claim(folder, not args.resume), train.Interrupt():
             best, history = train.fit(net, images, rows, loss_of, None, args, name=name, folder=folder, seed=seed)
     except (train.Stopped, KeyboardInterrupt):
         options.stop("pretrain.py", folder)

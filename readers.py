@@ -29,7 +29,18 @@ import numpy as np
 
 
 class InputError(ValueError):
-    """Something the user gave is wrong. The message is one line: what, where, what to do. A bug is never this."""
+    """Something the user gave is wrong. The message is one line: what, where, what to do; of several things wrong at once
+    a line each, all but the first indented by two. A bug is never this."""
+
+    def __init__(self, message):
+        super().__init__("\n  ".join(map(one_line, message.split("\n  "))))
+
+
+def one_line(text):
+    """A text that quotes names and cells as they came, fit for a terminal: nothing in it starts a line, moves the cursor,
+    or fills the screen."""
+    text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+    return text if len(text) <= 600 else f"{text[:400]} ... {text[-150:]}"
 
 
 @dataclasses.dataclass
@@ -56,8 +67,9 @@ BREASTMNIST_MD5 = "750601b1f35ba3300ea97c75c52ff8f6"
 
 
 def natural(text):
-    """Sort key that puts "image (9)" before "image (10)"."""
-    return [int(part) if i % 2 else part.lower() for i, part in enumerate(re.split(r"(\d+)", str(text)))]
+    """Sort key that puts "image (9)" before "image (10)"; of two numbers the longer is the larger, as int takes few."""
+    parts = enumerate(re.split(r"(\d+)", str(text)))
+    return [(len(part.lstrip("0")), part.lstrip("0")) if i % 2 else part.lower() for i, part in parts]
 
 
 def image_files(folder):
@@ -129,7 +141,7 @@ def read_npz(path):
         with np.load(path, allow_pickle=False) as file:
             found = file.files
             wanted = {f"{split}_{key}" for split in ("train", "val", "test") for key in ("images", "labels", "bboxes")}
-            arrays = {k: file[k] for k in file.files if k in wanted}  # the others may be of any size
+            arrays = {k: np.asarray(file[k]) for k in found if k in wanted}  # the others may be of any size
     except ValueError as e:
         raise InputError(f"{path}: holds pickled objects or is damaged, refused ({e}); save plain arrays") from e
     except Exception as e:  # zipfile and numpy raise a family of their own on files that are no npz
@@ -171,7 +183,7 @@ def npz_split(path, split, arrays):
     for key, values in (("labels", labels), ("bboxes", boxes)):
         if values is not None and len(values) != len(images):
             raise InputError(f"{path}: {len(images)} {split}_images but {len(values)} {split}_{key}")
-    if labels.dtype.kind not in "iufb" or not np.array_equal(labels, np.trunc(labels.astype(float))):
+    if labels.dtype.kind not in "iufb" or not (np.isfinite(labels) & (labels == np.trunc(labels.astype(float)))).all():
         raise InputError(f"{path}: {split}_labels are no whole numbers; -1 = not labelled")
     return images, labels[:, 0], boxes
 

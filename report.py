@@ -20,11 +20,12 @@ import metrics
 import plots
 from augment import blur, clahe
 from data import encode_meta, letterbox, original_box
+from files import parts_of, read_checkpoint, write_atomically
 from judge import cross_fit, judge_found, look_at
-from models import load_classifier, read_checkpoint, write_atomically
-from options import load_images, train_parser
+from models import load_classifier
+from options import load_images, saved_args, train_parser
 from readers import InputError, natural
-from saliency import CLASSLESS, UNITS
+from saliency import CLASSLESS, METHODS, UNITS
 
 VALIDATION = {"val_auc": "val AUC", "val_iou": "val IoU"}
 
@@ -144,20 +145,52 @@ def finished_run(folder, images, runs):
         file, report = (Path(folder) / name / f for f in ("test.pt", "report.json"))
         if not file.is_file():
             raise InputError(f"--against {folder}: no {file}; give the folder of a finished run, of as many folds")
-        results.append(read_checkpoint(file))
-        data = json.loads(report.read_text())["data"]
-        same = torch.equal(results[-1]["rows"], test) and data["images"] == len(images)
-        if not same or data["classes"] != images.classes:
-            raise InputError(f"--against {folder}: {name or 'it'} has other test images or classes: nothing to compare")
+        with parts_of(report, "give the folder of another run"):
+            data = json.loads(report.read_text())["data"]
+            same = torch.equal(read_checkpoint(file)["rows"], test) and data["images"] == len(images)
+            if not same or data["classes"] != images.classes:
+                raise InputError(
+                    f"--against {folder}: {name or 'it'} has other test images or classes: nothing to compare"
+                )
+        results.append(read_result(file, images, test))
     return cross_fit(images, results, args_of(folder))
 
 
 def args_of(folder):
     """The options of a run folder, or None: those that its version did not know yet have their defaults."""
-    if not (Path(folder) / "config.json").is_file():
+    config, parser = Path(folder) / "config.json", train_parser()
+    if not config.is_file():
         return None
-    defaults = vars(train_parser().parse_args([]))
-    return argparse.Namespace(**{**defaults, **json.loads((Path(folder) / "config.json").read_text())["args"]})
+    return argparse.Namespace(**vars(parser.parse_args([])) | saved_args(config, parser))
+
+
+def read_result(file, images, test):
+    """The dict of a run's test.pt, checked: it is what one_run in train.py writes of the rows `test`."""
+    result = read_checkpoint(file)
+    with parts_of(file, "remove it and model.pt beside it, and --resume trains this part again"):
+        p, boxes = result["probabilities"], result["boxes"]
+        if not torch.equal(result["rows"], test) or (p is None and boxes is None):
+            raise ValueError("not of this test split")
+        if boxes is not None and (boxes.shape != (len(test), 4) or boxes.dtype != torch.float32):
+            raise ValueError("no boxes")
+        for part in [] if p is None else [result, *result["members"]]:
+            p, limit, _ = part["probabilities"], part["threshold"], float(part["val_auc"])
+            known = p.shape == (len(test), len(images.classes)) and p.dtype == torch.float32
+            if not (known and 0 <= p.min() <= p.max() <= 1 and (limit is None if p.shape[1] > 2 else 0 <= limit <= 1)):
+                raise ValueError("no probabilities or no threshold")
+        if not math.isfinite(result["temperature"] + sum(result["weights"]) + result.get("val_iou", 0.0)):
+            raise ValueError("not finite")
+        for history in result["histories"]:
+            check_history(history)
+    return result
+
+
+def check_history(history):
+    """Raises what it likes unless this is a network's history: a dict an epoch, see train.fit."""
+    for epoch in history:
+        numbers = [epoch["epoch"], epoch["loss"], epoch["lr"], epoch["seconds"], *epoch["score"]]
+        if not (type(epoch["best"]) is bool and isinstance(epoch["net"], str) and all(map(math.isfinite, numbers))):
+            raise ValueError("no history of a training")
 
 
 def compare(images, before, after):
@@ -183,7 +216,7 @@ def print_change(change):
 
 def change_text(m):
     """As in +0.003 [-0.003, +0.010]."""
-    return "{} [{}, {}]".format(*numbers(m, "value", "low", "high", form="+.3f"))
+    return metrics.interval_text(m, "+.3f")
 
 
 def numbers(m, *names, form=".3f"):
@@ -287,15 +320,20 @@ def held_out(model_path, data_path, cache):
     if args is None or not files or not all(f.is_file() and f.with_name("test.pt").is_file() for f in files):
         raise InputError(f"--model {model_path}: no run of train.py, so it is not known which images are held out")
     args.data, args.cache = data_path or args.data, cache
-    images, pairs = load_images(args), []
-    results = [read_checkpoint(file.with_name("test.pt")) for file in files]
-    judged = cross_fit(images, results, args) if len(results) == args.folds * args.repeats else results
-    for file, result in zip(files, judged, strict=True):
-        rows, model = result["rows"], load_classifier(file)
-        model.info |= {k: result[k] for k in ("temperature", "threshold") if result[k] is not None}  # as in the report
-        if int(rows.max()) >= len(images) or not same_pictures(images, rows, model.info.get("seen")):
+    images, pairs, results = load_images(args), [], []
+    for file in files:
+        with parts_of(file.with_name("test.pt"), "give another run"):
+            rows = read_checkpoint(file.with_name("test.pt"))["rows"]
+            if rows.dtype != torch.long or rows.dim() != 1 or rows.min() < 0:
+                raise ValueError("rows are none")
+        if int(rows.max()) >= len(images) or not same_pictures(images, rows, load_classifier(file).info.get("seen")):
             raise InputError(f"--data {args.data}: it has changed, its images are not those that {folder} held out")
-        pairs.append((model, rows))
+        results.append(read_result(file.with_name("test.pt"), images, rows))
+    whole = len(results) == args.folds * args.repeats
+    for file, result in zip(files, cross_fit(images, results, args) if whole else results, strict=True):
+        model = load_classifier(file)
+        model.info |= {k: result[k] for k in ("temperature", "threshold") if result[k] is not None}  # as in the report
+        pairs.append((model, result["rows"]))
     return images, pairs
 
 
@@ -339,8 +377,11 @@ def recommended_method(model_path):
     """(method, a note for the caption): what `explain.py --evaluate` recommended for the run of a model file; where it
     recommended none or never ran, integrated gradients, whose map sums to the score."""
     for folder in Path(model_path).resolve().parents[:2]:
-        if (folder / "explain.json").is_file():
-            method = json.loads((folder / "explain.json").read_text())["recommended"]
+        if (file := folder / "explain.json").is_file():
+            with parts_of(file, "let explain.py --evaluate write it again, or give explain.py a --method"):
+                method = json.loads(file.read_text())["recommended"]
+                if method is not None and method not in METHODS:
+                    raise ValueError(f"there is no method {method!r}")
             return (method, "") if method else ("ig", "no method is recommended for this model")
     return "ig", "not evaluated on this model"
 

@@ -24,7 +24,8 @@ import torch
 import metrics
 import plots
 from data import partition
-from models import choose_device, write_atomically
+from files import parts_of, write_atomically
+from models import choose_device
 from options import claim, load_images, parse, prepare_folder, run_main, stop, train_parser
 from readers import InputError
 from report import clean, describe_model
@@ -86,7 +87,12 @@ def try_setting(images, number, setting, epochs, fold, args, folder):
     "fold", "score"}, AUC, or IoU for a D-Net alone. A setting that can't be trained scores nothing."""
     done = Path(folder) / f"trial{number}-{epochs}-{fold}.json"
     if done.exists():
-        return json.loads(done.read_text())
+        with parts_of(done, "remove it, and this trial is made again"):
+            result = json.loads(done.read_text())
+            score, same = result["score"], {"trial": number, "epochs": epochs, "fold": fold, **setting}
+            if {k: result[k] for k in same} != same or not (score is None or 0 <= score <= 1):
+                raise ValueError("of another trial")
+            return result
     nets = "cnet" if args.nets == "both" and "dnet" not in args.roi else args.nets
     args = argparse.Namespace(**{**vars(args), **setting, "nets": nets, "epochs": epochs, "save_seconds": math.inf})
     if "size" in setting:
@@ -192,7 +198,7 @@ def main(argv=None):
     folder, start = prepare_folder(args, images, "search-"), time.time()
     print(f"run folder: {folder}")
     try:
-        with claim(folder):
+        with claim(folder, not args.resume):
             for part in folder.glob("tmp*"):  # of a search that was killed
                 shutil.rmtree(part)
             best = search(images, ranges, args, folder)

@@ -26,6 +26,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
+import files
 import metrics
 import models
 import plots
@@ -46,7 +47,7 @@ from judge import (
 from losses import class_weights, classification_loss, detection_loss, distillation_loss, ellipses
 from options import claim, load_images, parse, prepare_folder, run_jobs, run_main, stop
 from readers import InputError
-from report import finished_run, print_report, same_pictures, write_report
+from report import check_history, finished_run, print_report, read_result, same_pictures, write_report
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The training loop, one for both networks
@@ -88,22 +89,37 @@ class State:
             from torch.utils.tensorboard import SummaryWriter  # only here: a package that most do without
 
             self.board = SummaryWriter(str(Path(folder) / "tensorboard"))
-        saved = models.read_checkpoint(self.last) if self.last.exists() else None
-        if saved and saved["name"] == name:
-            for key, part in parts.items():
-                if part is not None:
-                    part.load_state_dict(saved[key])
-            generator.set_state(saved["generator"])
-            torch.set_rng_state(saved["torch_rng"])
-            if saved["cuda_rng"]:
-                torch.cuda.set_rng_state_all(saved["cuda_rng"])
-            self.best, self.best_score, self.history = saved["best"], saved["best_score"], saved["history"]
-            print(f"resuming {name} after epoch {len(self.history)}")
+        saved = files.read_checkpoint(self.last) if self.last.exists() else None
+        with files.parts_of(self.last, "remove it, and the network is trained from its first epoch"):
+            if saved and saved["name"] == name:
+                self.take(saved)
+                print(f"resuming {name} after epoch {len(self.history)}")
         self.saved = len(self.history)
-        lines = self.log.read_text().splitlines(keepends=True) if self.log.exists() else []
-        lines = [line for line in lines if line.endswith("}\n") and json.loads(line)["net"] != name]
+        lines = self.log.read_text(errors="replace").splitlines(keepends=True) if self.log.exists() else []
+        lines = [line for line in lines if line.endswith("}\n") and f'"net": "{name}"' not in line]
         lines += [json.dumps(h) + "\n" for h in self.history]  # without what came after the save
-        models.write_atomically(self.log, "".join(lines).encode())
+        files.write_atomically(self.log, "".join(lines).encode())
+
+    def take(self, saved):
+        """Go on from what `save` kept. Raises what it likes where that does not fit."""
+        models.check_tensors(saved["net"], self.parts["net"].state_dict())
+        models.check_tensors(saved["best"], self.parts["net"].state_dict())
+        for key, part in self.parts.items():
+            if part is not None:
+                part.load_state_dict(saved[key])
+        for p, own in self.parts["optimizer"].state.items():
+            if any(v.shape not in (p.shape, ()) or not v.isfinite().all() for v in own.values()):
+                raise ValueError("a moment of the optimizer is of another shape, or not finite")
+        self.generator.set_state(saved["generator"])
+        torch.set_rng_state(saved["torch_rng"])
+        if saved["cuda_rng"]:
+            torch.cuda.set_rng_state_all(saved["cuda_rng"])
+        self.best, self.best_score, self.history = saved["best"], saved["best_score"], saved["history"]
+        check_history(self.history)
+        if not all(map(math.isfinite, self.best_score)) or [h["epoch"] for h in self.history] != list(
+            range(1, len(self.history) + 1)
+        ):
+            raise ValueError("the history is not whole")
 
     def add(self, epoch):
         self.history.append(epoch)
@@ -119,7 +135,7 @@ class State:
         content |= {k: getattr(self, k) for k in ("name", "best", "best_score", "history")}
         cuda = torch.cuda.get_rng_state_all() if self.generator.device.type == "cuda" else None
         content |= {"generator": self.generator.get_state(), "torch_rng": torch.get_rng_state(), "cuda_rng": cuda}
-        models.save_checkpoint(self.last, content)
+        files.save_checkpoint(self.last, content)
         self.saved, self.saved_at = len(self.history), time.time()
 
 
@@ -286,7 +302,7 @@ def one_run(images, train, val, test, args, folder, seed, teacher=None):
     pictures = images.pictures()  # so that nobody takes for new what it has met
     model.info["seen"] = {"train": pictures[train], "val": pictures[val], "test": pictures[test]}
     models.save(Path(folder) / "model.pt", model)
-    models.save_checkpoint(Path(folder) / "test.pt", result)
+    files.save_checkpoint(Path(folder) / "test.pt", result)
     for path in Path(folder).glob("[cd]net*.pt"):
         path.unlink()
 
@@ -346,14 +362,17 @@ def train_or_reload(build, images, rows, loss_of, validate, args, name, folder, 
     torch.manual_seed(seed)
     net = build()
     if path.exists():
-        done = models.read_checkpoint(path)
+        done = files.read_checkpoint(path)
+        with files.parts_of(path, "remove it, and the network is trained again"):
+            models.check_tensors(done["state"], net.state_dict())
+            check_history(done["history"])
     else:
         if start is not None:
             net.load_state_dict(start.state_dict())
         check_size(net, args.size, images.meta)
         best, history = fit(net, images, rows, loss_of, validate, args, name=name, folder=folder, seed=seed, **more)
         done = {"state": best, "history": history}
-        models.save_checkpoint(path, done)
+        files.save_checkpoint(path, done)
     net.load_state_dict(done["state"])
     return net.eval().to(models.choose_device(args.device), memory_format=torch.channels_last), done["history"]
 
@@ -598,6 +617,10 @@ def prepare(args):
         raise InputError(f"--data {args.data}: {found}: nothing to learn; at least two are needed")
     runs = plan(images, args)
     for backbone in {args.model, *(args.ensemble or args.model).split(",")}:
+        if backbone == "none" and (images.meta is None or args.nets == "dnet"):
+            raise InputError(
+                "--model none sees no image; it needs patient data, --meta-columns, and a C-Net to learn them"
+            )
         models.build_backbone(backbone, images.pixels.shape[1], args.weights)
     for run in runs if args.teacher else []:
         load_teacher(images, args, run[0], run[3])
@@ -609,7 +632,8 @@ def make_runs(images, runs, args, folder):
     left = [(run, args, folder) for run in runs if not (folder / run[0] / "test.pt").exists()]
     for _ in run_jobs(make_run, left, images, args, args.workers):
         pass
-    results = cross_fit(images, [models.read_checkpoint(folder / run[0] / "test.pt") for run in runs], args)
+    results = [read_result(folder / run[0] / "test.pt", images, run[3]) for run in runs]
+    results = cross_fit(images, results, args)
     for run, result in zip(runs, results, strict=True):
         if run[0] and not (folder / run[0] / "report.json").exists():
             seconds = sum(h["seconds"] for history in result["histories"] for h in history)
@@ -656,15 +680,16 @@ def main(argv=None):
     done = Path(args.resume or ".") / "report.json"
     if args.resume and not args.against and done.exists():
         print(f"{args.resume} is complete:")
-        report = json.loads(done.read_text())
-        print_report(report)
+        with files.parts_of(done, "remove it, and --resume writes it again"):
+            report = json.loads(done.read_text())
+            print_report(report)
         print(models.DISCLAIMER)
         return report, Path(args.resume)
     images, runs, other = prepare(args)
     folder, start = prepare_folder(args, images), time.time()
     print(f"run folder: {folder}")
     try:
-        with claim(folder), Interrupt() if args.workers == 1 else contextlib.nullcontext():
+        with claim(folder, not args.resume), Interrupt() if args.workers == 1 else contextlib.nullcontext():
             results = make_runs(images, runs, args, folder)
             if args.folds > 1:
                 finish_folds(images, runs, results, args, folder)
