@@ -2155,6 +2155,296 @@ def test_a_detector_alone(tmp_path, folders):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# The shared trunk, outlines, folds made one
+
+
+def test_parts_of_a_mask_by_flood_fill():
+    masks = torch.rand(6, 13, 17, generator=seeded()) < 0.35
+    for mask, found in zip(masks.numpy(), models.label_parts(masks).numpy(), strict=True):
+        assert ((found > 0) == mask).all()
+        left, parts = {(int(y), int(x)) for y, x in np.argwhere(mask)}, 0
+        while left:
+            todo, part = [left.pop()], set()
+            while todo:
+                y, x = todo.pop()
+                part.add((y, x))
+                near = {(y + i, x + j) for i in (-1, 0, 1) for j in (-1, 0, 1)} & left
+                left -= near
+                todo += near
+            parts += 1
+            assert len({found[cell] for cell in part}) == 1
+        assert len(np.unique(found[mask])) == parts
+
+
+def test_the_box_is_that_of_the_likeliest_lesion_and_all_are_listed():
+    outlines, cells = torch.full((1, 8, 8), 0.01), torch.zeros(1, 4, 8, 8)
+    outlines[0, 1:3, 1:3], outlines[0, 5:7, 4:7], outlines[0, 7, 0] = 0.9, 0.7, 0.2
+    outlines[0, 1, 1] = 0.95
+    cells[0, :, :4], cells[0, :, 4:] = torch.tensor([0.1, 0.1, 0.4, 0.4])[:, None, None], 0.5
+    found = models.Found(outlines, cells)
+    close(found.boxes(), torch.tensor([[0.1, 0.1, 0.4, 0.4]]))
+    assert float(found.scores()) == pytest.approx(0.95)
+    assert [b.tolist() for b in found.lesions(0, 0.6)] == [pytest.approx([0.1, 0.1, 0.4, 0.4]), [0.5] * 4]
+    assert len(found.lesions(0, 0.8)) == 1
+    assert found.lesions(0, 0.99) == []
+
+
+def shared_model(**info):
+    torch.manual_seed(0)
+    members = [
+        models.CNet("small_cnn", 2, 1, roi=roi, trunk="shared", meta=info.pop("meta", 0)) for roi in ("none", "dnet")
+    ]
+    about = {"classes": ["benign", "malignant"], "size": 32, "load_size": 64, "channels": 1} | info
+    return models.Ensemble(members, [0.6, 0.4], **about).eval()
+
+
+def test_one_pass_of_a_shared_trunk_finds_and_names(monkeypatch, tmp_path):
+    model, x, passes = shared_model(views=3), torch.rand(5, 1, 64, 64, generator=seeded()), []
+    monkeypatch.setattr(models, "standardise", lambda *a, real=models.standardise: passes.append(len(a[0])) or real(*a))
+    answer = model.look(x)
+    assert passes == [15, 15]  # each member once, all views in one batch
+    close(answer.boxes, model.locate(x))
+    crops = augment.tta_views(x, augment.crop_regions(answer.boxes, 0.25), 32, 3)
+    close(answer.opinions[1].flatten(0, 1), models.to_probabilities(model.members[1](crops)))
+    net, small = model.members[0], augment.crop(x, None, 32)
+    maps, merged = net.dnet.pyramid(small)
+    p = net.dnet.read(merged[0])[0].sigmoid()[:, None]
+    coarse = F.adaptive_avg_pool2d(p, merged[2].shape[-2:])
+    means = [(m * (w + 1e-4)).sum((2, 3)) / (w + 1e-4).sum((2, 3)) for m, w in ((merged[0], p), (merged[2], coarse))]
+    torch.testing.assert_close(net.embed(small), torch.cat([maps.mean((2, 3)), *means], 1), atol=1e-4, rtol=1e-4)
+    models.save(tmp_path / "m.pt", model)
+    again = models.load(tmp_path / "m.pt")
+    assert torch.equal(again(x), model(x))
+    assert again.tells_outlines and not again.needs_boxes
+
+
+def test_an_older_files_detector_votes_as_it_did(tmp_path):
+    """Version 1: the box is the mean of all cells' under the softmax of their votes."""
+    torch.manual_seed(0)
+    dnet, members = models.VotingDNet("small_cnn", 1), [models.CNet("small_cnn", 2, 1)]
+    model = models.Ensemble(members, classes=["a", "b"], size=32, load_size=32, channels=1)
+    models.save(tmp_path / "new.pt", model)
+    content = torch.load(tmp_path / "new.pt", weights_only=True)
+    content |= {"version": 1, "dnet": {"config": dnet.config, "state": dnet.state_dict()}}
+    for key in ("dnets", "lesion_threshold"):
+        del content[key]
+    torch.save(content, tmp_path / "old.pt")
+    old, x = models.load(tmp_path / "old.pt"), torch.rand(3, 1, 32, 32, generator=seeded())
+    maps = models.feature_pyramid(old.dnets[0].features, models.standardise(x, "image"))[-3:]
+    merged = old.dnets[0].lateral[2](maps[2])
+    for k in (1, 0):
+        merged = old.dnets[0].lateral[k](maps[k]) + F.interpolate(merged, size=maps[k].shape[-2:])
+    votes, cells = old.dnets[0].read(merged)
+    expected = (cells.flatten(2) * votes.flatten(1).softmax(1)[:, None]).sum(2).clamp(0, 1)
+    close(old.locate(x), expected)
+    assert not old.tells_outlines
+    answer = infer.BreastCancerDetector(tmp_path / "old.pt", "cpu").predict(picture(32, 32, 0))
+    assert answer["outline"] is None
+    assert len(answer["box"]) == 4
+    said = error_of(call(infer, "--model", tmp_path / "old.pt", "--save-mask", tmp_path, HERE / "docs" / "answer.png"))
+    assert "tells no outlines" in said
+
+
+def test_what_a_detector_learns_from_masks_boxes_and_neither():
+    images = data.phantom_set(5, 32)
+    images.masks[1] = False
+    images.masks[1, 2:6, 2:6] = images.masks[1, 20:30, 20:30] = True  # two lesions: an outline, but the box of none
+    images.masks[2:] = False  # 2: a box alone; 3: no lesion; 4: not known
+    images.boxes[3:] = math.nan
+    images.outlined[4] = False
+    taught, rows = {}, torch.arange(5)
+
+    def kept(logits, cells, outlines, boxes):
+        taught.update(outlines=outlines, boxes=boxes)
+
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(train, "detection_loss", kept)
+        loss = train.finding_loss(images, torch.device("cpu"))
+        loss(torch.zeros(5, 8, 8), None, images.boxes, images.masks.float(), rows)
+    close(taught["outlines"][:2], F.avg_pool2d(images.masks[:2].float(), 4))
+    assert torch.equal(taught["outlines"][2:4], losses.ellipses(images.boxes[2:4], 8, 8))
+    assert not taught["outlines"][3].any()
+    assert taught["outlines"][4].isnan().all()
+    assert taught["boxes"].isfinite().all(1).tolist() == [True, False, True, False, False]
+
+
+def fold_results(sizes=(40, 30, 50), members=2):
+    """Answers of folds to images of random labels, as test.pt holds them, and the ImageSet."""
+    n, generator = sum(sizes), seeded()
+    images = dataclasses.replace(data.phantom_set(n, 8), labels=(torch.rand(n, generator=generator) < 0.4).long())
+    results = []
+    for rows in torch.arange(n).split(sizes):
+        logits = torch.randn(members, len(rows), generator=generator) + 1.5 * images.labels[rows]
+        opinions = torch.stack([-logits, logits], 2).softmax(2)
+        alone = [{"probabilities": o, "threshold": 0.5, "val_auc": 0.9} for o in opinions]
+        results.append({"rows": rows, "opinions": opinions, "weights": [0.7, 0.3], "members": alone})
+        results[-1] |= {"probabilities": opinions[0], "threshold": 0.5, "temperature": 1.0, "boxes": None}
+    return images, results
+
+
+def test_each_fold_is_judged_by_the_answers_of_the_others():
+    images, results = fold_results()
+    args = parse(["--folds", "3"])
+    raw = [0.7 * r["opinions"][0] + 0.3 * r["opinions"][1] for r in results]
+    for i, judged in enumerate(judge.cross_fit(images, results, args)):
+        others = torch.cat([p for k, p in enumerate(raw) if k != i])
+        labels = torch.cat([images.labels[r["rows"]] for k, r in enumerate(results) if k != i])
+        t = metrics.fit_temperature(others, labels)
+        positive = (others.log() / t).softmax(1)[labels == 1, 1].sort(descending=True).values
+        limit = float(positive[math.ceil(0.95 * len(positive) - 1e-9) - 1])
+        assert (judged["temperature"], judged["threshold"]) == (
+            pytest.approx(t, rel=1e-3),
+            pytest.approx(limit, rel=1e-3),
+        )
+        torch.testing.assert_close(judged["probabilities"], (raw[i].log() / t).softmax(1), atol=1e-3, rtol=1e-3)
+        assert judged["members"][0]["threshold"] not in (0.5, judged["threshold"])
+        assert judged["members"][0]["val_auc"] == 0.9
+    assert judge.cross_fit(images, results, parse([])) is results  # no folds
+    one_class = dataclasses.replace(images, labels=images.labels * (torch.arange(120) < 40))
+    assert judge.cross_fit(one_class, results, args)[0]["threshold"] == 0.5  # the others hold no cancer
+
+
+def test_folds_made_one_read_every_patient_on_one_scale():
+    net = models.CNet("small_cnn", 2, 1, meta=5).eval()
+    own = [{"column": "age", "mean": 40.0, "sd": 10.0}, {"column": "sex", "levels": ["f", "m"]}]
+    new = [{"column": "age", "mean": 55.0, "sd": 20.0}, own[1]]
+    rows = [{"age": "30", "sex": "f"}, {"age": "", "sex": "m"}, {"age": "80", "sex": ""}]
+    x = torch.rand(3, 1, 16, 16)
+    before, after = (data.encode_meta(rows, None, spec)[0] for spec in (own, new))
+    close(judge.rescale_patients(net, own, new)(x, after), net(x, before))
+    assert not torch.allclose(net(x, after), net(x, before))
+
+
+def test_all_folds_are_one_model_and_workers_change_nothing_slow(tmp_path, folders, ensemble):
+    options = "--positive malignant --ensemble small_cnn,small_cnn --folds 2 --name w --workers 2 --refit"
+    folder, said, report = quick(tmp_path, options, data_folder=folders)
+    for name in ("fold1", "fold2"):
+        assert same_model(folder / name, ensemble[0] / name)
+    assert report["test"] == pytest.approx(ensemble[2]["test"], nan_ok=True)
+    model, parts = models.load(folder), [models.load(folder / f"fold{k}") for k in (1, 2)]
+    images = quiet_load(folders, 32, positive="malignant")
+    x = images.pixels[:6]
+    votes = [p.weights / p.weights.sum() / 2 for p in parts]
+    expected = sum((w[:, None, None] * p.look(x).opinions.mean(1)).sum(0) for w, p in zip(votes, parts, strict=True))
+    close(((expected + 1e-12).log() / model.info["temperature"]).softmax(1), model(x))
+    results = [torch.load(folder / f"fold{k}" / "test.pt", weights_only=True) for k in (1, 2)]
+    scores = torch.cat([model_of(p, r) for p, r in zip(parts, results, strict=True)])
+    labels = images.labels[torch.cat([r["rows"] for r in results])]
+    scores = ((scores + 1e-12).log() / model.info["temperature"]).softmax(1)[:, 1]
+    found = (scores >= model.info["threshold"] - 1e-6)[labels == 1].float().mean()
+    assert 0.95 <= float(found) < 0.95 + 1.01 / int(labels.sum())
+    assert sorted(model.info["seen"]["train"].tolist()) == sorted(images.pictures().tolist())
+    refit = models.load(folder / "refit")
+    assert {k: refit.info[k] for k in ("threshold", "temperature")} == {
+        k: model.info[k] for k in ("threshold", "temperature")
+    }
+    assert f"--model {folder}/model.pt" in said
+    assert call(infer, folder / "example.png", "--model", folder).returncode == 0
+
+
+def model_of(part, result):
+    weights = part.weights / part.weights.sum()
+    return (weights[:, None, None] * result["opinions"]).sum(0)
+
+
+def test_an_own_trunk_trains_two_networks_as_before(tmp_path, folders):
+    folder, _, _ = quick(tmp_path, "--trunk own --name o --epochs 1", data_folder=folders)
+    model = models.load(folder)
+    assert ([m.shared for m in model.members], len(model.dnets)) == ([False], 1)
+    assert [h["net"] for h in log_of(folder)] == ["dnet", "cnet1 small_cnn"]
+
+
+def test_an_outline_is_told_in_numbers_and_drawn_in_the_pictures_own_pixels(tmp_path, monkeypatch):
+    y, x = np.indices((60, 120))
+    disc = (y - 30) ** 2 + (x - 60) ** 2 < 400
+    told = infer.describe_outline(disc, (240, 60))  # of a picture that is twice as wide as the mask
+    assert told["area"] == pytest.approx(math.pi * 400 / 7200, rel=0.02)
+    assert told["width_over_height"] == pytest.approx(2, rel=0.02)
+    assert told["irregularity"] < 0.03
+    star = disc & ~((np.abs(y - 30) > 4) & (np.abs(x - 60) > 4))
+    assert infer.describe_outline(star, (120, 60))["irregularity"] > 0.4
+    assert infer.describe_outline(np.zeros((5, 5), bool), (5, 5)) is None
+    model = shared_model()
+    outlines = torch.full((1, 16, 16), 0.01)
+    outlines[0, 6:10, 2:6] = 0.9
+    found = models.Found(outlines, torch.tensor([0.125, 0.375, 0.375, 0.625])[None, :, None, None].expand(1, 4, 16, 16))
+    monkeypatch.setattr(models, "average", lambda _: found)
+    models.save(tmp_path / "m.pt", model)
+    picture(120, 60, 1).save(tmp_path / "p.png")
+    out = tmp_path / "out"
+    said = call(
+        infer,
+        tmp_path / "p.png",
+        "--model",
+        tmp_path / "m.pt",
+        "--save-mask",
+        out,
+        "--json",
+        "--csv",
+        tmp_path / "a.csv",
+    )
+    answer = json.loads(said.stdout)
+    assert answer["box"] == pytest.approx(
+        [15, 15, 45, 45], abs=0.2
+    )  # of a square of 120, with bars of 30 above and below
+    assert answer["boxes"] == [answer["box"]]
+    assert answer["lesion_score"] == pytest.approx(0.9)
+    assert answer["outline"]["width_over_height"] == pytest.approx(1, abs=0.15)
+    mask = np.asarray(Image.open(out / "p.png_mask.png"))
+    assert mask.shape == (60, 120)
+    assert data.box_of(mask > 0) == pytest.approx([15, 15, 45, 45], abs=3)
+    row = next(csv.DictReader((tmp_path / "a.csv").read_text().splitlines()))
+    assert float(row["irregularity"]) == answer["outline"]["irregularity"]
+    model.info["lesion_threshold"] = 0.95  # less sure than that: no lesion is said to be found
+    models.save(tmp_path / "m.pt", model)
+    answer = infer.BreastCancerDetector(tmp_path / "m.pt", "cpu").predict(tmp_path / "p.png", masks=True)
+    assert (answer["box"], answer["boxes"], answer["outline"], answer["mask"].any()) == (None, [], None, False)
+
+
+def test_another_hospitals_set_is_tested_with_the_threshold_that_the_model_brings(tmp_path, folders, whole):
+    other = class_folders(tmp_path / "other", {"benign": 9, "malignant": 6}, width=44, height=66)
+    old = next((folders / "benign").glob("*(1).png"))
+    shutil.copy(old, other / "benign" / "again.png")
+    command = [
+        "--model",
+        whole[0],
+        "--test",
+        other,
+        "--cache",
+        tmp_path / "c",
+        "--out",
+        tmp_path / "out",
+        "--positive",
+        "malignant",
+    ]
+    said = call(infer, *command)
+    assert "1 of the 16 images are left out: the model has met them" in said.stdout
+    report, detector = report_of(tmp_path / "out"), infer.BreastCancerDetector(whole[0], "cpu")
+    files = sorted(other.glob("*/*).png"))
+    answers = detector.predict(files)
+    true = ["malignant" in f.name for f in files]
+    hits = [a["prediction"] == "malignant" for a, t in zip(answers, true, strict=True) if t]
+    assert report["test"]["sensitivity"]["value"] == pytest.approx(np.mean(hits))
+    assert report["test"]["auc"]["value"] == pytest.approx(
+        float(metrics.auc([a["probability"] for a in answers], [int(t) for t in true])), abs=0.02
+    )
+    assert {"iou", "dice"} <= set(report["test"])
+    assert "give 32 or more" in error_of(call(infer, *command, "--adapt"))
+    assert "its classes are" in error_of(call(infer, *command[:-1], "benign"))
+
+
+def test_batch_norm_takes_the_means_of_the_pictures_at_hand(folders, whole):
+    model, x = models.load(whole[0]), torch.rand(64, 1, 32, 32, generator=seeded())
+    infer.adapt(model, x, batch=64)
+    layer, seen = next(m for m in model.modules() if isinstance(m, torch.nn.BatchNorm2d)), []
+    layer.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+    model.look(x, views=1)
+    torch.testing.assert_close(layer.running_mean, seen[0].mean((0, 2, 3)), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(layer.running_var, seen[0].var((0, 2, 3)), atol=1e-4, rtol=1e-3)
+    assert not any(m.training for m in model.modules())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # train.py: the command line
 
 
