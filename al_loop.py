@@ -107,7 +107,7 @@ def self_teacher(before, known, rows, args):
     """Soft answers (N, K) of the last round's C-Net on the images `rows`; what it is not asked stays undecided."""
     boxes = None if args.roi == "none" else train.locate(before, known, torch.arange(len(known)))
     answers = torch.full((len(known), len(known.classes)), 1 / len(known.classes))
-    answers[rows] = before.combine(train.predict(before, known, rows, boxes))
+    answers[rows] = before.combine(train.predict(before, known, rows, boxes)).float()
     return answers
 
 

@@ -36,6 +36,7 @@ from readers import COLUMNS, MASK, InputError, image_files, natural, read_csv, r
 KEYS = (
     "image", "prediction", "probability", "confidence", "probabilities", "uncertainty", "box", "refer", "reason", "error"
 )  # fmt: skip
+DIGITS = 12  # of a probability in JSON and CSV: with fewer, large logits would all be 1.0 there
 REFER_ODDS = 2.0  # refer when the odds lie within this factor of the threshold's
 REFER_UNCERTAINTY = 0.15  # or when the opinions' standard deviation is above this
 LEAST_SIDE, MOST_ASPECT = 16, 8  # or when the picture has fewer pixels on a side, or is longer in shares of its width
@@ -63,9 +64,9 @@ def answer(probabilities, uncertainty, info, reasons=()):
         reasons.append("its views or members differ")
     return {
         "prediction": classes[predicted],
-        "probability": round(p if len(classes) == 2 else probabilities[predicted], 6),
-        "confidence": round(probabilities[predicted], 6),
-        "probabilities": {c: round(v, 6) for c, v in zip(classes, probabilities, strict=True)},
+        "probability": round(p if len(classes) == 2 else probabilities[predicted], DIGITS),
+        "confidence": round(probabilities[predicted], DIGITS),
+        "probabilities": {c: round(v, DIGITS) for c, v in zip(classes, probabilities, strict=True)},
         "uncertainty": round(uncertainty, 6),
         "refer": bool(reasons),
         "reason": "; ".join(reasons) or None,
@@ -98,7 +99,7 @@ def check_views(views, scales):
 
 
 def log_odds(p):
-    p = min(max(p, 1e-6), 1 - 1e-6)
+    p = min(max(p, 1e-12), 1 - 1e-12)
     return math.log(p / (1 - p))
 
 

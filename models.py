@@ -299,8 +299,9 @@ class CNet(nn.Module):
 
 
 def to_probabilities(logits):
-    """(N, 1) logits of the positive class, or (N, K): probabilities (N, 2) or (N, K), in float32."""
-    return two_logits(logits.float()).softmax(1)
+    """(N, 1) logits of the positive class, or (N, K): probabilities (N, 2) or (N, K). In float64: in float32 all logits
+    above 17 are 1.0, and their order is lost (MPS has no float64)."""
+    return two_logits(logits.float() if logits.device.type == "mps" else logits.double()).softmax(1)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -401,7 +402,7 @@ class Ensemble(nn.Module):
         """(M, N, K) -> (N, K): weighted mean, then the temperature: p^(1/T), which for one member is logits / T."""
         weights = (self.weights / self.weights.sum()).to(probabilities.device)
         mean = (probabilities * weights[:, None, None]).sum(0)
-        return ((mean + 1e-12).log() / self.info["temperature"]).softmax(1)
+        return (mean.clamp(min=1e-30).log() / self.info["temperature"]).softmax(1)
 
     def forward(self, images, boxes=None, meta=None):
         """Probabilities (N, K): the answer, from as many views as it was calibrated for."""

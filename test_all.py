@@ -518,7 +518,7 @@ def test_k_center_on_awkward_sets():
         assert radius == 0 or k < len(points)
 
 
-def test_k_center_takes_finite_numbers_of_any_size():
+def test_k_center_takes_finite_numbers_of_any_size():  # 34
     """Squares of these overflow or vanish; a power of two changes nothing but the radius."""
     x = torch.randn(1500, 100, generator=seeded())
     for points, most in ((x, 126), (x.double(), 1022)):
@@ -1127,8 +1127,8 @@ def test_logits_classes_and_metadata():
     assert not torch.allclose(blind(x, meta), blind(x, meta + 1))
     refused("needs patient data", models.CNet, "none")
     p = models.to_probabilities(torch.tensor([[0.3], [-2.0]]))
-    torch.testing.assert_close(p[:, 1], torch.sigmoid(torch.tensor([0.3, -2.0])))
-    torch.testing.assert_close(p.sum(1), torch.ones(2))
+    torch.testing.assert_close(p[:, 1], torch.sigmoid(torch.tensor([[0.3], [-2.0]]).double())[:, 0])
+    torch.testing.assert_close(p.sum(1), torch.ones(2).double())
     refused("no such network", models.CNet, "resnet19")
     refused("2 channels", models.CNet, "small_cnn", channels=2)
 
@@ -1147,8 +1147,8 @@ def test_ensemble_by_hand():
     ensemble, x = models.Ensemble(members, [0.5, 0.3, 0.2], classes=["a", "b"], size=32), torch.rand(4, 1, 32, 32)
     for m in members:  # untrained logits would all be alike
         torch.nn.init.normal_(m.head.bias)
-    p = torch.stack([torch.sigmoid(m(x)[:, 0]) for m in members])
-    mean = torch.tensor([0.5, 0.3, 0.2]) @ p
+    p = torch.stack([torch.sigmoid(m(x)[:, 0].double()) for m in members])
+    mean = torch.tensor([0.5, 0.3, 0.2]).double() @ p
     torch.testing.assert_close(ensemble(x)[:, 1], mean, atol=1e-6, rtol=0)
     ensemble.info["temperature"] = 2.0
     expected = torch.sigmoid(torch.log(mean / (1 - mean)) / 2)
@@ -1651,13 +1651,15 @@ def test_boxes_and_sheets():
 # train.py: losses and the loop
 
 
-@pytest.mark.parametrize(("n", "batch"), [(33, 32), (65, 32), (5, 32), (64, 32), (97, 16)])
-def test_batches_hold_every_row_once_and_never_one_alone(n, batch):
+@pytest.mark.parametrize(("n", "batch"), [(33, 32), (65, 32), (5, 32), (64, 32), (97, 16), (5, 2), (3, 2), (7, 3)])
+def test_batches_hold_every_row_once_and_never_one_alone(n, batch):  # 34
     rows = torch.arange(100, 100 + n)
     batches = train.draw_batches(rows, batch, torch.Generator().manual_seed(0))
     assert sorted(torch.cat(batches).tolist()) == rows.tolist()
     sizes = [len(b) for b in batches]
-    assert 1 < max(sizes) - 1 <= min(sizes) <= max(sizes) <= batch
+    assert min(sizes) > 1
+    assert max(sizes) - 1 <= min(sizes)
+    assert max(sizes) <= max(batch, 3)  # an odd count in twos
 
 
 def test_the_balanced_sampler_draws_classes_alike():
@@ -2901,6 +2903,11 @@ def test_what_is_not_clear_is_referred():
     ]:
         found = infer.answer([1 - p, p], spread, info)
         assert (found["prediction"], found["refer"]) == (prediction, refer)
+    sure = [
+        infer.answer(p, 0.0, info)["probability"]
+        for p in models.to_probabilities(torch.tensor([[16.0], [22.0]])).tolist()
+    ]
+    assert 0.9999998 < sure[0] < sure[1] < 1  # 34: what a script reads keeps the order too
 
 
 def test_the_command_line_answers_what_it_can_slow(tmp_path, detector, monkeypatch):
@@ -3775,15 +3782,29 @@ def test_votes_survive_a_probability_of_zero():  # 34
     votes = train.member_weights(own, torch.tensor([1, 1]))
     assert all(math.isfinite(v) for v in votes)
     assert sum(votes) == pytest.approx(1)
-    for option, value in (
-        ("--margin", "-0.6"),
-        ("--warmup", "5"),
-        ("--clip", "0"),
-        ("--device", "meta"),
-        ("--views", "9"),
-    ):
-        with pytest.raises(InputError):
-            train.main([option, value])
+
+
+def test_numbers_that_make_no_sense_are_refused_by_name():  # 34
+    for option, value in (("margin", "-0.6"), ("warmup", "5"), ("clip", "0"), ("device", "meta"), ("views", "9")):
+        with pytest.raises(InputError, match=f"--{option}.*{value}"):
+            train.main([f"--{option}", value])
+
+
+@pytest.mark.parametrize("temperature", [0.25, 1.0, 8.0])
+def test_large_logits_keep_their_order(temperature):  # 34
+    generator = seeded()
+    labels = torch.randint(0, 2, (400,), generator=generator)
+    logits = 16 + 3 * torch.rand(400, generator=generator) + 3 * torch.rand(400, generator=generator) * labels
+    expected = float(metrics.auc(logits, labels))
+    members = models.to_probabilities(logits[:, None])[None]
+    model = models.Ensemble([torch.nn.Identity()], classes=["benign", "malignant"], size=32, temperature=temperature)
+    p = model.combine(members)
+    assert 0.7 < expected < 0.95
+    assert float(metrics.evaluate(p, labels)["auc"]) == pytest.approx(expected, abs=1e-9)
+    train.calibrate(model, members, labels, parse(["--threshold-by", "balance"]))
+    found = metrics.evaluate(model.combine(members), labels, model.info["threshold"])
+    assert float(found["auc"]) == pytest.approx(expected, abs=1e-9)
+    assert float(found["balanced_accuracy"]) > 0.7  # in float32 no threshold parted them
 
 
 def dies(images):

@@ -116,8 +116,8 @@ class State:
 
 
 def draw_batches(rows, batch, generator, weights=None, steps=0):
-    """Split the rows, shuffled (or drawn by `weights`, with replacement), into batches of nearly equal size:
-    no last batch of one image, which BatchNorm could not take. steps: so many batches, from as many shuffles as that
+    """Split the rows, shuffled (or drawn by `weights`, with replacement), into batches of nearly equal size: no last
+    batch of one image, which BatchNorm could not take (of an odd count in twos one is a batch of three). steps: so many batches, from as many shuffles as that
     takes; 0 = one shuffle."""
     count = steps * batch or len(rows)
     if weights is None:
@@ -126,7 +126,7 @@ def draw_batches(rows, batch, generator, weights=None, steps=0):
         order = torch.cat(order)[:count]
     else:
         order = torch.multinomial(weights, count, replacement=True, generator=generator)
-    return rows[order].tensor_split(steps or math.ceil(count / batch))
+    return rows[order].tensor_split(steps or max(1, min(math.ceil(count / batch), count // 2)))
 
 
 def train_epoch(net, optimizer, scheduler, loss_of, inputs, rows, args, generator, sample_weights=None, averaged=None):
@@ -528,7 +528,7 @@ def teach(images, args, part, test):
     if not args.teacher:
         return None
     teacher, rows = load_teacher(images, args, part, test), torch.arange(len(images))
-    return teacher.combine(predict(teacher, images, rows, locate(teacher, images, rows)))
+    return teacher.combine(predict(teacher, images, rows, locate(teacher, images, rows))).float()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
