@@ -159,13 +159,43 @@ def torchvision_state(name, features):
     return state
 
 
-def load_weights(net, path):
-    """Load a state_dict file into `net`, and say what did not fit. Raises InputError if nothing does."""
+HEADS = ("classifier", "fc")  # of a whole network, which a backbone does not want
+
+
+def share_weights(backbones, weights):
+    """--weights as these backbones take it: one file goes to those that it fits, and that the others start from none is
+    said. What is no file, or fits all or none of them, is left as it is."""
+    if not Path(weights).is_file():
+        return weights
+    state, fits = read_state(weights), {}
+    for name in [b for b in backbones if b in BACKBONES]:
+        with torch.device("meta"):
+            own = {n: p for n, p in whole_network(name).named_parameters() if n.split(".")[0] not in HEADS}
+        fits[name] = 2 * len(fitting(state, own)) > len(own)  # a first layer alone may fit by chance
+    if len(set(fits.values())) < 2:
+        return weights
+    good, others = (", ".join(name for name in fits if fits[name] is yes) for yes in (True, False))
+    print(f"weights {weights}: it fits {good}; from none: {others}")
+    return ",".join(f"{name}={weights if fits[name] else 'none'}" for name in fits)
+
+
+def read_state(path):
+    """A state_dict file. Raises InputError if it is none."""
     state = read_checkpoint(path, f"--weights {path}")
     if not isinstance(state, dict) or not any(isinstance(v, torch.Tensor) for v in state.values()):
         raise InputError(f"--weights {path}: holds no state_dict")
-    own = net.state_dict()
-    fits = {k: v for k, v in state.items() if k in own and isinstance(v, torch.Tensor) and v.shape == own[k].shape}
+    return state
+
+
+def fitting(state, own):
+    """Those of the tensors {name: tensor} that have a name and a shape in `own`."""
+    return {k: v for k, v in state.items() if k in own and isinstance(v, torch.Tensor) and v.shape == own[k].shape}
+
+
+def load_weights(net, path):
+    """Load a state_dict file into `net`, and say what did not fit. Raises InputError if nothing does."""
+    state, own = read_state(path), net.state_dict()
+    fits = fitting(state, own)
     if not fits:
         names = f"first: {next(iter(state))}; wanted: {next(iter(own))}"
         raise InputError(f"--weights {path}: not one of its {len(state)} tensors fits this network ({names})")
@@ -175,7 +205,7 @@ def load_weights(net, path):
         "in the file but not fitting": state.keys() - fits.keys(),
     }
     for what, keys in misfits.items():
-        keys = {k for k in keys if k.split(".")[0] not in ("classifier", "fc")}  # the head is not wanted
+        keys = {k for k in keys if k.split(".")[0] not in HEADS}
         if keys:
             print(f"weights {path}: {len(keys)} {what}: {', '.join(sorted(keys)[:4])}{' ...' if len(keys) > 4 else ''}")
 

@@ -53,7 +53,7 @@ MODEL = [
     ("nets", "both", ["both", "cnet", "dnet"], "what to train; both trains D-Net only where boxes are known"),
     ("model", "mobilenet_v2", "NAME", f"backbone of both networks: {', '.join(BACKBONES)}; none: patient data alone"),
     ("ensemble", None, "A,B,C", "C-Net members' backbones, trained one after another, weighted on validation; D-Net keeps --model"),
-    ("weights", "imagenet", "W", "start from imagenet (a download by torchvision), none, or a state_dict file; or A=W,B=W for members' own"),
+    ("weights", "imagenet", "W", "start from imagenet (a download by torchvision), none, or a state_dict file (members that it does not fit: none); or A=W,B=W for members' own"),
     ("attention", "none", list(ATTENTION), "between C-Net's backbone and its pooling"),
     ("dropout", 0.2, (0, 0.99), "before C-Net's last layer"),
     ("normalise", "auto", ["auto", "image", "fixed"], "each image by its own mean and spread, or all alike; auto: image for grey, fixed for colour"),

@@ -99,7 +99,7 @@ PRETRAIN = {
 
 def build_parser():
     p = options.build_parser(PRETRAIN, __doc__.split("\n\n")[0])
-    p.set_defaults(epochs=100, batch=64, lr=1e-3, ema=0.0, patience=0, roi="none", ensemble=None)
+    p.set_defaults(epochs=100, batch=64, lr=1e-3, ema=0.0, patience=0, roi="none", ensemble=None, nets="cnet")
     return p
 
 
@@ -109,6 +109,7 @@ def main(argv=None):
     if args.model == "none":
         raise InputError("--model none has nothing to learn")
     images = options.load_images(args)
+    train.check_networks(images, args)
     rows = torch.tensor([i for i, split in enumerate(images.splits) if split != "test"])
     torch.manual_seed(args.seed)
     net = METHODS[args.method](args, **train.network_options(images, args))

@@ -3777,6 +3777,27 @@ def test_each_member_has_weights_of_its_own(tmp_path):  # 17
     refused("says nothing of alexnet; add alexnet=FILE", models.build_backbone, "alexnet", 3, both)
 
 
+def test_one_file_of_weights_goes_to_the_members_that_it_fits(tmp_path, folders, capsys):  # 17
+    torch.manual_seed(0)
+    file, net = tmp_path / "resnet18.pt", torchvision.models.get_model("resnet18", weights=None)
+    torch.save(net.state_dict(), file)
+    shared = models.share_weights(["resnet18", "mobilenet_v2", "none"], str(file))
+    assert shared == f"resnet18={file},mobilenet_v2=none"
+    assert capsys.readouterr().out == f"weights {file}: it fits resnet18; from none: mobilenet_v2\n"
+    assert torch.equal(models.build_backbone("resnet18", 3, shared)[0][0].weight, net.conv1.weight)
+    for backbones in (["resnet18"], ["mobilenet_v2"], ["resnet19"]):  # all or none: as it is, and then it is said
+        assert models.share_weights(backbones, str(file)) == str(file)
+    # of small_cnn a few layers have the shapes of mobilenet_v2's, which is no fit
+    torch.save(torchvision.models.get_model("mobilenet_v2", weights=None).state_dict(), tmp_path / "m.pt")
+    assert "small_cnn=none" in models.share_weights(["small_cnn", "mobilenet_v2"], str(tmp_path / "m.pt"))
+    options = ["--ensemble", "resnet18,small_cnn", "--nets", "cnet", "--size", "32", "--data", folders]
+    args = parse(list(map(str, [*options, "--model", "small_cnn", "--weights", file, "--cache", tmp_path / "c"])))
+    capsys.readouterr()
+    train.prepare(args)
+    assert capsys.readouterr().out.count("from none: small_cnn") == 1
+    assert args.weights == f"resnet18={file},small_cnn=none"  # what config.json keeps, for --resume
+
+
 def test_votes_survive_a_probability_of_zero():  # 34
     own = torch.tensor([[[1.0, 0.0], [0.4, 0.6]], [[1.0, 0.0], [0.1, 0.9]]])
     votes = train.member_weights(own, torch.tensor([1, 1]))

@@ -603,6 +603,18 @@ def do_job(function, *job):
     return function(do_job.images, *job)
 
 
+def check_networks(images, args):
+    """Build every network once: what can't be built, or is too deep for the images, is said before a run begins."""
+    members, detects = (args.ensemble or args.model).split(","), args.nets != "cnet" and args.model != "none"
+    backbones = dict.fromkeys([args.model] * detects + members * (args.nets != "dnet"))
+    args.weights = models.share_weights(backbones, args.weights)
+    same, meta = network_options(images, args), 0 if images.meta is None else images.meta.shape[1]
+    for backbone in backbones:
+        check_size(models.CNet(backbone, meta=meta, **same), args.size, images.meta)
+    if detects and images.boxes.isfinite().any():
+        check_size(models.DNet(args.model, **same), args.size, None)
+
+
 def prepare(args):
     """(images, the runs to make, the results to compare with or None). Whatever can be wrong is said here, before a run
     folder is made."""
@@ -611,8 +623,7 @@ def prepare(args):
         found = f"one class only ({images.classes[0]})" if images.classes else "no labels"
         raise InputError(f"--data {args.data}: {found}: nothing to learn; at least two are needed")
     runs = plan(images, args)
-    for backbone in {args.model, *(args.ensemble or args.model).split(",")}:
-        models.build_backbone(backbone, images.pixels.shape[1], args.weights)
+    check_networks(images, args)
     for run in runs if args.teacher else []:
         load_teacher(images, args, run[0], run[3])
     return images, runs, finished_run(args.against, images, runs) if args.against else None
