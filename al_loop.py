@@ -400,7 +400,10 @@ def main(argv=None):
     jobs = [(name, seed, args, folder) for seed in seeds for name in ["all", *args.strategies]]
     chains, start = [], time.time()
     try:
-        with options.claim(folder), train.Interrupt() if args.workers == 1 else contextlib.nullcontext():
+        with (
+            options.claim(folder, not args.resume),
+            train.Interrupt() if args.workers == 1 else contextlib.nullcontext(),
+        ):
             for chain in train.run_jobs(run_chain, jobs, images, args, args.workers):
                 chains.append(chain)
                 left = (time.time() - start) / len(chains) * (len(jobs) - len(chains))
@@ -596,7 +599,7 @@ def learn(argv):
     folder = options.prepare_folder(args, more, "learn-")
     runs = [("before", fixed, val, test, seed), ("after", torch.cat([fixed, rows]), val, test, seed)]
     try:
-        with options.claim(folder), train.Interrupt():
+        with options.claim(folder, not args.resume), train.Interrupt():
             before, after = train.make_runs(more, runs, args, folder)
     except (train.Stopped, KeyboardInterrupt):
         options.stop("al_loop.py learn", folder)

@@ -16,6 +16,7 @@ import json
 import os
 import platform
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -233,14 +234,22 @@ def prepare_folder(args, images, prefix=""):
         "images": images.fingerprint(),
         "versions": {"python": platform.python_version(), "torch": str(torch.__version__)},
     }
-    write_atomically(folder / "config.json", json.dumps(config, indent=1).encode())
+    try:
+        write_atomically(folder / "config.json", json.dumps(config, indent=1).encode())
+    except InputError:
+        folder.rmdir()
+        raise
     return folder
 
 
 @contextlib.contextmanager
-def claim(folder):
-    """Work in a run folder alone. The lock is the system's: it goes when the process ends, however that happens."""
-    with open(Path(folder) / "config.json") as file:
+def claim(folder, made=False):
+    """Work in a run folder alone. The lock is the system's: it goes when the process ends, however that happens.
+
+    made: this process made the folder; a user's mistake that shows before anything is learnt takes it away again, so that
+    the corrected command finds its name free."""
+    folder = Path(folder)
+    with open(folder / "config.json") as file:
         try:
             import fcntl
 
@@ -249,7 +258,13 @@ def claim(folder):
             pass  # Windows has no such locks
         except BlockingIOError:
             raise InputError(f"{folder}: another process works in it; wait for it, or stop it") from None
-        yield
+        try:
+            yield
+        except InputError:
+            written = [p for p in folder.rglob("*") if p.suffix in (".pt", ".json", ".jsonl") and p.stat().st_size]
+            if made and written == [folder / "config.json"]:  # a log begins empty
+                shutil.rmtree(folder, ignore_errors=True)
+            raise
 
 
 def stop(script, folder):

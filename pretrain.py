@@ -123,7 +123,7 @@ def main(argv=None):
 
     name, seed = args.method, args.seed
     try:
-        with options.claim(folder), train.Interrupt():
+        with options.claim(folder, not args.resume), train.Interrupt():
             best, history = train.fit(net, images, rows, loss_of, None, args, name=name, folder=folder, seed=seed)
     except (train.Stopped, KeyboardInterrupt):
         options.stop("pretrain.py", folder)

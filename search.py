@@ -192,7 +192,7 @@ def main(argv=None):
     folder, start = prepare_folder(args, images, "search-"), time.time()
     print(f"run folder: {folder}")
     try:
-        with claim(folder):
+        with claim(folder, not args.resume):
             for part in folder.glob("tmp*"):  # of a search that was killed
                 shutil.rmtree(part)
             best = search(images, ranges, args, folder)

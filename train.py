@@ -587,6 +587,7 @@ def run_jobs(function, jobs, images, args, workers):
         pool.shutdown(wait=False, cancel_futures=True)
         for worker in torch.multiprocessing.active_children():
             worker.terminate()
+            worker.join()
 
 
 def start_worker(args, workers, number):
@@ -661,7 +662,7 @@ def main(argv=None):
     folder, start = prepare_folder(args, images), time.time()
     print(f"run folder: {folder}")
     try:
-        with claim(folder), Interrupt():
+        with claim(folder, not args.resume), Interrupt():
             results = make_runs(images, runs, args, folder)
     except (Stopped, KeyboardInterrupt):
         stop("train.py", folder)
