@@ -2137,6 +2137,18 @@ def test_search_halves_resumes_and_its_best_can_be_used_slow(tmp_path, folders):
     assert not list(folder.glob("tmp*"))
 
 
+def test_the_best_of_a_search_with_the_recipe_has_boxes_slow(tmp_path, folders):  # 14
+    recipe = f"@{HERE / 'recipes' / 'busi.args'} --model small_cnn --size 32 --epochs 1 --folds 1"
+    one, _, _ = quick(tmp_path, "2 --search-folds 2 --search-over lr=1e-4:1e-2", recipe, "--name s", data_folder=folders, script=search)  # fmt: skip
+    options = ["@" + str(one / "best.args"), "--runs", tmp_path, "--cache", tmp_path / "cache", "--name", "best"]
+    assert call(train, *options).returncode == 0
+    some = infer.BreastCancerDetector(tmp_path / "best", "cpu")
+    assert [m.config["roi"] for m in some.model.members] == ["none", "dnet"]
+    box = some.predict(next((folders / "malignant").glob("*(1).png")))["box"]
+    assert 0 <= box[0] < box[2] <= 60
+    assert 0 <= box[1] < box[3] <= 40
+
+
 def test_search_draws_by_ratios_and_by_steps():
     argv = ["--search-over", "lr=1e-4:1e-1", "epochs=2:9", "dropout=0.1:0.4"]
     ranges = search.search_ranges(parse(argv, search.build_parser()))
