@@ -41,6 +41,7 @@ REFER_ODDS = 2.0  # refer when the odds lie within this factor of the threshold'
 REFER_UNCERTAINTY = 0.15  # or when the opinions' standard deviation is above this
 LEAST_SIDE, MOST_ASPECT = 16, 8  # or when the picture has fewer pixels on a side, or is longer in shares of its width
 LEAST_SPREAD, MOST_COLOUR = 1.0, 16  # or its greys spread less, or its colours differ more, in levels of 255
+MOST_STRANGE = 1.05  # or it is so much farther from those of training than 99 % of the validation images are
 MOST_SIGMA = 5  # or when a patient's number is so many standard deviations from the mean of training
 
 
@@ -86,6 +87,12 @@ def oddities(picture, channels):
         ),
     }
     return [reason for reason, found in checks.items() if found]
+
+
+def unlike(strangeness, info):
+    """The reason to refer a picture that is so far from those of training, see Ensemble.strangeness: a list, mostly empty."""
+    what = "it, or its patient's data, is" if info["meta_spec"] else "it is"
+    return [f"{what} unlike the pictures that the model has learnt from"] if strangeness > MOST_STRANGE else []
 
 
 def check_views(views, scales):
@@ -157,10 +164,10 @@ class BreastCancerDetector:
             found = [letterboxed_box(boxes[i], opened[i]["placement"], info["load_size"]) for i in good]
             found = torch.tensor(found, device=self.device)
         patients = None if patients is None else patients[good]
-        opinions = self.model.opinions(pixels, found, patients, self.tta, self.scales)
-        probabilities, uncertainty = self.model.conclude(opinions)
+        opinions, traits = self.model.examine(pixels, found, patients, self.tta, self.scales)
+        (probabilities, uncertainty), far = self.model.conclude(opinions), self.model.strangeness(traits)
         for k, i in enumerate(good):
-            reasons = opened[i]["reasons"] + strange[i]
+            reasons = opened[i]["reasons"] + strange[i] + unlike(float(far[k]), info)
             results[i] |= answer(probabilities[k].tolist(), float(uncertainty[k]), info, reasons)
             if found is not None:
                 box = original_box(found[k].tolist(), opened[i]["placement"], info["load_size"], opened[i]["size"])
@@ -400,25 +407,30 @@ def save_overlay(result, detector, path, meta=None):
 
 @torch.inference_mode()
 def look_again(model, images, rows, views, scales, batch=32):
-    """Opinions (M, V, N, K), see models.Ensemble, on the images in `rows`."""
-    found = []
+    """Opinions (M, V, N, K), and the strangeness (N,), see models.Ensemble, of the images in `rows`."""
+    found, far = [], []
     for index in rows.split(batch):
         pixels = images.pixels[index].to(model.device)
         meta = None if images.meta is None else images.meta[index].to(model.device)
         boxes = model.locate(pixels, images.boxes[index].to(model.device))
-        found.append(model.opinions(pixels, boxes, meta, views, scales).cpu())
-    return torch.cat(found, 2)
+        opinions, traits = model.examine(pixels, boxes, meta, views, scales)
+        found.append(opinions.cpu())
+        far.append(model.strangeness(traits))
+    return torch.cat(found, 2), torch.cat(far)
 
 
-def verdicts(model, opinions):
-    """What the opinions (M, V, N, K) come to: probabilities (N, K), thresholds (N,), and who is referred (N,)."""
+def verdicts(model, opinions, far):
+    """What the opinions (M, V, N, K) and the strangeness (N,) come to: probabilities (N, K), thresholds (N,), who is
+    referred (N,), and who for being unlike the pictures of training (N,)."""
     probabilities, uncertainty = model.conclude(opinions)
-    both = zip(probabilities.tolist(), uncertainty.tolist(), strict=True)
-    referred = torch.tensor([answer(p, u, model.info)["refer"] for p, u in both])
-    return probabilities, torch.full((len(referred),), model.info["threshold"]), referred.double()
+    reasons = [unlike(f, model.info) for f in far.tolist()]
+    each = zip(probabilities.tolist(), uncertainty.tolist(), reasons, strict=True)
+    referred = torch.tensor([answer(p, u, model.info, why)["refer"] for p, u, why in each])
+    strange = torch.tensor([bool(why) for why in reasons])
+    return probabilities, torch.full((len(far),), model.info["threshold"]), referred.double(), strange.double()
 
 
-def worth(weights, labels, first, probabilities, threshold, referred):
+def worth(weights, labels, first, probabilities, threshold, referred, strange):
     """{metric: (B,)} of one setting beside the probabilities of the `first`, see evaluate. weights (B, N) or None."""
     import metrics
 
@@ -433,13 +445,15 @@ def worth(weights, labels, first, probabilities, threshold, referred):
         "balanced_accuracy": values["balanced_accuracy"],
         "referred": weights @ referred / weights.sum(1),
         "caught": weights @ (referred * wrong) / (weights @ wrong),
+        "unlike": weights @ strange / weights.sum(1),
     }
 
 
 def evaluate(run, views, scales, data_path, cache, device):
     """{setting: {metric: {"value", "low", "high"}}}: one view, `views`, and those at `scales`, on images that the run's
     models never saw. "change": of the AUC against one view, in pairs; "referred": the share of the images; "caught":
-    the share of the wrong answers that are among them."""
+    the share of the wrong answers that are among them; "unlike": the share of the images, all of them true ones, that are
+    referred as unlike those of training."""
     from metrics import evidence, interval_text, resample  # here and not above: a plain prediction starts without them
     from report import held_out
 
@@ -449,17 +463,18 @@ def evaluate(run, views, scales, data_path, cache, device):
         check_views(views or pairs[0][0].info["views"], scales),
     )
     looked = tuple(dict.fromkeys((1.0, *scales)))  # scale by scale, `views` each; the first is the picture as it is
-    found = [(m, look_again(m.to(device), images, r, views, looked)) for m, r in pairs]
+    found = [(m, *look_again(m.to(device), images, r, views, looked)) for m, r in pairs]
     table, first, groups = {}, None, images.groups[rows]
-    known = evidence(images.labels[rows], len(images.classes), groups) | {"referred": len(groups.unique())}
+    known = evidence(images.labels[rows], len(images.classes), groups)
+    known |= dict.fromkeys(("referred", "unlike"), len(groups.unique()))
     for k, s in dict.fromkeys([(1, (1.0,)), (views, (1.0,)), (views, scales)]):
         kept = [looked.index(scale) * views + i for scale in s for i in range(k)]
-        judged = zip(*(verdicts(model, opinions[:, kept]) for model, opinions in found), strict=True)
-        probabilities, threshold, referred = (torch.cat(column) for column in judged)
+        judged = zip(*(verdicts(model, opinions[:, kept], far) for model, opinions, far in found), strict=True)
+        probabilities, threshold, referred, strange = (torch.cat(column) for column in judged)
         first = probabilities if first is None else first
         measure = partial(
             worth, labels=images.labels[rows], first=first,
-            probabilities=probabilities, threshold=threshold, referred=referred,
+            probabilities=probabilities, threshold=threshold, referred=referred, strange=strange,
         )  # fmt: skip
         name = f"{k} view{'s' if k > 1 else ''}" + ("" if s == (1.0,) else f" x {', '.join(f'{v:g}' for v in s)}")
         table[name] = resample(measure, groups, known)

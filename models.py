@@ -233,6 +233,19 @@ def standardise(images, normalise):
     return (x - mean) / (spread + 0.02)  # 0.02: a blank image stays blank instead of becoming amplified noise
 
 
+def texture(images):
+    """What a picture is like before any network: numbers (N, C + 6) of float images (N, C, S, S). Each channel's mean,
+    the contrast, its skewness, and the share of it that lies between neighbours at four resolutions (S < 16: fewer)."""
+    mean, spread = images.mean((2, 3)), images.std((1, 2, 3)) + 0.01
+    skewness = (((images - mean[:, :, None, None]) / spread[:, None, None, None]) ** 3).mean((1, 2, 3))
+    found = [*mean.T, spread.log(), skewness]
+    for _ in range(min(4, int(math.log2(images.shape[-1])))):
+        steps = images.diff(dim=2).abs().mean((1, 2, 3)) + images.diff(dim=3).abs().mean((1, 2, 3))
+        found.append((steps / spread + 1e-3).log())
+        images = F.avg_pool2d(images, 2)
+    return torch.stack(found, 1)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Attention: what a network may put between backbone and pooling. All start as the identity, or close to it
 
@@ -384,7 +397,7 @@ class Ensemble(nn.Module):
 
     info: "classes", "size" (what C-Net and D-Net see), "load_size" (what the file is letterboxed to), "channels",
     "equalise" (CLAHE), "margin" of the crops, "meta_spec", "temperature", "threshold" and the "views" of an image that
-    both were set for, "made"."""
+    both were set for, "made", and "familiar", see familiar, where it is known."""
 
     def __init__(self, members, weights=None, dnet=None, **info):
         super().__init__()
@@ -419,14 +432,22 @@ class Ensemble(nn.Module):
             )
         return crop_regions(boxes, self.info["margin"])
 
-    def member_probabilities(self, images, boxes=None, meta=None, look=crop, scale=1.0):
-        """(M, N, K) probabilities, each member by itself, before the temperature.
+    def embed(self, images, boxes=None, meta=None, look=crop, scale=1.0):
+        """[(N, W)], the embedding of each member.
 
         boxes (N, 4): what the crops are made around. look(images, regions, size): what a member gets to see; more
         views than one are a larger N. scale: of the size."""
         size = round(self.info["size"] * scale)
-        looks = (look(images, self.regions(m, boxes), size) for m in self.members)
-        return torch.stack([to_probabilities(m(x, meta)) for m, x in zip(self.members, looks, strict=True)])
+        return [m.embed(look(images, self.regions(m, boxes), size), meta) for m in self.members]
+
+    def classify(self, embeddings):
+        """(M, N, K) probabilities, each member by itself, before the temperature."""
+        both = zip(self.members, embeddings, strict=True)
+        return torch.stack([to_probabilities(m.classify(e)) for m, e in both])
+
+    def member_probabilities(self, images, boxes=None, meta=None, look=crop, scale=1.0):
+        """(M, N, K), see embed and classify."""
+        return self.classify(self.embed(images, boxes, meta, look, scale))
 
     def combine(self, probabilities):
         """(M, N, K) -> (N, K): weighted mean, then the temperature: p^(1/T), which for one member is logits / T."""
@@ -441,11 +462,25 @@ class Ensemble(nn.Module):
     def opinions(self, images, boxes=None, meta=None, views=None, scales=(1.0,)):
         """Probabilities (M, V, N, K): of every member, of every view at every scale (V), of every image. `conclude`
         makes one answer of them."""
+        return self.examine(images, boxes, meta, views, scales)[0]
+
+    def examine(self, images, boxes=None, meta=None, views=None, scales=(1.0,)):
+        """The opinions, and the traits [(N, D)] that `strangeness` goes by, from the same pass: of the first view the
+        direction of each member's embedding (its length says more of the contrast than of the kind), and the texture."""
         views = views or self.info["views"]
         meta = None if meta is None else meta.repeat(views, 1)
         look = crop if views == 1 else functools.partial(tta_views, views=views)
-        found = [self.member_probabilities(images, boxes, meta, look, scale) for scale in scales]
-        return torch.cat([p.unflatten(1, (views, len(images))) for p in found], 1)
+        embeddings = [self.embed(images, boxes, meta, look, scale) for scale in scales]
+        opinions = torch.cat([self.classify(e).unflatten(1, (views, len(images))) for e in embeddings], 1)
+        traits = [F.normalize(e[: len(images)].float(), dim=1) for e in embeddings[0]]
+        traits.append(texture(crop(images, None, self.info["size"])))
+        return opinions, [t.cpu().double() for t in traits]
+
+    def strangeness(self, traits):
+        """(N,) how far from the pictures of training: above 1 is farther than 99 % of the validation images. Zeros where
+        the model file is of an older version, which does not tell."""
+        known = self.info.get("familiar")
+        return distance(traits, known) if known else torch.zeros(len(traits[0]))
 
     def conclude(self, opinions):
         """From opinions (M, V, N, K): calibrated probabilities (N, K), and the uncertainty (N,), their standard deviation (of
@@ -471,6 +506,38 @@ class Ensemble(nn.Module):
             own = function(WithPatients(member, meta), x, target, **layer, **options)
             maps.append(vote * place(own, regions, images.shape[-1]))
         return maps
+
+
+def familiar(train, val, axes=16):
+    """What the traits [(N, D)] of pictures are like, see Ensemble.examine: for each a mean, the main axes and the variances
+    along them and, the last, across them (Tipping & Bishop, Probabilistic PCA, 1999). A few numbers for a model file:
+    the spread is that of training, and how much of it is too much is learnt on validation, which no network has fitted."""
+
+    def limit(distances):
+        return distances.quantile(0.99).square().clamp(min=1e-6)
+
+    known = []
+    for x, held_out in zip(train, val, strict=True):
+        kept = min(axes, len(x) // 4, x.shape[1] - 1)
+        _, s, directions = torch.linalg.svd(x - x.mean(0), full_matrices=False)
+        variances = s.square() / max(1, len(x) - 1) + 1e-9
+        rest = variances[kept:].sum() / (x.shape[1] - kept)
+        one = {"mean": x.mean(0), "axes": directions[:kept], "variances": torch.cat([variances[:kept], rest[None]])}
+        one["variances"] *= limit(distance([held_out], [one]))  # so that the traits weigh alike
+        known.append(one)
+    joint = limit(distance(val, known))
+    return [{k: (v * joint if k == "variances" else v).float().clone() for k, v in one.items()} for one in known]
+
+
+def distance(traits, known):
+    """(N,) Mahalanobis distances of traits [(N, D)], together, to what is `familiar`."""
+    total = 0
+    for x, one in zip(traits, known, strict=True):
+        mean, axes, variances = (one[k].double() for k in ("mean", "axes", "variances"))
+        along = (x - mean) @ axes.T
+        across = ((x - mean).square().sum(1) - along.square().sum(1)).clamp(min=0)
+        total = total + (along.square() / variances[:-1]).sum(1) + across / variances[-1]
+    return total.sqrt()
 
 
 class WithPatients(nn.Module):
@@ -557,6 +624,7 @@ def load(path, device="cpu"):
     try:
         check_info(content)
         dnet, members = content.pop("dnet"), [rebuild(CNet, m) for m in content.pop("members")]
+        check_familiar(content, members)
         model = Ensemble(members, content.pop("weights").tolist(), dnet and rebuild(DNet, dnet), **content)
     except (KeyError, TypeError, RuntimeError, AttributeError, ValueError) as e:
         why = (str(e) or type(e).__name__).splitlines()[0][:120]
@@ -581,13 +649,32 @@ def check_info(content):
         raise ValueError(f"no {min(missing)}")
 
 
+def check_familiar(info, members):
+    """ValueError unless what a file says of familiar pictures, see familiar, fits its members and the texture."""
+    if not (known := info.get("familiar")):
+        return
+    side = min(info["size"], 16)
+    widths = [*(m.width for m in members), texture(torch.zeros(1, info.get("channels", 1), side, side)).shape[1]]
+    for said, width in zip(known, widths, strict=True):
+        check_memory(dict(said))
+        mean, axes, variances = said["mean"], said["axes"], said["variances"]
+        fits = mean.shape == (width,) and axes.shape == (len(axes), width) and variances.shape == (len(axes) + 1,)
+        if not fits or not (variances > 0).all():
+            raise ValueError("what is familiar does not fit the members")
+
+
+def check_memory(tensors):
+    """ValueError where one of {name: tensor} has no strides, and claims more than its file holds."""
+    for name, value in tensors.items():
+        if value.untyped_storage().nbytes() < value.numel() * value.element_size():
+            raise ValueError(f"{name} is larger than its memory")
+
+
 def rebuild(network, saved):
     """A network from its configuration and state. Built without memory first: drawing weights that the state then
     replaces would take longer than the prediction. Older files name D-Net's design, of which one is left; what a file
     says of weights to start from is not followed."""
-    for name, value in saved["state"].items():  # a tensor of no strides claims more than its file holds
-        if value.untyped_storage().nbytes() < value.numel() * value.element_size():
-            raise ValueError(f"{name} is larger than its memory")
+    check_memory(saved["state"])
     with torch.device("meta"):
         net = network(**{k: v for k, v in saved["config"].items() if k not in ("design", "weights")})
     net.load_state_dict(saved["state"], assign=True)

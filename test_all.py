@@ -3003,6 +3003,7 @@ def test_the_worth_of_views_is_that_of_the_detectors_answers_slow(tmp_path, fold
             "balanced_accuracy": 1 - np.mean([wrong[labels == c].mean() for c in (0, 1)]),
             "referred": refer.mean(),
             "caught": refer[wrong].mean(),
+            "unlike": np.mean(["it is unlike" in (a["reason"] or "") for a in answers]),  # 2
         }
         base = base or expected["auc"]
         for what, value in {**expected, "change": expected["auc"] - base}.items():
@@ -3573,6 +3574,56 @@ def test_a_picture_that_can_not_be_judged_is_referred(make, why):  # 2
     assert infer.oddities(picture(60, 50, mode="RGB"), 3) == []
 
 
+def test_strangeness_is_the_mahalanobis_distance_in_shares_of_validations():  # 2
+    mix = torch.randn(6, 6, generator=seeded()).double()
+    train_set, val, new = (torch.randn(n, 6, generator=seeded(n)).double() @ mix for n in (500, 800, 2000))
+    known = models.familiar([train_set], [val])
+    found = models.distance([new], known)
+    away = new - train_set.mean(0)
+    expected = (away @ torch.linalg.inv(torch.cov(train_set.T)) * away).sum(1).sqrt()
+    torch.testing.assert_close(found / found[0], expected / expected[0], atol=0, rtol=1e-3)
+    assert 0.005 < float((found > 1).double().mean()) < 0.02  # above 1 lies one of a hundred
+    # two traits together still refer one of a hundred, and a flat direction that is left tells
+    flat = [torch.cat([x, 1e-4 * x[:, :1].square()], 1) for x in (train_set, val, new)]
+    known = models.familiar(*([x, y] for x, y in zip((train_set, val), flat, strict=False)))
+    assert 0.004 < float((models.distance([new, flat[2]], known) > 1).double().mean()) < 0.025
+    off = flat[2].clone()
+    off[:, 6] += 0.1
+    assert (models.distance([new, off], known) > 1).all()
+    assert all(t.dtype == torch.float32 for one in known for t in one.values())
+
+
+def odd_pictures(size=64):
+    """{what: uint8 (N, 1, size, size)} that show no tissue: noise, and a colour gradient of a photo turned grey."""
+    noise = torch.randint(0, 256, (20, 1, size, size), generator=seeded(), dtype=torch.uint8)
+    y, x = torch.meshgrid(*[torch.linspace(0, 1, size)] * 2, indexing="ij")
+    skies = torch.stack([0.3 * share * x + 0.59 * y + 0.11 * (1 - x) for share in torch.linspace(0, 1, 9)])
+    return {"noise": noise, "gradient": (255 * skies[:, None]).byte()}
+
+
+def test_a_picture_unlike_those_of_training_is_referred(tmp_path, whole, monkeypatch):  # 2
+    why, path = "it is unlike the pictures that the model has learnt from", whole[0] / "model.pt"
+    some, calls, honest = infer.BreastCancerDetector(path, "cpu"), [], models.CNet.embed
+    monkeypatch.setattr(models.CNet, "embed", lambda self, *a: calls.append(0) or honest(self, *a))
+    for pixels in odd_pictures(32).values():
+        calls.clear()
+        for result in some.predict(list(pixels[:, 0].numpy())):
+            assert result["refer"]
+            assert why in result["reason"]
+        assert len(calls) == len(some.model.members)  # from the pass that predicts
+    x = torch.rand(3, 1, 32, 32)
+    assert all(models.texture(torch.rand(2, 3, s, s)).isfinite().all() for s in (4, 15, 16, 50))
+    with torch.no_grad():  # whatever the number of views, the picture as it is
+        one, five = (some.model.strangeness(some.model.examine(x, views=n)[1]) for n in (1, 5))
+    close(one, five)
+    content = torch.load(path, weights_only=True)
+    known = content.pop("familiar")
+    assert sum(t.numel() * 4 for one in known for t in one.values()) < 1e5
+    torch.save(content, tmp_path / "old.pt")
+    old = infer.BreastCancerDetector(tmp_path / "old.pt", "cpu").predict(odd_pictures(32)["noise"])
+    assert not any(why in (result["reason"] or "") for result in old)
+
+
 def test_the_reason_to_refer_is_told_and_nothing_but_numbers_comes_out(detector):  # 2, 32
     result = detector.predict(Image.new("L", (90, 60), 100))
     assert result["refer"]
@@ -3751,6 +3802,8 @@ def test_one_file_has_one_answer_however_it_is_opened(tmp_path, detector):  # 33
         ({"version": "2"}, "version 2"), ({"version": None}, "version None"), ({"size": "big"}, "size: big"),
         ({"classes": None}, "classes: None"), ({"threshold": math.nan}, "threshold: nan"), ({"views": 99}, "views: 99"),
         ({"dropout": 5}, "dropout probability"), ({"stride": 0}, "is larger than its memory"), ({"lost": 0}, "no size"),
+        ({"familiar": [{k: torch.ones(2, 7) for k in ("mean", "axes", "variances")}] * 3}, "what is familiar does not"),
+        ({"familiar": 7}, "not fitting"),
     ],
 )  # fmt: skip
 def test_a_strangers_model_file_is_checked_before_it_is_built(tmp_path, monkeypatch, change, why):  # 41
@@ -4057,6 +4110,25 @@ def test_boxes_are_in_the_pixels_of_the_original_slow(phantom_run):
             break
     else:
         pytest.fail("no box lies where its lesion is")
+
+
+def test_what_is_no_phantom_is_referred_slow(phantom_run):  # 2
+    run_folder = phantom_run[0] / "runs" / "phantoms"
+    model, odd = models.load(run_folder), odd_pictures()
+    assert (run_folder / "model.pt").stat().st_size < 4e6
+
+    def unlike(pixels):
+        with torch.no_grad():
+            return (model.strangeness(model.examine(pixels, views=1)[1]) > infer.MOST_STRANGE).double().mean()
+
+    fresh = data.phantom_set(200, 64, seed=99).pixels  # which no network has met
+    assert unlike(fresh) < 0.05
+    odd["inverted"] = 255 - fresh
+    for folder in ("BUSI/malignant", "BUSBRA/Images") if DATA else ():
+        files = [p for p in sorted((DATA / folder).glob("*.png")) if "mask" not in p.name][:20]
+        odd[folder] = torch.from_numpy(np.stack([data.letterbox(Image.open(p).convert("L"), 64)[0] for p in files]))
+    for what, pixels in odd.items():
+        assert unlike(pixels) == 1, what
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -247,16 +247,26 @@ def is_better(state, raw, net):
 # Predicting, and what is chosen on validation
 
 
+def in_batches(model, images, rows, boxes, batch=EVAL_BATCH):
+    """Yield the images in `rows`, the boxes around what is to be seen and the patient data, on the model's device."""
+    for index in rows.cpu().split(batch):
+        meta, around = (None if v is None else v[index].to(model.device) for v in (images.meta, boxes))
+        yield images.pixels[index.to(images.pixels.device)].to(model.device), around, meta
+
+
 @torch.no_grad()
-def predict(model, images, rows, boxes=None, batch=EVAL_BATCH):
+def predict(model, images, rows, boxes=None):
     """Members' probabilities (M, N, K) of the images in `rows`, by as many views as info says, on the CPU. boxes (all
     images, 4): the crops."""
-    parts = []
-    for index in rows.cpu().split(batch):
-        x = images.pixels[index.to(images.pixels.device)].to(model.device)
-        meta, around = (None if v is None else v[index].to(model.device) for v in (images.meta, boxes))
-        parts.append(model.opinions(x, around, meta).mean(1).cpu())
-    return torch.cat(parts, 1)
+    return torch.cat([model.opinions(*x).mean(1).cpu() for x in in_batches(model, images, rows, boxes)], 1)
+
+
+@torch.no_grad()
+def traits(model, images, rows, boxes=None, most=1000):
+    """The traits [(N, D)], see Ensemble.examine, of the images in `rows`, or of every so manieth of them."""
+    rows = rows[:: math.ceil(len(rows) / most)]
+    found = [model.examine(*x, views=1)[1] for x in in_batches(model, images, rows, boxes)]
+    return [torch.cat(parts) for parts in zip(*found, strict=True)]
 
 
 @torch.no_grad()
@@ -348,6 +358,7 @@ def train_model(images, train, val, args, folder, seed, teacher=None, unlabelled
     model = models.Ensemble(members, dnet=dnet, **info)
     if members and len(val):
         calibrate(model, predict(model, images, val, look), images.labels[val], args)
+        model.info["familiar"] = models.familiar(*(traits(model, images, rows, look) for rows in (train, val)))
     return model, look, histories + more
 
 
