@@ -115,7 +115,7 @@ def self_teacher(before, known, rows, args):
     """Soft answers (N, K) of the last round's C-Net on the images `rows`; what it is not asked stays undecided."""
     boxes = None if args.roi == "none" else train.locate(before, known, torch.arange(len(known)))
     answers = torch.full((len(known), len(known.classes)), 1 / len(known.classes))
-    answers[rows] = before.combine(train.predict(before, known, rows, boxes))
+    answers[rows] = before.combine(train.predict(before, known, rows, boxes)).float()
     return answers
 
 
@@ -434,7 +434,7 @@ def main(argv=None):
     if args.start + args.rounds * args.query > (most := len(images.rows("train"))):
         asked = f"--start {args.start} + --rounds {args.rounds} x --query {args.query}"
         raise InputError(f"{asked}: more than the pool of {most} images")
-    models.build_backbone(args.model, images.pixels.shape[1], args.weights)  # a wrong name is said before a run begins
+    train.check_networks(images, args)
     other = finished_loop(images, args) if args.against else None
     folder = options.prepare_folder(args, images, "al-")
     print(f"run folder: {folder}")
@@ -645,6 +645,7 @@ def learn(argv):
     ((_, fixed, val, test, seed),) = train.plan(images, args)
     added = ", ".join(f"{int((more.labels[rows] == k).sum())} {name}" for k, name in enumerate(images.classes))
     print(f"{len(rows)} answers: {added}")
+    train.check_networks(images, args)
     folder = options.prepare_folder(args, more, "learn-")
     runs = [("before", fixed, val, test, seed), ("after", torch.cat([fixed, rows]), val, test, seed)]
     try:

@@ -25,6 +25,7 @@ import torchvision
 from torch import nn
 
 import augment
+import backbones
 import data
 import infer
 import losses
@@ -101,7 +102,7 @@ def bench_grad_cam(runs, device, quick):
     side, cases = 32 if quick else 224, []
     for name in ("resnet18", "mobilenet_v2"):
         net = models.CNet(name, 2, 1, normalise="fixed").to(device).eval()
-        cases.append((f"C-Net {name}", net, net.features, lambda x: models.standardise(x, "fixed"), net.head, 1))
+        cases.append((f"C-Net {name}", net, net.features, lambda x: backbones.standardise(x, "fixed"), net.head, 1))
         net = torchvision.models.get_model(name, weights=None).to(device).eval()
         features = nn.Sequential(*list(net.children())[:-2]) if name == "resnet18" else net.features
         cases.append((name, net, features, lambda x: x, net.fc if name == "resnet18" else net.classifier, 3))

@@ -50,10 +50,12 @@ KEYS = (
     "image", "prediction", "probability", "confidence", "probabilities", "uncertainty", "box", "refer", "reason", "error",
     "lesion_score", "boxes", "outline",
 )  # fmt: skip
+DIGITS = 12  # of a probability in JSON and CSV: with fewer, large logits would all be 1.0 there
 REFER_ODDS = 2.0  # refer when the odds lie within this factor of the threshold's
 REFER_UNCERTAINTY = 0.15  # or when the opinions' standard deviation is above this
 LEAST_SIDE, MOST_ASPECT = 16, 8  # or when the picture has fewer pixels on a side, or is longer in shares of its width
 LEAST_SPREAD, MOST_COLOUR = 1.0, 16  # or its greys spread less, or its colours differ more, in levels of 255
+MOST_STRANGE = 1.05  # or it is so much farther from those of training than 99 % of the validation images are
 MOST_SIGMA = 5  # or when a patient's number is so many standard deviations from the mean of training
 
 
@@ -77,9 +79,9 @@ def answer(probabilities, uncertainty, info, reasons=()):
         reasons.append("its views or members differ")
     return {
         "prediction": classes[predicted],
-        "probability": round(p if len(classes) == 2 else probabilities[predicted], 6),
-        "confidence": round(probabilities[predicted], 6),
-        "probabilities": {c: round(v, 6) for c, v in zip(classes, probabilities, strict=True)},
+        "probability": round(p if len(classes) == 2 else probabilities[predicted], DIGITS),
+        "confidence": round(probabilities[predicted], DIGITS),
+        "probabilities": {c: round(v, DIGITS) for c, v in zip(classes, probabilities, strict=True)},
         "uncertainty": round(uncertainty, 6),
         "refer": bool(reasons),
         "reason": "; ".join(reasons) or None,
@@ -143,6 +145,12 @@ def oddities(picture, channels):
     return [reason for reason, found in checks.items() if found]
 
 
+def unlike(strangeness, info):
+    """The reason to refer a picture that is so far from those of training, see Ensemble.strangeness: a list, mostly empty."""
+    what = "it, or its patient's data, is" if info["meta_spec"] else "it is"
+    return [f"{what} unlike the pictures that the model has learnt from"] if strangeness > MOST_STRANGE else []
+
+
 def check_views(views, scales):
     """Both, scales as a tuple. InputError for what is out of range."""
     scales = (scales,) if isinstance(scales, (int, float)) else tuple(scales)
@@ -154,7 +162,7 @@ def check_views(views, scales):
 
 
 def log_odds(p):
-    p = min(max(p, 1e-6), 1 - 1e-6)
+    p = min(max(p, 1e-12), 1 - 1e-12)
     return math.log(p / (1 - p))
 
 
@@ -224,8 +232,9 @@ class BreastCancerDetector:
         patients = None if patients is None else patients[good]
         said = self.model.look(pixels, boxes if given else None, patients, self.tta, self.scales)
         probabilities, uncertainty = self.model.conclude(said.opinions)
+        far = self.model.strangeness(said.traits)
         for k, i in enumerate(good):
-            reasons = opened[i]["reasons"] + strange[i]
+            reasons = opened[i]["reasons"] + strange[i] + unlike(float(far[k]), info)
             results[i] |= answer(probabilities[k].tolist(), float(uncertainty[k]), info, reasons)
             results[i] |= describe_lesions(said, k, info, given, partial(self._original, opened[i]))
             if self.model.tells_outlines:
@@ -553,25 +562,30 @@ def save_overlay(result, detector, path, meta=None, mask=None):
 
 @torch.inference_mode()
 def look_again(model, images, rows, views, scales, batch=32):
-    """Opinions (M, V, N, K), see models.Ensemble, on the images in `rows`."""
-    found, patients = [], meta_for(images, model.info["meta_spec"])
+    """Opinions (M, V, N, K), and the strangeness (N,), see models.Ensemble, of the images in `rows`."""
+    found, far, patients = [], [], meta_for(images, model.info["meta_spec"])
     for index in rows.split(batch):
         pixels = images.pixels[index].to(model.device)
         meta = None if patients is None else patients[index].to(model.device)
         boxes = images.boxes[index].to(model.device) if model.needs_boxes else None
-        found.append(model.look(pixels, boxes, meta, views, scales).opinions.cpu())
-    return torch.cat(found, 2)
+        said = model.look(pixels, boxes, meta, views, scales)
+        found.append(said.opinions.cpu())
+        far.append(model.strangeness(said.traits))
+    return torch.cat(found, 2), torch.cat(far)
 
 
-def verdicts(model, opinions):
-    """What the opinions (M, V, N, K) come to: probabilities (N, K), thresholds (N,), and who is referred (N,)."""
+def verdicts(model, opinions, far):
+    """What the opinions (M, V, N, K) and the strangeness (N,) come to: probabilities (N, K), thresholds (N,), who is
+    referred (N,), and who for being unlike the pictures of training (N,)."""
     probabilities, uncertainty = model.conclude(opinions)
-    both = zip(probabilities.tolist(), uncertainty.tolist(), strict=True)
-    referred = torch.tensor([answer(p, u, model.info)["refer"] for p, u in both])
-    return probabilities, torch.full((len(referred),), model.info["threshold"]), referred.double()
+    reasons = [unlike(f, model.info) for f in far.tolist()]
+    each = zip(probabilities.tolist(), uncertainty.tolist(), reasons, strict=True)
+    referred = torch.tensor([answer(p, u, model.info, why)["refer"] for p, u, why in each])
+    strange = torch.tensor([bool(why) for why in reasons])
+    return probabilities, torch.full((len(far),), model.info["threshold"]), referred.double(), strange.double()
 
 
-def worth(weights, labels, first, probabilities, threshold, referred):
+def worth(weights, labels, first, probabilities, threshold, referred, strange):
     """{metric: (B,)} of one setting beside the probabilities of the `first`, see evaluate. weights (B, N) or None."""
     import metrics
 
@@ -586,13 +600,15 @@ def worth(weights, labels, first, probabilities, threshold, referred):
         "balanced_accuracy": values["balanced_accuracy"],
         "referred": weights @ referred / weights.sum(1),
         "caught": weights @ (referred * wrong) / (weights @ wrong),
+        "unlike": weights @ strange / weights.sum(1),
     }
 
 
 def evaluate(run, views, scales, data_path, cache, device):
     """{setting: {metric: {"value", "low", "high"}}}: one view, `views`, and those at `scales`, on images that the run's
     models never saw. "change": of the AUC against one view, in pairs; "referred": the share of the images; "caught":
-    the share of the wrong answers that are among them."""
+    the share of the wrong answers that are among them; "unlike": the share of the images, all of them true ones, that are
+    referred as unlike those of training."""
     from metrics import evidence, interval_text, resample  # here and not above: a plain prediction starts without them
     from report import held_out
 
@@ -602,17 +618,18 @@ def evaluate(run, views, scales, data_path, cache, device):
         check_views(views or pairs[0][0].info["views"], scales),
     )
     looked = tuple(dict.fromkeys((1.0, *scales)))  # scale by scale, `views` each; the first is the picture as it is
-    found = [(m, look_again(m.to(device), images, r, views, looked)) for m, r in pairs]
+    found = [(m, *look_again(m.to(device), images, r, views, looked)) for m, r in pairs]
     table, first, groups = {}, None, images.groups[rows]
-    known = evidence(images.labels[rows], len(images.classes), groups) | {"referred": len(groups.unique())}
+    known = evidence(images.labels[rows], len(images.classes), groups)
+    known |= dict.fromkeys(("referred", "unlike"), len(groups.unique()))
     for k, s in dict.fromkeys([(1, (1.0,)), (views, (1.0,)), (views, scales)]):
         kept = [looked.index(scale) * views + i for scale in s for i in range(k)]
-        judged = zip(*(verdicts(model, opinions[:, kept]) for model, opinions in found), strict=True)
-        probabilities, threshold, referred = (torch.cat(column) for column in judged)
+        judged = zip(*(verdicts(model, opinions[:, kept], far) for model, opinions, far in found), strict=True)
+        probabilities, threshold, referred, strange = (torch.cat(column) for column in judged)
         first = probabilities if first is None else first
         measure = partial(
             worth, labels=images.labels[rows], first=first,
-            probabilities=probabilities, threshold=threshold, referred=referred,
+            probabilities=probabilities, threshold=threshold, referred=referred, strange=strange,
         )  # fmt: skip
         name = f"{k} view{'s' if k > 1 else ''}" + ("" if s == (1.0,) else f" x {', '.join(f'{v:g}' for v in s)}")
         table[name] = resample(measure, groups, known)

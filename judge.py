@@ -34,12 +34,19 @@ def look_at(model, images, rows, boxes=None, batch=EVAL_BATCH):
     opinions = torch.cat([p.opinions for p in parts], 2).cpu()
     boxes = None if parts[0].boxes is None else torch.cat([p.boxes for p in parts]).cpu()
     found = parts[0].found and models.Found(*(torch.cat(v).cpu() for v in zip(*(p.found for p in parts), strict=True)))
-    return models.Answer(opinions, boxes, found)
+    kept = [torch.cat(column) for column in zip(*(p.traits for p in parts), strict=True)]
+    return models.Answer(opinions, boxes, found, kept)
 
 
 def predict(model, images, rows, boxes=None, batch=EVAL_BATCH):
     """Members' probabilities (M, N, K) of the images in `rows`, see look_at."""
     return look_at(model, images, rows, boxes, batch).opinions[:, 0]
+
+
+def traits(model, images, rows, boxes=None, most=1000):
+    """The traits [(N, D)], see models.Answer, of the images in `rows`, or of every so manieth of them."""
+    quick = models.Ensemble(model.members, model.weights.tolist(), model.dnets, **(model.info | {"views": 1}))
+    return look_at(quick, images, rows[:: math.ceil(len(rows) / most)], boxes).traits
 
 
 @torch.no_grad()

@@ -163,7 +163,10 @@ def evaluate(probabilities, labels, threshold=0.5, weights=None, index=None):
     recall, specificity = hit / truth, (total - truth - said + hit) / (total - truth)
     f1 = 2 * hit / (truth + said)
     kept = slice(1, 2) if k == 2 else slice(None)
-    areas = torch.stack([auc(probabilities[:, c], labels == c, weights, index) for c in range(k)[kept]], 1)
+    ranks = probabilities.double()
+    if k == 2:  # by odds: a logit of 40 is 1.0 in float64, but the other class's 4e-18 still tells it from one of 50
+        ranks = (ranks / ranks.flip(1)).nan_to_num()
+    areas = torch.stack([auc(ranks[:, c], labels == c, weights, index) for c in range(k)[kept]], 1)
     p, y, bins = calibration_bins(probabilities, labels)
     gap = totals(weights, index, (y - p)[:, None] * one_hot(bins, BINS))
     return {

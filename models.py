@@ -20,14 +20,11 @@ import torch.nn.functional as F
 from torch import nn
 
 import saliency
-from augment import VIEWS, crop, crop_regions, place, to_float, tta_views
+from augment import VIEWS, crop, crop_regions, place, tta_views
+from backbones import ATTENTION, build_backbone, convolution, feature_pyramid, standardise, texture
 from files import read_checkpoint, reason, save_checkpoint
 from losses import cell_centres, two_logits
 from readers import InputError
-
-RESNETS = ["resnet18", "resnet34", "resnet50"]
-OTHERS = ["efficientnet_b0", "efficientnet_b1", "densenet121", "convnext_tiny", "mobilenet_v2", "alexnet", "vgg16"]
-BACKBONES = ["small_cnn", *RESNETS, *OTHERS]
 
 DISCLAIMER = "For research and education, not for diagnosis."
 
@@ -54,195 +51,6 @@ def choose_amp(mode, device):
         return mode == "on"
     return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
 
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Backbones
-
-
-def convolution(inputs, outputs, side=3, stride=1, groups=1):
-    """The layers of a convolution with BatchNorm and ReLU."""
-    conv = nn.Conv2d(inputs, outputs, side, stride, side // 2, groups=groups, bias=False)
-    return conv, nn.BatchNorm2d(outputs), nn.ReLU(inplace=True)
-
-
-def small_cnn():
-    """A CNN of our own, 0.2 million parameters, for small data and small machines. Its convolutions are separable: each
-    channel 3x3 by itself, then all 1x1 (Howard et al., MobileNets, 2017): about 1/8 of the work."""
-    widths = [(32, 64, 1), (64, 96, 2), (96, 96, 1), (96, 160, 2), (160, 160, 1), (160, 256, 2), (256, 256, 1)]
-    blocks = [convolution(3, 32, stride=2)]
-    for inputs, outputs, stride in widths:
-        blocks.append((*convolution(inputs, inputs, 3, stride, groups=inputs), *convolution(inputs, outputs, 1)))
-    return nn.Sequential(*(nn.Sequential(*layers) for layers in blocks))
-
-
-class Blind(nn.Module):
-    """Sees nothing: maps of no channels. What is left of C-Net then is its metadata branch."""
-
-    def forward(self, x):
-        return x[:, :0]
-
-
-def whole_network(name, weights=None):
-    """The network of that name, head and all. weights: "DEFAULT" has torchvision download its own."""
-    if name == "small_cnn":
-        net = nn.Module()
-        net.features = small_cnn()
-        return net
-    import torchvision  # here and not above: small_cnn starts without it
-
-    return torchvision.models.get_model(name, weights=weights)
-
-
-def backbone_parts(name, net):
-    """{their own names in a whole network: the modules} that a backbone is made of."""
-    if name in RESNETS:
-        return {n: m for n, m in net.named_children() if n not in ("avgpool", "fc")}
-    return {f"features.{n}": m for n, m in net.features.named_children()}
-
-
-def build_backbone(name, channels=3, weights="none"):
-    """(features, width): a Sequential from images (N, channels, S, S) to maps (N, width, s, s). "none" sees nothing.
-
-    weights: "none", "imagenet" (torchvision downloads its own), or a file: a state_dict with torchvision's names; or one of
-    these for each backbone, as in "resnet18=FILE,mobilenet_v2=none"."""
-    if name == "none":
-        return nn.Sequential(Blind()), 0
-    if name not in BACKBONES:
-        raise InputError(f"--model {name}: no such network (there are: {', '.join(BACKBONES)})")
-    if "=" in weights and not Path(weights).exists():  # A=W,B=W: each backbone its own
-        chosen = dict(pair.partition("=")[::2] for pair in weights.split(","))
-        if name not in chosen:
-            raise InputError(f"--weights {weights}: says nothing of {name}; add {name}=FILE, imagenet or none")
-        weights = chosen[name]
-    if (name, weights) == ("small_cnn", "imagenet"):
-        why = "small_cnn is our own, torchvision has no weights for it; use none or a file"
-        raise InputError(f"--weights imagenet: {why}")
-    try:
-        net = whole_network(name, "DEFAULT" if weights == "imagenet" else None)
-    except OSError as e:
-        raise InputError(f"--weights imagenet: download failed ({e}); give --weights FILE, or none") from e
-    if weights not in ("none", "imagenet"):
-        load_weights(net, weights)
-    features = nn.Sequential(*backbone_parts(name, net).values())
-    if name == "densenet121":
-        features.append(nn.ReLU())  # torchvision's own has it outside of its features
-    width = [m.weight.shape[0] for m in features.modules() if isinstance(m, (nn.Conv2d, nn.BatchNorm2d))][-1]
-    if channels == 1:
-        fold_stem(features)
-    elif channels != 3:
-        raise InputError(f"images of {channels} channels: only 1 (grey) and 3 (colour) are known")
-    return features, width
-
-
-def fold_stem(features):
-    """Let an RGB network take grey images: sum the first convolution's weights over its input channels.
-
-    A grey image copied three times meets w_r*x + w_g*x + w_b*x = (w_r + w_g + w_b)*x: the same output for a third of
-    the input, and no copy is made."""
-    name, conv = next((n, m) for n, m in features.named_modules() if isinstance(m, nn.Conv2d))
-    grey = nn.Conv2d(1, conv.out_channels, conv.kernel_size, conv.stride, conv.padding, bias=conv.bias is not None)
-    grey.weight, grey.bias = nn.Parameter(conv.weight.detach().sum(1, keepdim=True)), conv.bias
-    features.set_submodule(name, grey)
-
-
-def torchvision_state(name, features):
-    """The state of a backbone as a state_dict with torchvision's own names, which `load_weights` reads. A grey stem
-    is given three channels that sum to it."""
-    with torch.device("meta"):
-        prefixes = backbone_parts(name, whole_network(name))
-    parts = zip(prefixes, features, strict=False)  # DenseNet's features have a ReLU more
-    state = {f"{prefix}.{k}": v.detach().cpu().clone() for prefix, part in parts for k, v in part.state_dict().items()}
-    stem = next(k for k, v in state.items() if v.ndim == 4)
-    if state[stem].shape[1] == 1:
-        state[stem] = state[stem].repeat(1, 3, 1, 1) / 3
-    return state
-
-
-def load_weights(net, path):
-    """Load a state_dict file into `net`, and say what did not fit. Raises InputError if nothing does."""
-    state = read_checkpoint(path, f"--weights {path}")
-    if not isinstance(state, dict) or not any(isinstance(v, torch.Tensor) for v in state.values()):
-        raise InputError(f"--weights {path}: holds no state_dict")
-    own, state = net.state_dict(), {str(k): v for k, v in state.items()}
-    fits = {k: v for k, v in state.items() if k in own and isinstance(v, torch.Tensor) and v.shape == own[k].shape}
-    for name, value in fits.items():
-        if value.layout != torch.strided or value.is_quantized or value.is_complex() or not value.isfinite().all():
-            raise InputError(f"--weights {path}: {name} holds NaN, infinity, or no plain numbers; take another file")
-    if not fits:
-        names = f"first: {next(iter(state))}; wanted: {next(iter(own))}"
-        raise InputError(f"--weights {path}: not one of its {len(state)} tensors fits this network ({names})")
-    net.load_state_dict(fits, strict=False)
-    misfits = {
-        "missing in the file": own.keys() - fits.keys(),
-        "in the file but not fitting": state.keys() - fits.keys(),
-    }
-    for what, keys in misfits.items():
-        keys = {k for k in keys if k.split(".")[0] not in ("classifier", "fc")}  # the head is not wanted
-        if keys:
-            print(f"weights {path}: {len(keys)} {what}: {', '.join(sorted(keys)[:4])}{' ...' if len(keys) > 4 else ''}")
-
-
-def feature_pyramid(features, x):
-    """Run a Sequential and keep its last map at each resolution, finest first."""
-    maps = []
-    for layer in features:
-        x = layer(x)
-        if maps and maps[-1].shape[-2:] == x.shape[-2:]:
-            maps.pop()
-        maps.append(x)
-    return maps
-
-
-def standardise(images, normalise):
-    """First step of every network, so that nobody can forget it. images: uint8, or float in [0, 1], (N, C, S, S).
-
-    "image": by each image's own mean and spread, which takes out the scanner's gain; "fixed": the same for all,
-    for colours that mean something (stains, skin)."""
-    x = to_float(images)
-    if normalise == "fixed":
-        return (x - 0.45) / 0.226
-    spread, mean = torch.std_mean(x, (1, 2, 3), keepdim=True, correction=0)
-    return (x - mean) / (spread + 0.02)  # 0.02: a blank image stays blank instead of becoming amplified noise
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Attention: what a network may put between backbone and pooling. All start as the identity, or close to it
-
-
-class SqueezeExcitation(nn.Module):
-    """A gate in (0, 2) for each channel, from the pooled map (Hu et al., Squeeze-and-Excitation Networks, 2018)."""
-
-    def __init__(self, width, reduction=16):
-        super().__init__()
-        self.gate = nn.Sequential(nn.Linear(width, width // reduction), nn.ReLU(), nn.Linear(width // reduction, width))
-        nn.init.zeros_(self.gate[-1].weight)
-        nn.init.zeros_(self.gate[-1].bias)
-
-    def forward(self, maps):
-        return maps * (2 * self.gate(maps.mean((2, 3))).sigmoid())[:, :, None, None]
-
-
-class AttentionCondenser(nn.Module):
-    """Attention over places and channels jointly, on a condensed map (Wong et al., TinySpeech, 2020; the Cancer-Net
-    family): condense by max-pooling, embed by a grouped and a pointwise convolution, expand to the full map again, and
-    weigh the input by that: V + s * V * sigmoid(A), s learnt."""
-
-    def __init__(self, width, reduction=8, groups=8):
-        super().__init__()
-        middle = max(groups, width // reduction // groups * groups)
-        self.embed = nn.Sequential(
-            nn.Conv2d(width, middle, 3, padding=1, groups=groups), nn.ReLU(), nn.Conv2d(middle, middle, 1), nn.ReLU()
-        )
-        self.expand = nn.Conv2d(middle, width, 1)
-        self.scale = nn.Parameter(torch.zeros(1))
-
-    def forward(self, maps):
-        condensed = F.max_pool2d(maps, 2, ceil_mode=True)
-        attention = F.interpolate(self.expand(self.embed(condensed)), size=maps.shape[-2:], mode="nearest")
-        return maps + self.scale * maps * attention.sigmoid()
-
-
-ATTENTION = {"none": nn.Identity, "se": SqueezeExcitation, "condenser": AttentionCondenser}
 
 # ---------------------------------------------------------------------------------------------------------------------
 # D-Net: where is the lesion, and what is its outline?
@@ -450,8 +258,9 @@ class CNet(nn.Module):
 
 
 def to_probabilities(logits):
-    """(N, 1) logits of the positive class, or (N, K): probabilities (N, 2) or (N, K), in float32."""
-    return two_logits(logits.float()).softmax(1)
+    """(N, 1) logits of the positive class, or (N, K): probabilities (N, 2) or (N, K). In float64: in float32 all logits
+    above 17 are 1.0, and their order is lost (MPS has no float64)."""
+    return two_logits(logits.float() if logits.device.type == "mps" else logits.double()).softmax(1)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -472,6 +281,7 @@ class Answer(NamedTuple):
     opinions: torch.Tensor  # (M, V, N, K) probabilities: of every member, of every view at every scale (V)
     boxes: torch.Tensor | None  # (N, 4): found, or as the caller gave them
     found: Found | None
+    traits: list  # [(N, D)] of the first view: what strangeness goes by, the direction of each member's embedding and the texture
 
 
 class Ensemble(nn.Module):
@@ -480,7 +290,7 @@ class Ensemble(nn.Module):
     dnets: the detectors that stand by themselves; members with a shared trunk bring their own. info: "classes", "size" (what C-Net and D-Net see), "load_size" (what the file is letterboxed to), "channels",
     "equalise" (CLAHE), "margin" of the crops, "meta_spec", "temperature", "threshold" and the "views" of an image that
     both were set for, "lesion_threshold" (of the outline's largest probability: below it no lesion is said to be found),
-    "made"."""
+    "made", and "familiar", see familiar, where it is known."""
 
     def __init__(self, members, weights=None, dnets=(), **info):
         super().__init__()
@@ -534,7 +344,7 @@ class Ensemble(nn.Module):
         """(M, N, K) -> (N, K): weighted mean, then the temperature: p^(1/T), which for one member is logits / T."""
         weights = (self.weights / self.weights.sum()).to(probabilities.device)
         mean = (probabilities * weights[:, None, None]).sum(0)
-        return ((mean + 1e-12).log() / self.info["temperature"]).softmax(1)
+        return (mean.clamp(min=1e-30).log() / self.info["temperature"]).softmax(1)
 
     def forward(self, images, boxes=None, meta=None):
         """Probabilities (N, K): the answer, from as many views as it was calibrated for."""
@@ -547,7 +357,7 @@ class Ensemble(nn.Module):
         take = crop if views == 1 else functools.partial(tta_views, views=views)
         meta = None if meta is None else meta.repeat(views, 1)
         found = [dnet.find(crop(images, None, size)) for dnet in self.dnets]
-        opinions = [[] for _ in self.members]
+        opinions, traits = [[] for _ in self.members], [None] * len(self.members)
         for i, member in sorted(enumerate(self.members), key=lambda pair: pair[1].config["roi"] != "none"):
             if member.config["roi"] != "none" and boxes is None and found:
                 boxes = average(found).boxes()
@@ -555,12 +365,23 @@ class Ensemble(nn.Module):
             for scale in scales:
                 embeddings, own = member.see(take(images, regions, round(size * scale)), meta)
                 opinions[i].append(to_probabilities(member.classify(embeddings)).unflatten(0, (views, n)))
+                if scale == scales[0]:
+                    traits[i] = F.normalize(
+                        embeddings[:n].float(), dim=1
+                    )  # its length tells of contrast, not of the kind
                 if own and regions is None and scale == scales[0]:
                     found.append(Found(own[0][:n].sigmoid(), own[1][:n]))  # by the first view, the picture as it is
         found = average(found) if found else None
         boxes = found.boxes() if boxes is None and found else boxes
         opinions = [torch.cat(o) for o in opinions]
-        return Answer(torch.stack(opinions) if opinions else torch.zeros(0, views, n, 0), boxes, found)
+        traits = [t.cpu().double() for t in (*traits, texture(crop(images, None, size)))]
+        return Answer(torch.stack(opinions) if opinions else torch.zeros(0, views, n, 0), boxes, found, traits)
+
+    def strangeness(self, traits):
+        """(N,) how far from the pictures of training: above 1 is farther than 99 % of the validation images. Zeros where
+        the model file is of an older version, which does not tell."""
+        known = self.info.get("familiar")
+        return distance(traits, known) if known else torch.zeros(len(traits[0]))
 
     def conclude(self, opinions):
         """From opinions (M, V, N, K): calibrated probabilities (N, K), and the uncertainty (N,), their standard deviation (of
@@ -588,6 +409,38 @@ class Ensemble(nn.Module):
         return maps
 
 
+def familiar(train, val, axes=16):
+    """What the traits [(N, D)] of pictures are like, see Ensemble.examine: for each a mean, the main axes and the variances
+    along them and, the last, across them (Tipping & Bishop, Probabilistic PCA, 1999). A few numbers for a model file:
+    the spread is that of training, and how much of it is too much is learnt on validation, which no network has fitted."""
+
+    def limit(distances):
+        return distances.quantile(0.99).square().clamp(min=1e-6)
+
+    known = []
+    for x, held_out in zip(train, val, strict=True):
+        kept = min(axes, len(x) // 4, x.shape[1] - 1)
+        _, s, directions = torch.linalg.svd(x - x.mean(0), full_matrices=False)
+        variances = s.square() / max(1, len(x) - 1) + 1e-9
+        rest = variances[kept:].sum() / (x.shape[1] - kept)
+        one = {"mean": x.mean(0), "axes": directions[:kept], "variances": torch.cat([variances[:kept], rest[None]])}
+        one["variances"] *= limit(distance([held_out], [one]))  # so that the traits weigh alike
+        known.append(one)
+    joint = limit(distance(val, known))
+    return [{k: (v * joint if k == "variances" else v).float().clone() for k, v in one.items()} for one in known]
+
+
+def distance(traits, known):
+    """(N,) Mahalanobis distances of traits [(N, D)], together, to what is `familiar`."""
+    total = 0
+    for x, one in zip(traits, known, strict=True):
+        mean, axes, variances = (one[k].double() for k in ("mean", "axes", "variances"))
+        along = (x - mean) @ axes.T
+        across = ((x - mean).square().sum(1) - along.square().sum(1)).clamp(min=0)
+        total = total + (along.square() / variances[:-1]).sum(1) + across / variances[-1]
+    return total.sqrt()
+
+
 class WithPatients(nn.Module):
     """A C-Net that holds the data (N, M) of its patients: a network of images alone, of N or of k N (k times the N)."""
 
@@ -611,8 +464,7 @@ def check_tensors(found, wanted):
     without strides claims more than its file holds, and load_state_dict(assign=True) takes any type."""
     for name, own in wanted.items():
         value = found[name]
-        if value.untyped_storage().nbytes() < value.numel() * value.element_size():
-            raise ValueError(f"{name} is larger than its memory")
+        check_memory({name: value})
         if (value.shape, value.dtype) != (own.shape, own.dtype):
             raise ValueError(f"{name} is {tuple(value.shape)} {value.dtype}, not {tuple(own.shape)} {own.dtype}")
     if more := found.keys() - wanted.keys():
@@ -651,6 +503,7 @@ def load(path, device="cpu"):
         old = content.pop("dnet", None)  # version 1 had one, of another design
         dnets = [rebuild(VotingDNet, old)] if old else [rebuild(DNet, d) for d in content.pop("dnets", [])]
         members = [rebuild(CNet, m) for m in content.pop("members")]
+        check_familiar(content, members)
         model = Ensemble(members, content.pop("weights").tolist(), dnets, **content)
         check_nets(model)
     except Exception as e:  # anything can stand anywhere
@@ -701,6 +554,27 @@ def check_nets(model):
         for key, fit in known.items():
             if net.config.get(key, fit[-1]) not in fit:
                 raise ValueError(f"{key}: {net.config[key]} of a network, not {fit[-1]}")
+
+
+def check_familiar(info, members):
+    """ValueError unless what a file says of familiar pictures, see familiar, fits its members and the texture."""
+    if not (known := info.get("familiar")):
+        return
+    side = min(info["size"], 16)
+    widths = [*(m.width for m in members), texture(torch.zeros(1, info.get("channels", 1), side, side)).shape[1]]
+    for said, width in zip(known, widths, strict=True):
+        mean, axes, variances = said["mean"], said["axes"], said["variances"]
+        check_memory(dict(said))
+        fits = mean.shape == (width,) and axes.shape == (len(axes), width) and variances.shape == (len(axes) + 1,)
+        if not fits or not (variances > 0).all():
+            raise ValueError("what is familiar does not fit the members")
+
+
+def check_memory(tensors):
+    """ValueError where one of {name: tensor} has no strides, and claims more than its file holds."""
+    for name, value in tensors.items():
+        if value.untyped_storage().nbytes() < value.numel() * value.element_size():
+            raise ValueError(f"{name} is larger than its memory")
 
 
 def rebuild(network, saved):

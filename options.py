@@ -26,9 +26,9 @@ from pathlib import Path
 import torch
 
 from augment import VIEWS
+from backbones import ATTENTION, BACKBONES
 from data import load
 from files import parts_of, write_atomically
-from models import ATTENTION, BACKBONES
 from readers import InputError
 
 MANY = 1e9
@@ -58,7 +58,7 @@ MODEL = [
     ("model", "mobilenet_v2", "NAME", f"backbone of both networks: {', '.join(BACKBONES)}; none: patient data alone"),
     ("ensemble", None, "A,B,C", "C-Net members' backbones, trained one after another, weighted on validation; D-Net keeps --model"),
     ("trunk", "shared", ["shared", "own"], "one backbone that finds, outlines and names, where lesions are known; or D-Net and C-Net each with its own"),
-    ("weights", "imagenet", "W", "start from imagenet (a download by torchvision), none, or a state_dict file; or A=W,B=W for members' own"),
+    ("weights", "imagenet", "W", "start from imagenet (a download by torchvision), none, or a state_dict file (members that it does not fit: none); or A=W,B=W for members' own"),
     ("attention", "none", list(ATTENTION), "between C-Net's backbone and its pooling"),
     ("dropout", 0.2, (0, 0.99), "before C-Net's last layer"),
     ("normalise", "auto", ["auto", "image", "fixed"], "each image by its own mean and spread, or all alike; auto: image for grey, fixed for colour"),
@@ -258,7 +258,11 @@ def prepare_folder(args, images, prefix=""):
         "images": images.fingerprint(),
         "versions": {"python": platform.python_version(), "torch": str(torch.__version__)},
     }
-    write_atomically(folder / "config.json", json.dumps(config, indent=1).encode())
+    try:
+        write_atomically(folder / "config.json", json.dumps(config, indent=1).encode())
+    except InputError:
+        folder.rmdir()
+        raise
     return folder
 
 
@@ -302,6 +306,7 @@ def run_jobs(function, jobs, images, args, workers):
         pool.shutdown(wait=False, cancel_futures=True)
         for worker in torch.multiprocessing.active_children():
             worker.terminate()
+            worker.join()
 
 
 def start_worker(args, workers, number):

@@ -17,8 +17,9 @@ from torch import nn
 import options
 import train
 from augment import augment
+from backbones import BACKBONES, build_backbone, standardise, torchvision_state
 from files import save_checkpoint
-from models import BACKBONES, build_backbone, choose_device, standardise, torchvision_state
+from models import choose_device
 from readers import InputError
 
 
@@ -100,7 +101,7 @@ PRETRAIN = {
 
 def build_parser():
     p = options.build_parser(PRETRAIN, __doc__.split("\n\n")[0])
-    p.set_defaults(epochs=100, batch=64, lr=1e-3, ema=0.0, patience=0, roi="none", ensemble=None)
+    p.set_defaults(epochs=100, batch=64, lr=1e-3, ema=0.0, patience=0, roi="none", ensemble=None, nets="cnet")
     return p
 
 
@@ -110,6 +111,7 @@ def main(argv=None):
     if args.model == "none":
         raise InputError("--model none has nothing to learn")
     images = options.load_images(args)
+    train.check_networks(images, args)
     rows = torch.tensor([i for i, split in enumerate(images.splits) if split != "test"])
     torch.manual_seed(args.seed)
     net = METHODS[args.method](args, **train.network_options(images, args))

@@ -43,6 +43,7 @@ from judge import (
     opinion,
     pool_folds,
     predict,
+    traits,
 )
 from losses import class_weights, classification_loss, detection_loss, distillation_loss, ellipses
 from options import claim, load_images, parse, prepare_folder, run_jobs, run_main, stop
@@ -140,8 +141,8 @@ class State:
 
 
 def draw_batches(rows, batch, generator, weights=None, steps=0):
-    """Split the rows, shuffled (or drawn by `weights`, with replacement), into batches of nearly equal size:
-    no last batch of one image, which BatchNorm could not take. steps: so many batches, from as many shuffles as that
+    """Split the rows, shuffled (or drawn by `weights`, with replacement), into batches of nearly equal size: no last
+    batch of one image, which BatchNorm could not take (of an odd count in twos one is a batch of three). steps: so many batches, from as many shuffles as that
     takes; 0 = one shuffle."""
     count = steps * batch or len(rows)
     if weights is None:
@@ -150,7 +151,7 @@ def draw_batches(rows, batch, generator, weights=None, steps=0):
         order = torch.cat(order)[:count]
     else:
         order = torch.multinomial(weights, count, replacement=True, generator=generator)
-    return rows[order].tensor_split(steps or math.ceil(count / batch))
+    return rows[order].tensor_split(steps or max(1, min(math.ceil(count / batch), count // 2)))
 
 
 def train_epoch(net, optimizer, scheduler, loss_of, inputs, rows, args, generator, sample_weights=None, averaged=None):
@@ -328,6 +329,7 @@ def train_model(images, train, val, args, folder, seed, teacher=None, unlabelled
         model.info["lesion_threshold"] = lesion_threshold(answer.found and answer.found.scores(), images, val)
         if members:
             calibrate(model, answer.opinions[:, 0], images.labels[val], args)
+            model.info["familiar"] = models.familiar(*(traits(model, images, rows, look) for rows in (train, val)))
     return model, look, histories + more
 
 
@@ -567,7 +569,7 @@ def teach(images, args, part, test):
     if not args.teacher:
         return None
     teacher, rows = load_teacher(images, args, part, test), torch.arange(len(images))
-    return teacher.combine(predict(teacher, images, rows, locate(teacher, images, rows)))
+    return teacher.combine(predict(teacher, images, rows, locate(teacher, images, rows))).float()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -608,6 +610,18 @@ def plan(images, args):
     return runs
 
 
+def check_networks(images, args):
+    """Build every network once: what can't be built, or is too deep for the images, is said before a run begins."""
+    members, detects = (args.ensemble or args.model).split(","), args.nets != "cnet" and args.model != "none"
+    backbones = dict.fromkeys([args.model] * detects + members * (args.nets != "dnet"))
+    args.weights = backbones.share_weights(backbones, args.weights)
+    same, meta = network_options(images, args), 0 if images.meta is None else images.meta.shape[1]
+    for backbone in backbones:
+        check_size(models.CNet(backbone, meta=meta, **same), args.size, images.meta)
+    if detects and images.boxes.isfinite().any():
+        check_size(models.DNet(args.model, **same), args.size, None)
+
+
 def prepare(args):
     """(images, the runs to make, the results to compare with or None). Whatever can be wrong is said here, before a run
     folder is made."""
@@ -616,12 +630,7 @@ def prepare(args):
         found = f"one class only ({images.classes[0]})" if images.classes else "no labels"
         raise InputError(f"--data {args.data}: {found}: nothing to learn; at least two are needed")
     runs = plan(images, args)
-    for backbone in {args.model, *(args.ensemble or args.model).split(",")}:
-        if backbone == "none" and (images.meta is None or args.nets == "dnet"):
-            raise InputError(
-                "--model none sees no image; it needs patient data, --meta-columns, and a C-Net to learn them"
-            )
-        models.build_backbone(backbone, images.pixels.shape[1], args.weights)
+    check_networks(images, args)
     for run in runs if args.teacher else []:
         load_teacher(images, args, run[0], run[3])
     return images, runs, finished_run(args.against, images, runs) if args.against else None
