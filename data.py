@@ -279,22 +279,67 @@ def parse_meta(text):
 MOST_COMPARED = 20_000  # images among which near-duplicates are looked for: the cost grows with the square
 
 
-def near_duplicates(thumbnails, threshold=0.95):
-    """Pairs of images that show the same picture: (P, 2) indices i < j, and their similarity (P,).
+def near_duplicates(thumbnails):
+    """Pairs (P, 2) of images that show the same picture, indices i < j. thumbnails: uint8 (N, 1, T, T), see thumbnail.
 
-    Two images are near-duplicates if the correlation of their thumbnails, or of one with the other's mirror image,
-    reaches `threshold`. Costs N^2 / 2 correlations, in blocks. thumbnails: uint8 (N, 1, T, T), see thumbnail."""
+    Two look alike if their thumbnails, one of them perhaps mirrored, correlate by 0.95, and are the same if their fine
+    features, laid upon each other, do so by 0.8. Measured on HAM10000, where most pictures are one dark spot on skin:
+    of 2,737 pairs that look alike 124 are of one lesion; 278 have the same details, 113 of them of one lesion; the largest
+    group shrinks from 675 images to 60. On BUSI 4 of 166 pairs go: one of two patients, three of one lesion in another moment.
+    A larger thumbnail (48, 64 or 96 px) did not tell the pairs apart any better."""
+    pairs, mirrored = look_alikes(thumbnails)
+    fine, same = fine_features(thumbnails), [torch.zeros(0, dtype=torch.bool)]
+    parts = list(zip(pairs.split(64), mirrored.split(64), strict=True))
+    for (i, j), turned in (
+        (part.T, turned) for part, turned in progress(parts, "comparing, 64 pairs each", len(parts))
+    ):
+        a, b = fine[i], torch.where(turned[:, None, None], fine[j].flip(2), fine[j])
+        same.append(torch.maximum(aligned_similarity(a, b), aligned_similarity(b, a)) >= 0.8)
+    return pairs[torch.cat(same)]
+
+
+def look_alikes(thumbnails, threshold=0.95):
+    """Pairs (P, 2), i < j, whose thumbnails, one of them perhaps mirrored, correlate by `threshold`, and whether mirrored
+    (P,) they do so better. Costs N^2 / 2 correlations, in blocks."""
     thumbs = thumbnails.float() - thumbnails.float().mean((2, 3), keepdim=True)
-    mirrored = F.normalize(thumbs.flip(3).flatten(1), dim=1)
+    flipped = F.normalize(thumbs.flip(3).flatten(1), dim=1)
     thumbs = F.normalize(thumbs.flatten(1), dim=1)
-    pairs, similarity = [], []
+    pairs, mirrored = [], []
     for start in range(0, len(thumbs), 2048):
         block = thumbs[start : start + 2048]
-        score = torch.maximum(block @ thumbs[start:].T, block @ mirrored[start:].T).triu(1)
-        i, j = torch.nonzero(score >= threshold, as_tuple=True)
+        straight, turned = block @ thumbs[start:].T, block @ flipped[start:].T
+        i, j = torch.nonzero(torch.maximum(straight, turned).triu(1) >= threshold, as_tuple=True)
         pairs.append(torch.stack([i + start, j + start], 1))
-        similarity.append(score[i, j])
-    return torch.cat(pairs), torch.cat(similarity)
+        mirrored.append((turned > straight)[i, j])
+    return torch.cat(pairs), torch.cat(mirrored)
+
+
+def fine_features(thumbnails):
+    """(N, T, T): each pixel less the mean of the 5 x 5 around it, over the spread there, so that what thousands of
+    pictures share (the rim of a lens, skin that darkens to the edge) counts no more than any other place."""
+
+    def around(x):
+        return F.avg_pool2d(x, 5, 1, 2, count_include_pad=False)
+
+    fine = thumbnails.float() - around(thumbnails.float())
+    return (fine / (around(fine.square()).sqrt() + 3))[:, 0]  # 3 grey levels: where nothing is, no noise is enlarged
+
+
+def aligned_similarity(a, b):
+    """Cosine (P,) of the images a (P, T, T) and of b, stretched and moved so that it fits best: of one picture that was
+    cut in two ways, a tenth at each side, all features lie elsewhere. Rows and columns are fitted in turns, twice."""
+    size, ends = a.shape[-1], torch.arange(-3, 4)
+    place, (low, high) = torch.arange(size), torch.cartesian_prod(ends, ends).T[:, :, None]
+    source = (low + place * (1 + (high - low) / (size - 1))).clamp(
+        0, size - 1
+    )  # low and high: what either end moves by
+    stretches = (1 - (source[..., None] - place).abs()).clamp(min=0)  # (49, T, T), of linear interpolation
+    for _ in range(4):
+        stretched = stretches @ b[:, None]
+        similarity, best = F.cosine_similarity(a[:, None].flatten(2), stretched.flatten(2), dim=2).max(1)
+        b = torch.gather(stretched, 1, best[:, None, None, None].expand(-1, 1, size, size))[:, 0]
+        a, b = a.transpose(1, 2), b.transpose(1, 2)
+    return similarity
 
 
 def merge_groups(groups, pairs):
@@ -346,13 +391,13 @@ def find_groups(entries, labels, classes, thumbnails, split_by_image, log=print)
     if thumbnails is None:
         log(f"more than {MOST_COMPARED:,} images: near-duplicates are not looked for")
         return groups
-    pairs, _ = near_duplicates(thumbnails)
+    pairs = near_duplicates(thumbnails)
     known = torch.tensor([bool(e.group) for e in entries])
     pairs = pairs[~known[pairs].all(1)]  # two patients that look alike are two patients
     groups = merge_groups(groups, pairs)
     if len(pairs):
         share = f"share a group, the largest of {groups.bincount().max()} images"
-        log(f"{len(pairs)} near-duplicate pairs (thumbnail correlation >= 0.95) {share}")
+        log(f"{len(pairs)} near-duplicate pairs {share}")
     opposite = [(i, j) for i, j in pairs.tolist() if labels[i] != labels[j] and min(labels[i], labels[j]) >= 0]
     if opposite:
         both = " and ".join(f"{entries[k].name} ({classes[labels[k]]})" for k in opposite[0])
@@ -624,5 +669,5 @@ def join(a, b):
         x, y = getattr(a, name), getattr(b, name)
         both[name] = None if x is None or y is None else torch.cat([x, y])
     if both["thumbnails"] is not None and len(a) + len(b) <= MOST_COMPARED:
-        both["groups"] = merge_groups(both["groups"], near_duplicates(both["thumbnails"])[0])
+        both["groups"] = merge_groups(both["groups"], near_duplicates(both["thumbnails"]))
     return dataclasses.replace(a, splits=a.splits + b.splits, names=a.names + b.names, **both)
