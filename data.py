@@ -54,6 +54,9 @@ class ImageSet:
     placeholder_boxes: bool = False  # the boxes are dummies: every report says so
     source: str = ""
     thumbnails: torch.Tensor | None = None  # uint8 (N, 1, 28, 28): what near-duplicates are found by; None: too many
+    group_names: list[str] = dataclasses.field(
+        default_factory=list
+    )  # the source's words for patients or lesions, or ""
 
     def __len__(self):
         return len(self.labels)
@@ -67,7 +70,7 @@ class ImageSet:
         """The ImageSet of these rows (int64) alone."""
         parts = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         tensors = {k: v[rows] for k, v in parts.items() if isinstance(v, torch.Tensor)}
-        lists = {k: [parts[k][i] for i in rows.tolist()] for k in ("splits", "names")}
+        lists = {k: [parts[k][i] for i in rows.tolist()] for k in ("splits", "names", "group_names")}
         return dataclasses.replace(self, **tensors, **lists)
 
     def pictures(self):
@@ -645,6 +648,7 @@ def load(
     images = ImageSet(
         pixels, labels, boxes, masks, groups, complete_splits([e.split for e in entries], labels, groups, seed), meta,
         [e.name for e in entries], classes, meta_columns, spec, bool(unknown.any()), str(source), thumbnails,
+        ["" if split_by_image else e.group for e in entries],
     )  # fmt: skip
     log(images.summary())
     return images
@@ -656,18 +660,25 @@ def phantom_set(n=800, size=128, seed=0):
     return ImageSet(
         pixels, labels, torch.from_numpy(np.stack([box_of(m) for m in masks.numpy()])) / size, masks, torch.arange(n),
         [""] * n, None, [f"phantom#{i}" for i in range(n)], ["benign", "malignant"], source="phantoms",
-        thumbnails=torch.from_numpy(np.stack([thumbnail(Image.fromarray(p[0])) for p in pixels.numpy()])),
+        group_names=[""] * n, thumbnails=torch.from_numpy(np.stack([thumbnail(Image.fromarray(p[0])) for p in pixels.numpy()])),
     )  # fmt: skip
 
 
 def join(a, b):
-    """Two ImageSets of one size, channels and classes as one; near-duplicates over both share a group. What describes
-    the set as a whole is that of `a`; metadata and masks are kept where both have them."""
+    """Two ImageSets of one size, channels and classes as one; a patient of both, and near-duplicates over both, share a
+    group. What describes the set as a whole is that of `a`; metadata and masks are kept where both have them."""
     b = dataclasses.replace(b, groups=b.groups + (int(a.groups.max()) + 1 if len(a) else 0))
     both = {}
     for name in ("pixels", "labels", "boxes", "masks", "groups", "meta", "thumbnails"):
         x, y = getattr(a, name), getattr(b, name)
         both[name] = None if x is None or y is None else torch.cat([x, y])
+    both |= {name: getattr(a, name) + getattr(b, name) for name in ("splits", "names", "group_names")}
+    first, known = {}, torch.tensor([bool(word) for word in both["group_names"]], dtype=torch.bool)
+    pairs = [(first.setdefault(word, i), i) for i, word in enumerate(both["group_names"]) if word]
+    pairs = torch.tensor(pairs, dtype=torch.long).reshape(-1, 2)
     if both["thumbnails"] is not None and len(a) + len(b) <= MOST_COMPARED:
-        both["groups"] = merge_groups(both["groups"], near_duplicates(both["thumbnails"]))
-    return dataclasses.replace(a, splits=a.splits + b.splits, names=a.names + b.names, **both)
+        alike = near_duplicates(both["thumbnails"])
+        across = (alike < len(a)).sum(1) == 1  # within one set two patients that look alike are two, see find_groups
+        pairs = torch.cat([pairs, alike[across | ~known[alike].all(1)]])
+    both["groups"] = merge_groups(both["groups"], pairs)
+    return dataclasses.replace(a, **both)

@@ -954,7 +954,11 @@ def test_csv_mistakes_name_the_column_or_the_line(pictures):
         ("1,b,,,,,,,,,", "no column 'lesion'", {"group": "lesion"}),
         ("1,b,,,,,,,,,", "no column 'weight'", {"meta": ["weight"]}),
         ("1,b,,nowhere,,,,,,,", "line 3: split", box),
-        ("1,b,,,,,,9,9,3,3", r"1: its box \(9.0, 9.0, 3.0, 3.0\) is no x_min, y_min, x_max, y_max in its 40x40", box),
+        (
+            "1,b,,,,,,9,9,3,3",
+            r"1.png: its box \(9.0, 9.0, 3.0, 3.0\) is no x_min, y_min, x_max, y_max in its 40x40",
+            box,
+        ),
         (",b,,,,,,,,,", "line 3: no image", box),
         ("gone,b,,,,,,,,,", "gone: no such file", {}),
     ]:
@@ -3477,6 +3481,80 @@ def test_an_answer_that_shows_a_test_image_is_left_out(tmp_path, folders, capsys
     said = capsys.readouterr().out
     assert "copy.png: it shows the same as an image of the validation or test split" in said
     assert f"{known}: it has a label in --data" in said
+
+
+def grouped_set(folder):
+    """A CSV with names relative to it, two images a patient, a split of its own; and 3 more images of patient `v`."""
+    lines = ["image,label,group,split"]
+    for i in range(24):
+        (folder / "pictures").mkdir(parents=True, exist_ok=True)
+        picture(60, 40, 300 + i).save(folder / "pictures" / f"{i}.png")
+        split = "test" if i < 4 else "val" if i < 8 else "train"
+        lines += [f"pictures/{i}.png,{'ab'[i % 2]},p{i // 4},{split}"]
+    (folder / "set.csv").write_text("\n".join(lines) + "\n")
+    (folder / "pool.csv").write_text("image,group\n" + "".join(f"pictures/more{i}.png,p{i}\n" for i in range(6)))
+    for i in range(6):
+        picture(60, 40, 400 + i).save(folder / "pictures" / f"more{i}.png")
+    return folder / "set.csv", folder / "pool.csv"
+
+
+def test_answers_keep_their_patients_and_their_files(tmp_path, capsys, monkeypatch):  # 27
+    (tmp_path / "deep").mkdir()
+    source, pool = grouped_set(tmp_path / "deep")
+    monkeypatch.chdir(tmp_path)  # the names in the tables are relative to the tables, not to here
+    images = quiet_load(source, 32)
+    assert all(Path(name).is_file() for name in images.names)
+    out = tmp_path / "out"
+    models.save(tmp_path / "m.pt", small_model(("a", "b")))
+    options = ["--model", tmp_path / "m.pt", "--strategy", "random", "--cache", tmp_path / "c", "--out", out]
+    result = call(al_loop, "suggest", "--pool", pool, "--query", "6", *options)
+    assert result.returncode == 0, result.stderr
+    rows = list(csv.DictReader((out / "to_label.csv").read_text().splitlines()))
+    assert sorted(row["group"] for row in rows) == [f"p{i}" for i in range(6)]
+    assert all(Path(row["image"]).is_file() for row in rows)
+    rows.append({**rows[0], "image": str((source.parent / "pictures" / "20.png").resolve()), "group": "p5"})
+    with open(tmp_path / "answers.csv", "w", newline="") as file:
+        writer = csv.DictWriter(file, al_loop.HEADER)
+        writer.writeheader()
+        writer.writerows({**row, "label": "a"} for row in rows)
+    entries = al_loop.read_answers(tmp_path / "answers.csv", images.classes)
+    args = parse(["--data", str(source), *TINY, "--cache", str(tmp_path / "c")])
+    more, rows = al_loop.add_answers(images, entries, args)
+    said = capsys.readouterr().out
+    assert "2 answers are left out: their groups have images in the validation or test split" in said  # p0 and p1
+    assert "20.png: it has a label in --data" in said
+    assert sorted(more.group_names[i] for i in rows.tolist()) == ["p2", "p3", "p4", "p5"]
+    for i in rows.tolist():  # an answered patient is the one of --data
+        family = torch.nonzero(more.groups == more.groups[i])[:, 0].tolist()
+        assert {more.group_names[k] for k in family} == {more.group_names[i]}
+        assert min(family) < 24
+    np.savez(tmp_path / "p.npz", train_images=np.zeros((3, 28, 28), np.uint8), train_labels=[-1] * 3)
+    options[-1] = tmp_path / "elsewhere"
+    assert "its images are no files" in error_of(call(al_loop, "suggest", "--pool", tmp_path / "p.npz", *options))
+
+
+def test_two_sets_share_their_patients_and_no_look_alike_patients():  # 27
+    a, b = data.phantom_set(6, 32, seed=1), data.phantom_set(6, 32, seed=2)
+    a.group_names, b.group_names = ["p", "q", "", "", "r", ""], ["", "p", "s", "", "t", "t"]
+    a.thumbnails[1] = a.thumbnails[0]  # two patients that look alike, said the source of both
+    b.thumbnails[2] = a.thumbnails[4]  # over two sources it may be one under two names
+    b.thumbnails[3] = a.thumbnails[5]
+    groups = data.join(a, b).groups.tolist()
+    assert groups[0] == groups[7] != groups[1]
+    assert groups[4] == groups[8]
+    assert groups[5] == groups[9]
+    assert groups[10] == groups[11]
+    assert len(set(groups)) == 8
+
+
+def test_lines_are_counted_as_the_file_has_them(tmp_path):  # after blank lines too
+    picture().save(tmp_path / "0.png")
+    (tmp_path / "t.csv").write_text("image,label,box\n\n\n0.png,a,\n\n0.png,a,1 2 3\n")
+    refused("line 6: box '1 2 3'", quiet_load, tmp_path / "t.csv", 32)
+    (tmp_path / "t.csv").write_text("image,label\n\n0.png,a\n\n\n0.png,\n")
+    refused(r"no label in 1 rows \(6\)", al_loop.read_answers, tmp_path / "t.csv", ["a", "b"])
+    (tmp_path / "t.csv").write_text("image,label\n\n0.png,a\n\n\n0.png,c\n")
+    refused("row 6", al_loop.read_answers, tmp_path / "t.csv", ["a", "b"])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
