@@ -245,6 +245,7 @@ def finished_loop(images, args):
         raise InputError(f"--against {args.against}: its rounds have other numbers of labels")
     if not {c["seed"] for c in other["chains"]} & set(range(args.seed, args.seed + args.repeats)):
         raise InputError(f"--against {args.against}: no seed in common: nothing to compare")
+    options.check_against(args.against, images)
     return other
 
 
@@ -333,6 +334,8 @@ def print_al_report(report):
         print(f"{name:11s} {row['area']:.4f}  " + "".join(f"{cell:>30s}" for cell in cells))
     for line in report["words"]:
         print(line)
+    tested = report["data"]["test"]
+    print(f"(intervals and p: over seeds, on one split; that the {tested} test images are a sample is not in them)")
     for name, row in report.get("against", {}).items():
         change = f"{row['gain']:+.4f} [{row['low']:+.4f}, {row['high']:+.4f}], p {row['p']:.3f}"
         print(f"{name}: mean AUC against its own in the other run {change}")
@@ -554,7 +557,7 @@ def read_answers(path, classes, partial=False):
 
 def add_answers(images, entries, args):
     """The ImageSet with the answered images joined to it, and their rows. Those that show the same as an image of the
-    validation or test split, or are of the same group (patient, lesion), are left out: the test would be none any more."""
+    validation or test split, or are of its group (patient, lesion), are left out: the test would be none any more."""
     _, channels, _, size = images.pixels.shape
     pixels, _, boxes, thumbnails, kept = data.decode(entries, size, channels, args.clahe, args.cache, args.skip_bad)
     entries = [entries[i] for i in kept]

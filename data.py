@@ -286,10 +286,10 @@ def near_duplicates(thumbnails):
     """Pairs (P, 2) of images that show the same picture, indices i < j. thumbnails: uint8 (N, 1, T, T), see thumbnail.
 
     Two look alike if their thumbnails, one of them perhaps mirrored, correlate by 0.95, and are the same if their fine
-    features, laid upon each other, do so by 0.8. Measured on HAM10000, where most pictures are one dark spot on skin:
-    of 2,737 pairs that look alike 124 are of one lesion; 278 have the same details, 113 of them of one lesion; the largest
-    group shrinks from 675 images to 60. On BUSI 4 of 166 pairs go: one of two patients, three of one lesion in another moment.
-    A larger thumbnail (48, 64 or 96 px) did not tell the pairs apart any better."""
+    features, laid upon each other, do so by 0.8. Measured on HAM10000, where most pictures are a dark spot on skin: of
+    2,737 pairs that look alike 124 are of one lesion; 278 have the same fine features, 113 of them of one lesion; the
+    largest group falls from 675 images to 60. On BUSI 4 of 166 pairs go: one of two patients, three of one lesion in
+    another moment. A larger thumbnail (48, 64 or 96 px) did not tell the pairs apart any better."""
     pairs, mirrored = look_alikes(thumbnails)
     fine, same = fine_features(thumbnails), [torch.zeros(0, dtype=torch.bool)]
     parts = list(zip(pairs.split(64), mirrored.split(64), strict=True))
@@ -302,8 +302,8 @@ def near_duplicates(thumbnails):
 
 
 def look_alikes(thumbnails, threshold=0.95):
-    """Pairs (P, 2), i < j, whose thumbnails, one of them perhaps mirrored, correlate by `threshold`, and whether mirrored
-    (P,) they do so better. Costs N^2 / 2 correlations, in blocks."""
+    """Pairs (P, 2), i < j, whose thumbnails, one of them perhaps mirrored, correlate by `threshold`, and whether they do
+    so better mirrored (P,). Costs N^2 / 2 correlations, in blocks."""
     thumbs = thumbnails.float() - thumbnails.float().mean((2, 3), keepdim=True)
     flipped = F.normalize(thumbs.flip(3).flatten(1), dim=1)
     thumbs = F.normalize(thumbs.flatten(1), dim=1)
@@ -660,7 +660,8 @@ def phantom_set(n=800, size=128, seed=0):
     return ImageSet(
         pixels, labels, torch.from_numpy(np.stack([box_of(m) for m in masks.numpy()])) / size, masks, torch.arange(n),
         [""] * n, None, [f"phantom#{i}" for i in range(n)], ["benign", "malignant"], source="phantoms",
-        group_names=[""] * n, thumbnails=torch.from_numpy(np.stack([thumbnail(Image.fromarray(p[0])) for p in pixels.numpy()])),
+        group_names=[""] * n,
+        thumbnails=torch.from_numpy(np.stack([thumbnail(Image.fromarray(p[0])) for p in pixels.numpy()])),
     )  # fmt: skip
 
 

@@ -20,7 +20,7 @@ import plots
 from augment import blur, clahe
 from data import encode_meta, letterbox, original_box
 from models import load_classifier, read_checkpoint, write_atomically
-from options import load_images, train_parser
+from options import check_against, load_images, train_parser
 from readers import InputError
 from saliency import CLASSLESS, UNITS
 
@@ -131,6 +131,7 @@ def finished_run(folder, images, runs):
         same = torch.equal(results[-1]["rows"], test) and data["images"] == len(images)
         if not same or data["classes"] != images.classes:
             raise InputError(f"--against {folder}: {name or 'it'} has other test images or classes: nothing to compare")
+    check_against(folder, images)
     return results
 
 

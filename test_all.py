@@ -47,7 +47,7 @@ import report
 import saliency
 import search
 import train
-from options import parse, run_main
+from options import check_against, parse, prepare_folder, run_main
 from readers import InputError
 
 HERE = Path(__file__).parent
@@ -3328,6 +3328,7 @@ def test_a_run_is_compared_with_another_seed_by_seed_slow(tmp_path, folders):
     assert report["against"]["coreset"]["gain"] == pytest.approx(sum(gains) / 2)
     assert set(report["against"]) == {"random", "coreset"}
     assert "coreset: mean AUC against its own in the other run" in said
+    assert "intervals and p: over seeds, on one split" in said  # 31
     before = set(tmp_path.iterdir())
     for against, wrong, why in (
         ("nowhere", "", "no al.json there"),
@@ -3625,6 +3626,39 @@ def test_a_folder_that_changed_is_not_taken_for_the_old_one(tmp_path, folders): 
     teacher = ["--teacher", folder, "--folds", "2", "--nets", "cnet", "--data", folders, *TINY, "--runs", tmp_path]
     said = error_of(call(train, *teacher, "--teacher", folder / "model.pt"))
     assert re.search(r"it learnt from [1-9]\d* of the 40 test images; train it with the same", said)
+
+
+def test_only_runs_on_the_same_pictures_are_compared(tmp_path, folders):  # 31
+    own = tmp_path / "set"
+    shutil.copytree(folders, own)
+    folder, _, _ = quick(tmp_path, "--name", "a", "--nets", "cnet", "--epochs", "1", data_folder=own)
+    check_against(folder, quiet_load(own, 48, channels=3))  # files look alike at every size
+    images = quiet_load(own, 32)
+    picture(60, 40, 999).save(images.names[int(images.rows("test")[0])])  # as many as before, of the same names
+    options = [
+        "--data",
+        own,
+        *TINY,
+        "--runs",
+        tmp_path,
+        "--cache",
+        tmp_path / "c",
+        "--nets",
+        "cnet",
+        "--against",
+        folder,
+    ]
+    assert "its images, labels, groups or splits are others" in error_of(call(train, *options))
+    (small, large), args = (quiet_load(None, size) for size in (16, 24)), parse(["--runs", str(tmp_path)])
+    folder = prepare_folder(args, small)
+    check_against(folder, small)
+    refused("another --size makes other phantoms", check_against, folder, large)
+    counts = {k: len(small.rows(split)) for k, split in (("pool", "train"), ("test", "test"))}
+    loop = {"data": {"classes": small.classes, **counts}, "labels": [20, 40], "chains": [{"seed": 0}]}
+    (folder / "al.json").write_text(json.dumps(loop))
+    args = argparse.Namespace(against=str(folder), start=20, query=20, rounds=1, seed=0, repeats=1)
+    assert al_loop.finished_loop(small, args) == loop
+    refused("another --size makes other phantoms", al_loop.finished_loop, large, args)
 
 
 @pytest.mark.parametrize(
