@@ -284,6 +284,7 @@ def matching_loop(other, images, args):
         raise InputError(f"--against {args.against}: it has other classes, or another pool or test split")
     if other["labels"] != list(range(args.start, args.start + args.rounds * args.query + 1, args.query)):
         raise InputError(f"--against {args.against}: its rounds have other numbers of labels")
+    options.check_against(args.against, images)
     for chain in other["chains"]:
         curve, count = [r["auc"] for r in chain["rounds"]], 1 if chain["strategy"] == "all" else len(other["labels"])
         if not isinstance(chain["strategy"], str) or len(curve) != count or not all(0 <= v <= 1 for v in curve):
@@ -376,6 +377,8 @@ def print_al_report(report):
         print(f"{name:11s} {row['area']:.4f}  " + "".join(f"{cell:>30s}" for cell in cells))
     for line in report["words"]:
         print(line)
+    tested = report["data"]["test"]
+    print(f"(intervals and p: over seeds, on one split; that the {tested} test images are a sample is not in them)")
     for name, row in report.get("against", {}).items():
         print(f"{name}: mean AUC against its own in the other run {gain_text(row)}")
 
@@ -464,7 +467,7 @@ def main(argv=None):
 # A person in the loop: suggest writes a list, the person fills it in, learn trains with the answers
 
 # probability: of the positive class, as everywhere; with more than two classes of the suggested one.
-HEADER = ["number", "image", "suggested_label", "probability", "suggested_box", "label", "box"]
+HEADER = ["number", "image", "suggested_label", "probability", "suggested_box", "label", "box", "group"]
 
 # fmt: off
 SUGGEST = [
@@ -524,6 +527,8 @@ def read_pool(args, info):
     sources = [args.pool, *args.labelled]
     images, *more = (data.load(source, info["load_size"], **same, log=lambda _: None) for source in sources)
     count, spec = len(images), info["meta_spec"]
+    if not Path(images.names[0]).is_file():
+        raise InputError(f"--pool {args.pool}: its images are no files, which a table could name; save each as a file")
     for labelled in more:
         answered = torch.nonzero(labelled.labels >= 0)[:, 0]  # of a half-filled CSV the others still wait
         images = data.join(images, labelled.take(answered) if len(answered) else labelled)
@@ -546,7 +551,7 @@ def write_sheet(out, images, picks, model, boxes, title):
     table.writerow(HEADER)
     for number, (i, guess) in enumerate(zip(picks.tolist(), guesses, strict=True), 1):
         path = Path(images.names[i])
-        table.writerow([number, str(path.resolve()), *guess, "", ""])
+        table.writerow([number, str(path.resolve()), *guess, "", "", images.group_names[i]])
         captions.append(f"{number}: {path.name[-24:]}" + (f"\n{guess[0][:14]}?  p {guess[1]}" if model else ""))
     pixels = [images.pixels[i] for i in picks.tolist()]
     found = None if model is None or boxes is None else boxes[picks].clone()
@@ -582,8 +587,8 @@ def read_answers(path, classes, partial=False):
     merged (benign+normal) may be named by its parts. partial: pass over rows without a label. InputError names the row."""
     words = {part.lower(): k for k, name in enumerate(classes) for part in [name, *name.split("+")]}
     entries = []
-    for line, entry in enumerate(read_csv(path, COLUMNS), 2):
-        where = f"{path}, row {line} ({Path(entry.name).name})"
+    for entry in read_csv(path, COLUMNS):
+        where = f"{path}, row {entry.line} ({Path(entry.name).name})"
         if not Path(entry.image).is_file():
             raise InputError(f"{where}: the image is not there any more; put it back, or correct its path")
         if entry.box and not entry.label:
@@ -591,7 +596,7 @@ def read_answers(path, classes, partial=False):
         if entry.label and entry.label.lower() not in words:
             raise InputError(f"{where}: label {entry.label!r} is none of {', '.join(words)}")
         entries.append(dataclasses.replace(entry, label=words.get(entry.label.lower())))
-    empty = [line for line, entry in enumerate(entries, 2) if entry.label is None]
+    empty = [entry.line for entry in entries if entry.label is None]
     if empty and not partial:
         rows = f"{len(empty)} rows ({', '.join(map(str, empty[:8]))}{' ...' if len(empty) > 8 else ''})"
         raise InputError(f"{path}: no label in {rows}; fill them in, or learn from the others with --partial")
@@ -602,7 +607,7 @@ def read_answers(path, classes, partial=False):
 
 def add_answers(images, entries, args):
     """The ImageSet with the answered images joined to it, and their rows. Those that show the same as an image of the
-    validation or test split are left out: the test would not be one any more."""
+    validation or test split, or are of its group (patient, lesion), are left out: the test would be none any more."""
     _, channels, _, size = images.pixels.shape
     pixels, _, boxes, thumbnails, kept = data.decode(entries, size, channels, args.clahe, args.cache, args.skip_bad)
     entries = [entries[i] for i in kept]
@@ -610,19 +615,23 @@ def add_answers(images, entries, args):
     new = data.ImageSet(
         pixels, torch.tensor([e.label for e in entries]), boxes, None, torch.arange(len(entries)),
         ["train"] * len(entries), meta, [e.image for e in entries], images.classes, outlined=boxes[:, 0].isfinite(),
-        thumbnails=thumbnails,
+        thumbnails=thumbnails, group_names=["" if args.split_by_image else e.group for e in entries],
     )  # fmt: skip
     everything = data.join(images, new)
-    groups, rows = everything.groups.tolist(), []
+    groups, rows, relatives = everything.groups.tolist(), [], 0
     held_out = {group for group, split in zip(groups, everything.splits, strict=True) if split in ("val", "test")}
     known = {Path(images.names[i]).resolve() for i in torch.nonzero(images.labels >= 0)[:, 0].tolist()}
     for i, entry in enumerate(entries, len(images)):
-        if groups[i] in held_out:
+        if groups[i] in held_out and everything.group_names[i]:
+            relatives += 1
+        elif groups[i] in held_out:
             print(f"left out {entry.image}: it shows the same as an image of the validation or test split")
         elif Path(entry.image).resolve() in known:
             print(f"left out {entry.image}: it has a label in --data")
         else:
             rows.append(i)
+    if relatives:
+        print(f"{relatives} answers are left out: their groups have images in the validation or test split")
     if not rows:
         raise InputError("--labels: no image is left to learn from")
     return everything, torch.tensor(rows)

@@ -98,7 +98,7 @@ PROTOCOL = [
     ("threshold-by", "sensitivity", ["sensitivity", "balance"], "chosen on validation: reach --target-sensitivity, or the best balanced accuracy"),
     ("views", 5, (1, len(VIEWS)), "looks at an image (test-time augmentation): temperature, threshold and report are made with them, and infer.py takes them"),
     ("target-sensitivity", 0.95, (0, 1), "the threshold is the largest that reaches it on validation"),
-    ("label-fraction", 1.0, (1e-6, 1), "learn from this share of the training split alone, drawn by the seed, no group divided"),
+    ("label-fraction", 1.0, (1e-6, 1), "learn from this share of the training split alone, drawn by the seed, no group divided; validation keeps all its labels"),
 ]
 RUN = [
     ("runs", "runs", "DIR", "folder of the run folders"),
@@ -227,12 +227,28 @@ def load_images(args, log=print, **more):
     return load(args.data, size, drop=args.drop_class, equalise=args.clahe, columns=columns, log=log, **same, **more)
 
 
+def began_with(folder, images):
+    """Whether a run began with these images, labels, groups and splits; True where it is too old to have noted them."""
+    config = Path(folder) / "config.json"
+    noted = json.loads(config.read_text()).get("images") if config.is_file() else None
+    return noted in (None, images.fingerprint())
+
+
+def check_against(folder, images):
+    """InputError where the run that --against names saw other pictures: rows of one number would be paired that show
+    different things. Of too many images no word is kept that outlives a --size, so they pass."""
+    if images.thumbnails is not None and not began_with(folder, images):
+        why = "another --size makes other phantoms, another --seed other splits"
+        raise InputError(
+            f"--against {folder}: its images, labels, groups or splits are others ({why}): nothing to compare"
+        )
+
+
 def prepare_folder(args, images, prefix=""):
     """The run folder, with its config. An existing run is never written over; one that is resumed must find the images
     that it began with, as what it has learnt so far speaks of them by their number."""
     if args.resume:
-        before = json.loads((Path(args.resume) / "config.json").read_text()).get("images")  # see saved_args
-        if before not in (None, images.fingerprint()):
+        if not began_with(args.resume, images):
             raise InputError(f"--resume {args.resume}: --data {args.data} has changed since (images, labels, groups or "
                              "splits); put back what it was, or start a new run")  # fmt: skip
         return Path(args.resume)

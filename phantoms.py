@@ -5,7 +5,7 @@ radiologists go by, with masks.
     pixels, labels, masks = phantoms(n=64, size=128, seed=0)  # uint8 (64, 1, 128, 128), 0 or 1, bool (64, 128, 128)
     print(f"{labels.float().mean():.0%} malignant, the lesions cover {masks.float().mean():.0%} of the pictures")
 
-The same n, size and seed give the same pictures."""
+The same n, size and seed give the same pictures; another size gives others."""
 
 import math
 from functools import partial

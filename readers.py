@@ -55,6 +55,7 @@ class Entry:
     group: str = ""  # patient or lesion; "" = not known
     split: str = ""
     row: dict | None = None  # patient metadata as the source wrote it
+    line: int = 0  # where a CSV names it
 
 
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".gif", ".ppm", ".pgm"}
@@ -199,7 +200,7 @@ def read_csv(path, columns):
     rows, header = read_table(path)
     columns = choose_columns(path, columns, header)
     find, entries = finder(Path(path).parent), []
-    for line, row in enumerate(rows, 2):
+    for line, row in rows:
         where = f"{path}, line {line}"
         get = {k: row[v] if isinstance(v, str) else "" for k, v in columns.items()}
         if not get["image"]:
@@ -217,12 +218,13 @@ def read_csv(path, columns):
         masks = [find(m.strip(), where, True) for m in get["mask"].split(";") if m.strip()]
         meta = {c: row[c] for c in columns["meta"]} or None
         image = find(get["image"], where, False)
-        entries.append(Entry(image, get["image"], get["label"], masks, box, get["group"], split, meta))
+        entries.append(Entry(image, image, get["label"], masks, box, get["group"], split, meta, line))
     return entries
 
 
 def read_table(path):
-    """(rows as dicts, header) of a CSV as spreadsheets write it: commas, semicolons or tabs; UTF-8, UTF-16 or Latin-1."""
+    """(rows, header) of a CSV as spreadsheets write it: commas, semicolons or tabs; UTF-8, UTF-16 or Latin-1. A row is
+    (its line in the file, where it may follow upon blank ones, {column: cell})."""
     if not Path(path).is_file():
         raise InputError(f"{path}: no such file")
     content = Path(path).read_bytes()
@@ -235,7 +237,8 @@ def read_table(path):
     first = text.splitlines()[0] if text else ""
     try:
         reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=max(",;\t", key=first.count), restval="")
-        return [{k: v.strip() for k, v in row.items() if k is not None} for row in reader], reader.fieldnames or []
+        rows = [(reader.line_num, {k: v.strip() for k, v in row.items() if k is not None}) for row in reader]
+        return rows, reader.fieldnames or []
     except csv.Error as e:
         raise InputError(f"{path}: not a CSV ({e})") from e
 

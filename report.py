@@ -23,7 +23,7 @@ from data import encode_meta, letterbox, original_box
 from files import parts_of, read_checkpoint, write_atomically
 from judge import cross_fit, judge_found, look_at
 from models import load_classifier
-from options import load_images, saved_args, train_parser
+from options import check_against, load_images, saved_args, train_parser
 from readers import InputError, natural
 from saliency import CLASSLESS, METHODS, UNITS
 
@@ -153,6 +153,7 @@ def finished_run(folder, images, runs):
                     f"--against {folder}: {name or 'it'} has other test images or classes: nothing to compare"
                 )
         results.append(read_result(file, images, test))
+    check_against(folder, images)
     return cross_fit(images, results, args_of(folder))
 
 
@@ -175,7 +176,7 @@ def read_result(file, images, test):
             raise ValueError("no boxes")
         for part in [] if p is None else [result, *result["members"]]:
             p, limit, _ = part["probabilities"], part["threshold"], float(part["val_auc"])
-            known = p.shape == (len(test), len(images.classes)) and p.dtype == torch.float32
+            known = p.shape == (len(test), len(images.classes)) and p.is_floating_point()
             if not (known and 0 <= p.min() <= p.max() <= 1 and (limit is None if p.shape[1] > 2 else 0 <= limit <= 1)):
                 raise ValueError("no probabilities or no threshold")
         if not math.isfinite(result["temperature"] + sum(result["weights"]) + result.get("val_iou", 0.0)):

@@ -53,7 +53,7 @@ import report
 import saliency
 import search
 import train
-from options import parse, run_jobs, run_main
+from options import check_against, parse, prepare_folder, run_jobs, run_main
 from readers import InputError
 from report import clean
 
@@ -1020,7 +1020,11 @@ def test_csv_mistakes_name_the_column_or_the_line(pictures):
         ("1,b,,,,,,,,,", "no column 'lesion'", {"group": "lesion"}),
         ("1,b,,,,,,,,,", "no column 'weight'", {"meta": ["weight"]}),
         ("1,b,,nowhere,,,,,,,", "line 3: split", box),
-        ("1,b,,,,,,9,9,3,3", r"1: its box \(9.0, 9.0, 3.0, 3.0\) is no x_min, y_min, x_max, y_max in its 40x40", box),
+        (
+            "1,b,,,,,,9,9,3,3",
+            r"1.png: its box \(9.0, 9.0, 3.0, 3.0\) is no x_min, y_min, x_max, y_max in its 40x40",
+            box,
+        ),
         ("1,b,,,,,,-1,0,0,5", r"its box \(-1.0, 0.0, 0.0, 5.0\) is no", box),  # nothing of it lies inside
         (",b,,,,,,,,,", "line 3: no image", box),
         ("gone,b,,,,,,,,,", "gone: no such file", {}),
@@ -1098,15 +1102,34 @@ def test_near_duplicates_are_found_and_named(tmp_path):
     assert "mirrored.png" in told
 
 
+def test_pictures_of_one_kind_are_no_near_duplicates_and_a_cut_one_is():  # 26
+    """A dark spot on skin is what all of them show: only what is fine tells one from another."""
+    y, x = np.mgrid[-1:1:96j, -1:1:128j]
+    thumbs = []
+    for i in range(16):
+        coarse = np.random.default_rng(i).integers(0, 256, (14, 18), dtype=np.uint8)
+        texture = np.asarray(Image.fromarray(coarse).resize((128, 96), Image.Resampling.BICUBIC), float)
+        spot = Image.fromarray((180 - 120 * np.exp(-4 * (x**2 + y**2)) + texture / 12).astype(np.uint8))
+        thumbs.append(data.thumbnail(spot))
+        if i < 4:  # one picture cut in two ways, the second turned round as well
+            cut = spot.crop((0, 4 + i % 3, 128 - i % 5, 88)).transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+            thumbs.append(data.thumbnail(cut))
+    thumbs = torch.from_numpy(np.stack(thumbs))
+    assert len(data.look_alikes(thumbs)[0]) == 20 * 19 / 2
+    assert data.near_duplicates(thumbs).tolist() == [[i, i + 1] for i in range(0, 8, 2)]
+    again = data.near_duplicates(thumbs.flip(0)).tolist()  # whichever comes first
+    assert sorted([19 - j, 19 - i] for i, j in again) == [[i, i + 1] for i in range(0, 8, 2)]
+
+
 def test_near_duplicates_against_brute_force_and_merged_transitively():
     thumbs = torch.randint(0, 256, (40, 1, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
     thumbs[7], thumbs[30] = thumbs[2], thumbs[5].flip(2)
-    pairs, similarity = data.near_duplicates(thumbs, threshold=0.3)
+    pairs, mirrored = data.look_alikes(thumbs, threshold=0.3)
     table = np.corrcoef(torch.cat([thumbs, thumbs.flip(3)]).double().flatten(1).numpy())[:40]
-    table = np.maximum(table[:, :40], table[:, 40:])
-    expected = np.argwhere(np.triu(table, 1) >= 0.3)
+    straight, turned = table[:, :40], table[:, 40:]
+    expected = np.argwhere(np.triu(np.maximum(straight, turned), 1) >= 0.3)
     assert pairs.tolist() == expected.tolist()
-    np.testing.assert_allclose(similarity, table[tuple(expected.T)], atol=1e-5)
+    assert mirrored.tolist() == (turned > straight)[tuple(expected.T)].tolist()
     groups = data.merge_groups(torch.arange(6), torch.tensor([[0, 3], [3, 5], [1, 2]]))
     assert groups.tolist() == [0, 1, 1, 0, 2, 0]
 
@@ -1174,7 +1197,7 @@ def test_a_linear_model_on_the_phantoms_pixels_is_lost_slow(size):
 def test_every_backbone_makes_both_networks_and_takes_grey_images_unchanged_slow(monkeypatch, name):
     torch.manual_seed(0)
     whole, grey = backbones.whole_network(name), torch.rand(2, 1, 96, 96)
-    monkeypatch.setattr(models, "whole_network", lambda *_: whole)  # to draw its weights takes longest: once
+    monkeypatch.setattr(backbones, "whole_network", lambda *_: whole)  # to draw its weights takes longest: once
     features, width = backbones.build_backbone(name, channels=3)
     with torch.no_grad():
         copied = features.eval()(grey.expand(-1, 3, -1, -1))
@@ -3762,6 +3785,7 @@ def test_a_run_is_compared_with_another_seed_by_seed_slow(tmp_path, folders):
     assert report["against"]["coreset"]["gain"] == pytest.approx(sum(gains) / 2)
     assert set(report["against"]) == {"random", "coreset"}
     assert "coreset: mean AUC against its own in the other run" in said
+    assert "intervals and p: over seeds, on one split" in said  # 31
     before = set(tmp_path.iterdir())
     for against, wrong, why in (
         ("nowhere", "", "no al.json there"),
@@ -3917,6 +3941,80 @@ def test_an_answer_that_shows_a_test_image_is_left_out(tmp_path, folders, capsys
     assert f"{known}: it has a label in --data" in said
 
 
+def grouped_set(folder):
+    """A CSV with names relative to it, two images a patient, a split of its own; and 3 more images of patient `v`."""
+    lines = ["image,label,group,split"]
+    for i in range(24):
+        (folder / "pictures").mkdir(parents=True, exist_ok=True)
+        picture(60, 40, 300 + i).save(folder / "pictures" / f"{i}.png")
+        split = "test" if i < 4 else "val" if i < 8 else "train"
+        lines += [f"pictures/{i}.png,{'ab'[i % 2]},p{i // 4},{split}"]
+    (folder / "set.csv").write_text("\n".join(lines) + "\n")
+    (folder / "pool.csv").write_text("image,group\n" + "".join(f"pictures/more{i}.png,p{i}\n" for i in range(6)))
+    for i in range(6):
+        picture(60, 40, 400 + i).save(folder / "pictures" / f"more{i}.png")
+    return folder / "set.csv", folder / "pool.csv"
+
+
+def test_answers_keep_their_patients_and_their_files(tmp_path, capsys, monkeypatch):  # 27
+    (tmp_path / "deep").mkdir()
+    source, pool = grouped_set(tmp_path / "deep")
+    monkeypatch.chdir(tmp_path)  # the names in the tables are relative to the tables, not to here
+    images = quiet_load(source, 32)
+    assert all(Path(name).is_file() for name in images.names)
+    out = tmp_path / "out"
+    models.save(tmp_path / "m.pt", small_model(("a", "b")))
+    options = ["--model", tmp_path / "m.pt", "--strategy", "random", "--cache", tmp_path / "c", "--out", out]
+    result = call(al_loop, "suggest", "--pool", pool, "--query", "6", *options)
+    assert result.returncode == 0, result.stderr
+    rows = list(csv.DictReader((out / "to_label.csv").read_text().splitlines()))
+    assert sorted(row["group"] for row in rows) == [f"p{i}" for i in range(6)]
+    assert all(Path(row["image"]).is_file() for row in rows)
+    rows.append({**rows[0], "image": str((source.parent / "pictures" / "20.png").resolve()), "group": "p5"})
+    with open(tmp_path / "answers.csv", "w", newline="") as file:
+        writer = csv.DictWriter(file, al_loop.HEADER)
+        writer.writeheader()
+        writer.writerows({**row, "label": "a"} for row in rows)
+    entries = al_loop.read_answers(tmp_path / "answers.csv", images.classes)
+    args = parse(["--data", str(source), *TINY, "--cache", str(tmp_path / "c")])
+    more, rows = al_loop.add_answers(images, entries, args)
+    said = capsys.readouterr().out
+    assert "2 answers are left out: their groups have images in the validation or test split" in said  # p0 and p1
+    assert "20.png: it has a label in --data" in said
+    assert sorted(more.group_names[i] for i in rows.tolist()) == ["p2", "p3", "p4", "p5"]
+    for i in rows.tolist():  # an answered patient is the one of --data
+        family = torch.nonzero(more.groups == more.groups[i])[:, 0].tolist()
+        assert {more.group_names[k] for k in family} == {more.group_names[i]}
+        assert min(family) < 24
+    np.savez(tmp_path / "p.npz", train_images=np.zeros((3, 28, 28), np.uint8), train_labels=[-1] * 3)
+    options[-1] = tmp_path / "elsewhere"
+    assert "its images are no files" in error_of(call(al_loop, "suggest", "--pool", tmp_path / "p.npz", *options))
+
+
+def test_two_sets_share_their_patients_and_no_look_alike_patients():  # 27
+    a, b = data.phantom_set(6, 32, seed=1), data.phantom_set(6, 32, seed=2)
+    a.group_names, b.group_names = ["p", "q", "", "", "r", ""], ["", "p", "s", "", "t", "t"]
+    a.thumbnails[1] = a.thumbnails[0]  # two patients that look alike, said the source of both
+    b.thumbnails[2] = a.thumbnails[4]  # over two sources it may be one under two names
+    b.thumbnails[3] = a.thumbnails[5]
+    groups = data.join(a, b).groups.tolist()
+    assert groups[0] == groups[7] != groups[1]
+    assert groups[4] == groups[8]
+    assert groups[5] == groups[9]
+    assert groups[10] == groups[11]
+    assert len(set(groups)) == 8
+
+
+def test_lines_are_counted_as_the_file_has_them(tmp_path):  # after blank lines too
+    picture().save(tmp_path / "0.png")
+    (tmp_path / "t.csv").write_text("image,label,box\n\n\n0.png,a,\n\n0.png,a,1 2 3\n")
+    refused("line 6: box '1 2 3'", quiet_load, tmp_path / "t.csv", 32)
+    (tmp_path / "t.csv").write_text("image,label\n\n0.png,a\n\n\n0.png,\n")
+    refused(r"no label in 1 rows \(6\)", al_loop.read_answers, tmp_path / "t.csv", ["a", "b"])
+    (tmp_path / "t.csv").write_text("image,label\n\n0.png,a\n\n\n0.png,c\n")
+    refused("row 6", al_loop.read_answers, tmp_path / "t.csv", ["a", "b"])
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # bench.py
 
@@ -3985,6 +4083,39 @@ def test_a_folder_that_changed_is_not_taken_for_the_old_one(tmp_path, folders): 
     teacher = ["--teacher", folder, "--folds", "2", "--nets", "cnet", "--data", folders, *TINY, "--runs", tmp_path]
     said = error_of(call(train, *teacher, "--teacher", folder / "model.pt"))
     assert re.search(r"it learnt from [1-9]\d* of the 40 test images; train it with the same", said)
+
+
+def test_only_runs_on_the_same_pictures_are_compared(tmp_path, folders):  # 31
+    own = tmp_path / "set"
+    shutil.copytree(folders, own)
+    folder, _, _ = quick(tmp_path, "--name", "a", "--nets", "cnet", "--epochs", "1", data_folder=own)
+    check_against(folder, quiet_load(own, 48, channels=3))  # files look alike at every size
+    images = quiet_load(own, 32)
+    picture(60, 40, 999).save(images.names[int(images.rows("test")[0])])  # as many as before, of the same names
+    options = [
+        "--data",
+        own,
+        *TINY,
+        "--runs",
+        tmp_path,
+        "--cache",
+        tmp_path / "c",
+        "--nets",
+        "cnet",
+        "--against",
+        folder,
+    ]
+    assert "its images, labels, groups or splits are others" in error_of(call(train, *options))
+    (small, large), args = (quiet_load(None, size) for size in (16, 24)), parse(["--runs", str(tmp_path)])
+    folder = prepare_folder(args, small)
+    check_against(folder, small)
+    refused("another --size makes other phantoms", check_against, folder, large)
+    counts = {k: len(small.rows(split)) for k, split in (("pool", "train"), ("test", "test"))}
+    loop = {"data": {"classes": small.classes, **counts}, "labels": [20, 40], "chains": [{"seed": 0}]}
+    (folder / "al.json").write_text(json.dumps(loop))
+    args = argparse.Namespace(against=str(folder), start=20, query=20, rounds=1, seed=0, repeats=1)
+    assert al_loop.finished_loop(small, args) == loop
+    refused("another --size makes other phantoms", al_loop.finished_loop, large, args)
 
 
 @pytest.mark.parametrize(
@@ -4313,8 +4444,8 @@ def test_one_file_of_weights_goes_to_the_members_that_it_fits(tmp_path, folders,
     assert shared == f"resnet18={file},mobilenet_v2=none"
     assert capsys.readouterr().out == f"weights {file}: it fits resnet18; from none: mobilenet_v2\n"
     assert torch.equal(backbones.build_backbone("resnet18", 3, shared)[0][0].weight, net.conv1.weight)
-    for backbones in (["resnet18"], ["mobilenet_v2"], ["resnet19"]):  # all or none: as it is, and then it is said
-        assert backbones.share_weights(backbones, str(file)) == str(file)
+    for names in (["resnet18"], ["mobilenet_v2"], ["resnet19"]):  # all or none: as it is, and then it is said
+        assert backbones.share_weights(names, str(file)) == str(file)
     # of small_cnn a few layers have the shapes of mobilenet_v2's, which is no fit
     torch.save(torchvision.models.get_model("mobilenet_v2", weights=None).state_dict(), tmp_path / "m.pt")
     assert "small_cnn=none" in backbones.share_weights(["small_cnn", "mobilenet_v2"], str(tmp_path / "m.pt"))
@@ -4676,7 +4807,7 @@ def test_busi_masks_boxes_and_near_duplicates():
     assert int(images.boxes[:, 0].isfinite().sum()) == 515
     assert (images.masks.flatten(1).any(1) == images.boxes[:, 0].isfinite()).all()
     assert images.pixels.shape[1] == 1
-    assert len(data.near_duplicates(images.thumbnails)[0]) > 150
+    assert len(data.near_duplicates(images.thumbnails)) > 160
     assert sum("OPPOSITE LABELS" in line for line in said) >= 1
     for g in images.groups.unique():
         assert len({images.splits[i] for i in torch.nonzero(images.groups == g)[:, 0].tolist()}) == 1
@@ -4703,6 +4834,10 @@ def test_ham10000_lesions_and_metadata():
     assert 0 < missing.sum() < 100
     assert (images.meta[missing == 1, 0] == 0).all()
     assert float(images.meta[missing == 0, 0].std()) == pytest.approx(1, abs=0.01)
+    pairs = data.near_duplicates(images.thumbnails)  # 26, as if the lesions were not known
+    assert len(pairs) < 400
+    assert (images.groups[pairs[:, 0]] == images.groups[pairs[:, 1]]).sum() > 100
+    assert data.merge_groups(torch.arange(8028), pairs).bincount().max() < 100
 
 
 @needs_data
