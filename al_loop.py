@@ -62,7 +62,7 @@ def observe(model, images, rows, boxes=None, batch=64):
         embeddings.append(found[0].float().cpu())
         heads = zip(model.members, found, strict=True)
         probabilities.append(torch.stack([models.to_probabilities(m.classify(e)) for m, e in heads]).cpu())
-    return torch.cat(embeddings), torch.cat(probabilities, 1)
+    return models.finite(torch.cat(embeddings)), models.finite(torch.cat(probabilities, 1))
 
 
 @torch.no_grad()
@@ -425,7 +425,7 @@ def main(argv=None):
     if args.start + args.rounds * args.query > (most := len(images.rows("train"))):
         asked = f"--start {args.start} + --rounds {args.rounds} x --query {args.query}"
         raise InputError(f"{asked}: more than the pool of {most} images")
-    models.build_backbone(args.model, images.pixels.shape[1], args.weights)  # a wrong name is said before a run begins
+    train.check_networks(images, args)  # a wrong name is said before a run begins
     other = finished_loop(images, args) if args.against else None
     folder = options.prepare_folder(args, images, "al-")
     print(f"run folder: {folder}")

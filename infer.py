@@ -29,7 +29,7 @@ from PIL import Image
 
 from augment import VIEWS, clahe
 from data import encode_meta, letterbox, letterboxed_box, original_box, parse_meta, read_image, to_mode
-from models import DISCLAIMER, choose_device, load_classifier, model_file, write_atomically
+from models import DISCLAIMER, choose_device, finite, load_classifier, model_file, write_atomically
 from options import build_parser, run_main
 from readers import COLUMNS, MASK, InputError, image_files, natural, one_line, read_csv, read_table, walk
 
@@ -407,7 +407,7 @@ def look_again(model, images, rows, views, scales, batch=32):
         meta = None if images.meta is None else images.meta[index].to(model.device)
         boxes = model.locate(pixels, images.boxes[index].to(model.device))
         found.append(model.opinions(pixels, boxes, meta, views, scales).cpu())
-    return torch.cat(found, 2)
+    return finite(torch.cat(found, 2))
 
 
 def verdicts(model, opinions):

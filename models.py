@@ -45,6 +45,12 @@ def choose_device(name):
         raise InputError(f"--device {name}: no such device; give auto, cpu or cuda") from None
     if device.type == "cuda" and not torch.cuda.is_available():
         raise InputError(f"--device {name}: PyTorch sees no CUDA device here; use --device cpu or auto")
+    try:
+        torch.Generator(
+            device
+        )  # as each training needs one; an index too high, or a kind that was not built in, has none
+    except (RuntimeError, AssertionError) as e:
+        raise InputError(f"--device {name}: not on this machine ({reason(e)}); use --device cpu or auto") from None
     return device
 
 
@@ -306,6 +312,13 @@ def to_probabilities(logits):
     return two_logits(logits.float()).softmax(1)
 
 
+def finite(values):
+    """What networks answered, if it is numbers: a training that diverges can end in NaN though its loss was one."""
+    if not values.isfinite().all():
+        raise InputError("the network's answers are not finite: try a lower --lr; or its model file is damaged")
+    return values
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # D-Net: where is the lesion?
 
@@ -475,7 +488,8 @@ def write_atomically(path, data):
             os.fsync(file.fileno())
         os.replace(part, path)
     except OSError as e:
-        part.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # its folder may be none
+            part.unlink()
         advice = "what was there before is whole; make room and try again"
         raise InputError(f"{path} can't be written ({e.strerror or e}); {advice}") from e
 

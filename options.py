@@ -245,6 +245,8 @@ def prepare_folder(args, images, prefix=""):
             if args.name:
                 advice = f"choose another name, or go on with --resume {folder}"
                 raise InputError(f"--name {args.name}: {folder} exists; {advice}") from None
+        except OSError as e:
+            raise InputError(f"{folder} can't be made ({e.strerror}); give another --runs or --name") from None
     git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
     config = {
         "args": {k: v for k, v in vars(args).items() if k != "resume"},

@@ -141,7 +141,7 @@ def draw_batches(rows, batch, generator, weights=None, steps=0):
         order = torch.cat(order)[:count]
     else:
         order = torch.multinomial(weights, count, replacement=True, generator=generator)
-    return rows[order].tensor_split(steps or math.ceil(count / batch))
+    return rows[order].tensor_split(steps or max(1, min(math.ceil(count / batch), count // 2)))
 
 
 def train_epoch(net, optimizer, scheduler, loss_of, inputs, rows, args, generator, sample_weights=None, averaged=None):
@@ -271,7 +271,7 @@ def predict(model, images, rows, boxes=None, batch=EVAL_BATCH):
         x = images.pixels[index.to(images.pixels.device)].to(model.device)
         meta, around = (None if v is None else v[index].to(model.device) for v in (images.meta, boxes))
         parts.append(model.opinions(x, around, meta).mean(1).cpu())
-    return torch.cat(parts, 1)
+    return models.finite(torch.cat(parts, 1))
 
 
 @torch.no_grad()
@@ -281,7 +281,8 @@ def locate(model, images, rows, batch=EVAL_BATCH):
     for index in rows.cpu().split(batch):
         x = images.pixels[index.to(images.pixels.device)].to(model.device)
         found.append(model.locate(x, images.boxes[index].to(model.device)))
-    return None if found[0] is None else torch.cat(found).cpu()
+    found = None if found[0] is None else torch.cat(found).cpu()
+    return found if model.dnet is None else models.finite(found)
 
 
 def member_weights(probabilities, labels, steps=20):
@@ -395,7 +396,7 @@ def train_or_reload(build, images, rows, loss_of, validate, args, name, folder, 
     else:
         if start is not None:
             net.load_state_dict(start.state_dict())
-        check_size(net, args.size, images.meta)
+        check_size(net, args.size, images.meta, len(rows) == 1)
         best, history = fit(net, images, rows, loss_of, validate, args, name=name, folder=folder, seed=seed, **more)
         done = {"state": best, "history": history}
         models.save_checkpoint(path, done)
@@ -507,15 +508,18 @@ def draw_by(images, train, unlabelled, args):
     return torch.cat([train, unlabelled]), weights, torch.cat([drawn, others])
 
 
-def check_size(net, size, meta):
-    """A network that shrinks small images to nothing says so before training."""
+def check_size(net, size, meta, alone=False):
+    """A network that shrinks small images to nothing says so before training; or to one pixel, where there is but one
+    image to learn from, as BatchNorm needs two values."""
     try:
         with torch.no_grad():
             image = torch.zeros(1, net.config["channels"], size, size)
-            copy.deepcopy(net).eval()(*([image] if isinstance(net, models.DNet) or meta is None else [image, meta[:1]]))
-    except RuntimeError as e:
-        why = str(e).splitlines()[0][:90]
-        raise InputError(f"--size {size} is too small for {net.config['model']} ({why}); use a larger --size") from None
+            copy.deepcopy(net).train(alone)(
+                *([image] if isinstance(net, models.DNet) or meta is None else [image, meta[:1]])
+            )
+    except (RuntimeError, ValueError) as e:
+        small = f"--size {size} is too small for {net.config['model']}{' and a single image' if alone else ''}"
+        raise InputError(f"{small} ({models.reason(e)}); use a larger --size") from None
 
 
 def load_teacher(images, args, part, test):
@@ -554,6 +558,10 @@ def teach(images, args, part, test):
 
 
 def check_split(images, rows, what):
+    """InputError unless there are two classes, and images of each in the split."""
+    if len(images.classes) < 2:
+        found = f"one class only ({images.classes[0]})" if images.classes else "no labels"
+        raise InputError(f"--data {images.source}: {found}: nothing to learn; at least two are needed")
     for label, name in enumerate(images.classes):
         if label not in images.labels[rows]:
             missing = f"the {what} split has no {name!r} image ({len(rows)} images)"
@@ -563,6 +571,7 @@ def check_split(images, rows, what):
 def plan(images, args):
     """The runs to make: (folder name, train, val, test rows, seed)."""
     labelled = torch.nonzero(images.labels >= 0)[:, 0]
+    check_split(images, labelled, "whole")
 
     def divide(rows, shares, seed):
         return partition(images.labels[rows], images.groups[rows], shares, seed)
@@ -625,19 +634,19 @@ def prepare(args):
     """(images, the runs to make, the results to compare with or None). Whatever can be wrong is said here, before a run
     folder is made."""
     images = load_images(args)
-    if len(images.classes) < 2:
-        found = f"one class only ({images.classes[0]})" if images.classes else "no labels"
-        raise InputError(f"--data {args.data}: {found}: nothing to learn; at least two are needed")
     runs = plan(images, args)
-    for backbone in {args.model, *(args.ensemble or args.model).split(",")}:
-        if backbone == "none" and (images.meta is None or args.nets == "dnet"):
-            raise InputError(
-                "--model none sees no image; it needs patient data, --meta-columns, and a C-Net to learn them"
-            )
-        models.build_backbone(backbone, images.pixels.shape[1], args.weights)
+    check_networks(images, args)
     for run in runs if args.teacher else []:
         load_teacher(images, args, run[0], run[3])
     return images, runs, finished_run(args.against, images, runs) if args.against else None
+
+
+def check_networks(images, args):
+    """InputError unless all backbones that are asked for can be built, and have something to see."""
+    for backbone in {args.model, *(args.ensemble or args.model).split(",")}:
+        if backbone == "none" and (images.meta is None or args.nets == "dnet"):
+            raise InputError("--model none sees no image; it needs patient data, --meta-columns, and a C-Net")
+        models.build_backbone(backbone, images.pixels.shape[1], args.weights)
 
 
 def make_runs(images, runs, args, folder):
