@@ -542,7 +542,7 @@ def write_sheet(out, images, picks, model, boxes, title):
     pixels = [images.pixels[i] for i in picks.tolist()]
     found = None if model is None or boxes is None else boxes[picks]
     sheet = plots.contact_sheet(pixels, captions, found, title=title + ("" if found is None else " (D-Net's box)"))
-    models.write_atomically(out / "to_label.csv", file.getvalue().encode())
+    models.write_atomically(out / "to_label.csv", file.getvalue().encode(errors="surrogateescape"))  # bytes of names
     plots.save_png(sheet, out / "to_label.png")
 
 

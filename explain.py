@@ -230,7 +230,7 @@ def predicted_maps(images, pairs, method, batch=32):
 def write_csv(path, header, rows):
     text = io.StringIO()
     csv.writer(text).writerows([header, *rows])
-    write_atomically(path, text.getvalue().encode())
+    write_atomically(path, text.getvalue().encode(errors="surrogateescape"))  # names as their bytes are
 
 
 def hotspots(images, pairs, method, out, ring):

@@ -344,7 +344,7 @@ def write_answers(path, results):
     lines = [[*told, *corners], *([r[k] for k in told] + list(r["box"] or [None] * 4) for r in results)]
     text = io.StringIO()
     csv.writer(text).writerows(lines)
-    write_atomically(path, text.getvalue().encode())
+    write_atomically(path, text.getvalue().encode(errors="surrogateescape"))  # names as their bytes are
 
 
 def sentence(result, info):

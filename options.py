@@ -289,6 +289,8 @@ def stop(script, folder):
 
 def run_main(main):
     """Call `main`; a user's mistake is one line on stderr and exit code 1, a bug keeps its traceback."""
+    if hasattr(sys.stdout, "reconfigure"):  # a file's name may be of bytes that no terminal can show
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         return main()
     except InputError as e:

@@ -3647,6 +3647,18 @@ def test_a_table_of_patients_goes_in_and_one_of_answers_comes_out(tmp_path):  # 
     assert "a folder; give one picture" in error_of(call(explain, tmp_path, "--model", tmp_path / "m.pt"))
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="names are any bytes on Linux alone")
+def test_a_name_of_any_bytes_is_one(tmp_path, detector, monkeypatch):
+    (tmp_path / "in").mkdir()
+    picture().save(tmp_path / "in" / os.fsdecode(b"\xff\n.png"))
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), "utf-8"))
+    options = [tmp_path / "in", "--model", detector.path, "--csv", tmp_path / "a.csv"]
+    run_main(lambda: infer.main([*map(str, options)]))
+    sys.stdout.flush()
+    assert rb"\udcff\n.png: " in sys.stdout.buffer.getvalue()
+    assert b"\xff\n.png" in (tmp_path / "a.csv").read_bytes()
+
+
 def test_who_labels_is_not_led_by_the_models_guess(tmp_path, helper):  # 10, 11
     assert suggest(helper, tmp_path, "--query", "5").returncode == 0
     for row in csv.DictReader((tmp_path / "to_label.csv").read_text().splitlines()):
