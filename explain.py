@@ -198,7 +198,9 @@ def recommend(found, groups):
 
 
 def cell_text(cell):
-    """A mean with its interval (mean, low, high), in two digits."""
+    """A mean with its interval (mean, low, high), in two digits; "-" where there was nothing to take the mean of."""
+    if math.isnan(cell[0]):
+        return "-"
     return interval_text(dict(zip(("value", "low", "high"), cell, strict=True)), ".2f")
 
 

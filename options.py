@@ -25,7 +25,7 @@ import torch
 
 from augment import VIEWS
 from data import load
-from models import ATTENTION, BACKBONES, parts_of, write_atomically
+from models import ATTENTION, BACKBONES, parts_of, reason, write_atomically
 from readers import InputError
 
 MANY = 1e9
@@ -115,7 +115,18 @@ class OptionFile(argparse.ArgumentParser):
     """argparse, with @file: options as on the command line, over any number of lines, # starts a comment."""
 
     def convert_arg_line_to_args(self, line):
+        if "\0" in line:
+            raise ValueError("bytes of zero")
         return shlex.split(line, comments=True)
+
+    def parse_args(self, args=None, namespace=None):
+        try:
+            return super().parse_args(args, namespace)
+        except InputError:
+            raise
+        except (ValueError, RecursionError) as e:  # no text, a quotation that never ends, a file that names itself
+            files = " ".join(a for a in (sys.argv[1:] if args is None else args) if a.startswith("@"))
+            raise InputError(f"{files}: not a file of options ({reason(e)}); correct it") from None
 
     def error(self, message):
         raise InputError(f"{message} (see -h)")

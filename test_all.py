@@ -2120,6 +2120,9 @@ def test_option_files_hold_comments_and_many_options_a_line(tmp_path):
     (tmp_path / "x.args").write_text("# a recipe\n--epochs 7 --lr 0.5   # fast\n\n--model resnet18\n--weights none\n")
     args = parse([f"@{tmp_path / 'x.args'}", "--lr", "0.1", "--data", "somewhere"])
     assert (args.epochs, args.lr, args.model, args.weights) == (7, 0.1, "resnet18", "none")
+    for text in (b"\xff\xfe", b'--name "x', f"@{tmp_path / 'bad.args'}".encode(), b"--name \0"):
+        (tmp_path / "bad.args").write_bytes(text + b"\n")
+        refused("bad.args: not a file of options", parse, [f"@{tmp_path / 'bad.args'}"])
     recipes = sorted((HERE / "recipes").glob("*.args"))
     assert recipes
     for recipe in recipes:
