@@ -623,6 +623,7 @@ def learn(argv):
     if args.folds > 1 or args.repeats > 1 or args.nets == "dnet" or args.against:
         raise InputError("learn: --folds, --repeats, --against and --nets dnet have no meaning here; leave them out")
     images = options.load_images(args)
+    train.check_networks(images, args)
     entries = [e for path in args.labels for e in read_answers(path, images.classes, args.partial)]
     more, rows = add_answers(images, entries, args)
     ((_, fixed, val, test, seed),) = train.plan(images, args)

@@ -3477,6 +3477,9 @@ def test_learn_names_the_row_that_it_can_not_use(tmp_path, helper, folders):
     classes = quiet_load(folders, 32, positive="malignant").classes
     assert len(al_loop.read_answers(answers, classes, partial=True)) == 4
     assert "give the filled-in to_label.csv" in error_of(call(al_loop, "learn", *base))
+    said = error_of(call(al_loop, "learn", "--labels", answers, *base, "--ensemble", "x,y", "--partial", "--name", "x"))
+    assert "no such network" in said
+    assert not (tmp_path / "x").exists()
 
 
 def test_an_answer_that_shows_a_test_image_is_left_out(tmp_path, folders, capsys):
