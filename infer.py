@@ -159,9 +159,11 @@ class BreastCancerDetector:
         opinions = self.model.opinions(pixels, found, patients, self.tta, self.scales)
         probabilities, uncertainty = self.model.conclude(opinions)
         for k, i in enumerate(good):
-            reasons = opened[i]["reasons"] + strange[i]
-            results[i] |= answer(probabilities[k].tolist(), float(uncertainty[k]), info, reasons)
-            if found is not None:
+            reasons, doubt = opened[i]["reasons"] + strange[i], float(uncertainty[k])
+            if found is not None and not found[k].isfinite().all():
+                doubt = math.nan  # a D-Net that answers NaN is damaged, whatever C-Net says
+            results[i] |= answer(probabilities[k].tolist(), doubt, info, reasons)
+            if found is not None and results[i]["error"] is None:
                 box = original_box(found[k].tolist(), opened[i]["placement"], info["load_size"], opened[i]["size"])
                 results[i]["box"] = [round(v, 1) for v in box]
         return results

@@ -7,6 +7,7 @@ HAM10000/). The order is that of the house, from the ground floor up; then the f
 import argparse
 import ast
 import contextlib
+import copy
 import csv
 import dataclasses
 import io
@@ -3589,6 +3590,13 @@ def test_the_reason_to_refer_is_told_and_nothing_but_numbers_comes_out(detector)
     found = infer.answer([math.nan, math.nan], 0.0, {"classes": ["benign", "malignant"], "threshold": 0.5})
     assert found["refer"]
     assert "not a finite number" in found["error"]
+    for net in ("dnet", "members"):
+        broken = copy.copy(detector)
+        broken.model = copy.deepcopy(detector.model)
+        next(getattr(broken.model, net).parameters()).data.fill_(math.nan)
+        found = broken.predict(picture(90, 60))
+        assert "not a finite number" in found["error"]
+        assert (found["refer"], found["box"], found["probability"]) == (True, None, None)
     with pytest.raises(InputError, match="finite"):
         data.encode_meta([{"age": "inf"}], None, [{"column": "age", "mean": 50.0, "sd": 9.0}])
     for age in ("inf", "1e308"):  # the square of the second is infinite
