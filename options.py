@@ -212,6 +212,8 @@ def saved_args(config, parser):
             if isinstance(value, list) and action.nargs is None and action.type is None:
                 value = saved[action.dest] = ",".join(value)  # al_loop.py keeps its strategies as a list
             several = action.nargs == "+"
+            if value == []:
+                raise ValueError(f"{action.dest}: nothing")
             for v in value if several else [value]:
                 fits = isinstance(v, bool) if action.nargs == 0 else v == parser._get_value(action, str(v))
                 if not fits or (action.choices and v not in action.choices) or isinstance(value, list) != several:

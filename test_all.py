@@ -3924,6 +3924,7 @@ def spoilt(path, change):
         ("config.json", lambda c: c["args"].update(size=8), "8: must lie in"),
         ("config.json", lambda c: c["args"].update(nets="all"), "nets: all"),
         ("config.json", lambda c: c["args"].update(drop_class="x"), "drop_class: x"),
+        ("config.json", lambda c: c["args"].update(meta_columns=[]), "meta_columns: nothing"),
         ("config.json", lambda c: c.update(args=[]), "do not fit"),
         ("report.json", lambda c: c["test"].pop("auc") and c["test"].update(auc={}), "'value'"),
         ("test.pt", lambda c: c.update(rows=c["rows"] + 1), "not of this test split"),
