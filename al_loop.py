@@ -70,7 +70,7 @@ def observe(model, images, rows, boxes=None, batch=64):
         embeddings.append(found[0].float().cpu())
         heads = zip(model.members, found, strict=True)
         probabilities.append(torch.stack([models.to_probabilities(m.classify(e)) for m, e in heads]).cpu())
-    return torch.cat(embeddings), torch.cat(probabilities, 1)
+    return models.finite(torch.cat(embeddings)), models.finite(torch.cat(probabilities, 1))
 
 
 @torch.no_grad()
@@ -558,7 +558,7 @@ def write_sheet(out, images, picks, model, boxes, title):
     if found is not None:
         found[[k for k, guess in enumerate(guesses) if not guess[2]]] = math.nan
     sheet = plots.contact_sheet(pixels, captions, found, title=title + ("" if found is None else " (D-Net's box)"))
-    files.write_atomically(out / "to_label.csv", file.getvalue().encode())
+    files.write_atomically(out / "to_label.csv", file.getvalue().encode(errors="surrogateescape"))  # bytes of names
     plots.save_png(sheet, out / "to_label.png")
 
 
@@ -649,6 +649,7 @@ def learn(argv):
             "learn: --folds, --repeats, --against, --workers and --nets dnet mean nothing here; leave them out"
         )
     images = options.load_images(args)
+    train.check_networks(images, args)
     entries = [e for path in args.labels for e in read_answers(path, images.classes, args.partial)]
     more, rows = add_answers(images, entries, args)
     ((_, fixed, val, test, seed),) = train.plan(images, args)

@@ -32,7 +32,7 @@ from PIL import Image, ImageOps
 
 from augment import clahe
 from phantoms import phantoms
-from readers import InputError, find_entries, natural
+from readers import InputError, find_entries, natural, one_line
 
 warnings.simplefilter("error", Image.DecompressionBombWarning)  # refused in read_image, instead of eating the memory
 
@@ -583,7 +583,7 @@ def decode(entries, size, channels, equalise=False, cache=None, skip_bad=False, 
     if not kept:
         raise InputError("no readable image is left")
     for line in bad:
-        print(f"skipped {line}")
+        print(f"skipped {one_line(line)}")
     tensors = {}
     for name, (kind, shape) in layout.items():
         source = np.memmap(folder / name, kind, "c") if folder else np.frombuffer(files[name].getbuffer(), kind)

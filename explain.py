@@ -23,7 +23,7 @@ from augment import blur, crop, cut
 from data import meta_for, parse_meta, read_image
 from files import write_atomically
 from metrics import interval_text, resample
-from models import DISCLAIMER, WithPatients, choose_device, load_classifier, model_file
+from models import DISCLAIMER, WithPatients, choose_device, finite, load_classifier, model_file
 from options import build_parser, run_main
 from readers import InputError
 from report import clean, describe_map, explain_picture, held_out, recommended_method
@@ -193,13 +193,15 @@ def recommend(found, groups):
             best = name
     if best is None:
         return None, "no method can be recommended on these images: " + "; ".join(reasons)
-    low = interval(found[best]["energy/area"], groups)
-    why = f"{best}: its energy inside the lesion is {low[0]:.2f} [{low[1]:.2f}, {low[2]:.2f}] times the lesion's share of the area, the most of the methods that beat all baselines"
+    share = cell_text(interval(found[best]["energy/area"], groups))
+    why = f"{best}: its energy inside the lesion is {share} times the lesion's share of the area, the most of the methods that beat all baselines"
     return best, "; ".join([why, *reasons])
 
 
 def cell_text(cell):
-    """A mean with its interval (mean, low, high), in two digits."""
+    """A mean with its interval (mean, low, high), in two digits; "-" where there was nothing to take the mean of."""
+    if math.isnan(cell[0]):
+        return "-"
     return interval_text(dict(zip(("value", "low", "high"), cell, strict=True)), ".2f")
 
 
@@ -223,7 +225,7 @@ def predicted_maps(images, pairs, method, batch=32):
             x, meta = images.pixels[index], None if patients is None else patients[index]
             with torch.no_grad():
                 boxes = model.locate(x, images.boxes[index])
-                p = model(x, boxes, meta)
+                p = finite(model(x, boxes, meta))
             predicted = (p[:, 1] >= model.info["threshold"]).long() if p.shape[1] == 2 else p.argmax(1)
             found.append((index, model.explain(x, method, predicted, meta, boxes), predicted))
     return (torch.cat(column) for column in zip(*found, strict=True))
@@ -232,7 +234,7 @@ def predicted_maps(images, pairs, method, batch=32):
 def write_csv(path, header, rows):
     text = io.StringIO()
     csv.writer(text).writerows([header, *rows])
-    write_atomically(path, text.getvalue().encode())
+    write_atomically(path, text.getvalue().encode(errors="surrogateescape"))  # names as their bytes are
 
 
 def hotspots(images, pairs, method, out, ring):

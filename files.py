@@ -30,7 +30,8 @@ def write_atomically(path, data):
             os.fsync(file.fileno())
         os.replace(part, path)
     except OSError as e:
-        part.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # its folder may be none
+            part.unlink()
         advice = "what was there before is whole; make room and try again"
         raise InputError(f"{path} can't be written ({e.strerror or e}); {advice}") from e
 

@@ -42,7 +42,7 @@ from data import (
     to_mode,
 )
 from files import write_atomically
-from models import DISCLAIMER, choose_device, load_classifier, model_file
+from models import DISCLAIMER, choose_device, finite, load_classifier, model_file
 from options import DATA, build_parser, run_main
 from readers import COLUMNS, MASK, InputError, image_files, natural, one_line, read_csv, read_table, walk
 
@@ -234,8 +234,12 @@ class BreastCancerDetector:
         probabilities, uncertainty = self.model.conclude(said.opinions)
         far = self.model.strangeness(said.traits)
         for k, i in enumerate(good):
-            reasons = opened[i]["reasons"] + strange[i] + unlike(float(far[k]), info)
-            results[i] |= answer(probabilities[k].tolist(), float(uncertainty[k]), info, reasons)
+            reasons, doubt = opened[i]["reasons"] + strange[i] + unlike(float(far[k]), info), float(uncertainty[k])
+            if said.boxes is not None and not said.boxes[k].isfinite().all():
+                doubt = math.nan  # a D-Net that answers NaN is damaged, whatever C-Net says
+            results[i] |= answer(probabilities[k].tolist(), doubt, info, reasons)
+            if results[i]["error"] is not None:
+                continue
             results[i] |= describe_lesions(said, k, info, given, partial(self._original, opened[i]))
             if self.model.tells_outlines:
                 size = opened[i]["size"]
@@ -506,7 +510,7 @@ def write_answers(path, results):
         lines.append([r[k] for k in told] + list(r["box"] or [None] * 4) + [outline.get(k) for k in shape])
     text = io.StringIO()
     csv.writer(text).writerows(lines)
-    write_atomically(path, text.getvalue().encode())
+    write_atomically(path, text.getvalue().encode(errors="surrogateescape"))  # names as their bytes are
 
 
 def sentence(result, info):
@@ -571,7 +575,7 @@ def look_again(model, images, rows, views, scales, batch=32):
         said = model.look(pixels, boxes, meta, views, scales)
         found.append(said.opinions.cpu())
         far.append(model.strangeness(said.traits))
-    return torch.cat(found, 2), torch.cat(far)
+    return finite(torch.cat(found, 2)), torch.cat(far)
 
 
 def verdicts(model, opinions, far):

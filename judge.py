@@ -31,7 +31,7 @@ def look_at(model, images, rows, boxes=None, batch=EVAL_BATCH):
         meta, around = (None if v is None else v[index].to(model.device) for v in (patients, boxes))
         answer = model.look(x, around, meta)
         parts.append(answer._replace(opinions=answer.opinions.mean(1, keepdim=True)))
-    opinions = torch.cat([p.opinions for p in parts], 2).cpu()
+    opinions = models.finite(torch.cat([p.opinions for p in parts], 2).cpu())
     boxes = None if parts[0].boxes is None else torch.cat([p.boxes for p in parts]).cpu()
     found = parts[0].found and models.Found(*(torch.cat(v).cpu() for v in zip(*(p.found for p in parts), strict=True)))
     kept = [torch.cat(column) for column in zip(*(p.traits for p in parts), strict=True)]
@@ -56,7 +56,8 @@ def locate(model, images, rows, batch=EVAL_BATCH):
     for index in rows.cpu().split(batch):
         x = images.pixels[index.to(images.pixels.device)].to(model.device)
         found.append(model.locate(x, images.boxes[index].to(model.device)))
-    return None if found[0] is None else torch.cat(found).cpu()
+    found = None if found[0] is None else torch.cat(found).cpu()
+    return models.finite(found) if model.finders else found
 
 
 def judge_found(found, images, rows):

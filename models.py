@@ -41,6 +41,12 @@ def choose_device(name):
         raise InputError(f"--device {name}: no such device; give auto, cpu or cuda") from None
     if device.type == "cuda" and not torch.cuda.is_available():
         raise InputError(f"--device {name}: PyTorch sees no CUDA device here; use --device cpu or auto")
+    try:
+        torch.Generator(
+            device
+        )  # as each training needs one; an index too high, or a kind that was not built in, has none
+    except (RuntimeError, AssertionError) as e:
+        raise InputError(f"--device {name}: not on this machine ({reason(e)}); use --device cpu or auto") from None
     return device
 
 
@@ -261,6 +267,13 @@ def to_probabilities(logits):
     """(N, 1) logits of the positive class, or (N, K): probabilities (N, 2) or (N, K). In float64: in float32 all logits
     above 17 are 1.0, and their order is lost (MPS has no float64)."""
     return two_logits(logits.float() if logits.device.type == "mps" else logits.double()).softmax(1)
+
+
+def finite(values):
+    """What networks answered, if it is numbers: a training that diverges can end in NaN though its loss was one."""
+    if not values.isfinite().all():
+        raise InputError("the network's answers are not finite: try a lower --lr; or its model file is damaged")
+    return values
 
 
 # ---------------------------------------------------------------------------------------------------------------------

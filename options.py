@@ -28,7 +28,7 @@ import torch
 from augment import VIEWS
 from backbones import ATTENTION, BACKBONES
 from data import load
-from files import parts_of, write_atomically
+from files import parts_of, reason, write_atomically
 from readers import InputError
 
 MANY = 1e9
@@ -120,7 +120,18 @@ class OptionFile(argparse.ArgumentParser):
     """argparse, with @file: options as on the command line, over any number of lines, # starts a comment."""
 
     def convert_arg_line_to_args(self, line):
+        if "\0" in line:
+            raise ValueError("bytes of zero")
         return shlex.split(line, comments=True)
+
+    def parse_args(self, args=None, namespace=None):
+        try:
+            return super().parse_args(args, namespace)
+        except InputError:
+            raise
+        except (ValueError, RecursionError) as e:  # no text, a quotation that never ends, a file that names itself
+            files = " ".join(a for a in (sys.argv[1:] if args is None else args) if a.startswith("@"))
+            raise InputError(f"{files}: not a file of options ({reason(e)}); correct it") from None
 
     def error(self, message):
         raise InputError(f"{message} (see -h)")
@@ -206,6 +217,8 @@ def saved_args(config, parser):
             if isinstance(value, list) and action.nargs is None and action.type is None:
                 value = saved[action.dest] = ",".join(value)  # al_loop.py keeps its strategies as a list
             several = action.nargs == "+"
+            if value == []:
+                raise ValueError(f"{action.dest}: nothing")
             for v in value if several else [value]:
                 fits = isinstance(v, bool) if action.nargs == 0 else v == parser._get_value(action, str(v))
                 if not fits or (action.choices and v not in action.choices) or isinstance(value, list) != several:
@@ -266,6 +279,8 @@ def prepare_folder(args, images, prefix=""):
             if args.name:
                 advice = f"choose another name, or go on with --resume {folder}"
                 raise InputError(f"--name {args.name}: {folder} exists; {advice}") from None
+        except OSError as e:
+            raise InputError(f"{folder} can't be made ({e.strerror}); give another --runs or --name") from None
     git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
     config = {
         "args": {k: v for k, v in vars(args).items() if k != "resume"},
@@ -347,6 +362,8 @@ def stop(script, folder):
 
 def run_main(main):
     """Call `main`; a user's mistake is one line on stderr and exit code 1, a bug keeps its traceback."""
+    if hasattr(sys.stdout, "reconfigure"):  # a file's name may be of bytes that no terminal can show
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         return main()
     except InputError as e:

@@ -22,7 +22,7 @@ from augment import blur, clahe
 from data import encode_meta, letterbox, original_box
 from files import parts_of, read_checkpoint, write_atomically
 from judge import cross_fit, judge_found, look_at
-from models import load_classifier
+from models import finite, load_classifier
 from options import check_against, load_images, saved_args, train_parser
 from readers import InputError, natural
 from saliency import CLASSLESS, METHODS, UNITS
@@ -400,7 +400,7 @@ def explain_picture(model, picture, method, target=None, meta=None):
     patient = encode_meta([meta or {}], None, info["meta_spec"])[0].to(x.device) if info["meta_spec"] else None
     with torch.no_grad():
         boxes = model.locate(x)
-        p = model(x, boxes, patient)[0].tolist()
+        p = finite(model(x, boxes, patient))[0].tolist()
     if target is None:
         target = int(p[1] >= info["threshold"]) if len(p) == 2 else int(np.argmax(p))
     heat = model.explain(x, method, target, patient, boxes)

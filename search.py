@@ -29,7 +29,7 @@ from models import choose_device
 from options import claim, load_images, parse, prepare_folder, run_main, stop, train_parser
 from readers import InputError
 from report import clean, describe_model
-from train import locate, predict, prepare, run_jobs, train_model
+from train import check_split, locate, predict, prepare, run_jobs, train_model
 
 HALVING = 3
 # fmt: off
@@ -82,6 +82,12 @@ def by_ratio(values):
     return isinstance(values, tuple) and 0 < 10 * values[0] <= values[1]
 
 
+def search_folds(images, args):
+    """The rows of train and val, and in which of --search-folds each lies. No group is divided."""
+    rows = torch.cat([images.rows("train"), images.rows("val")])
+    return rows, partition(images.labels[rows], images.groups[rows], [1] * args.search_folds, args.seed)
+
+
 def try_setting(images, number, setting, epochs, fold, args, folder):
     """Train one setting on all folds but one, without choosing an epoch, and judge it on that one: {"trial", "epochs",
     "fold", "score"}, AUC, or IoU for a D-Net alone. A setting that can't be trained scores nothing."""
@@ -90,15 +96,14 @@ def try_setting(images, number, setting, epochs, fold, args, folder):
         with parts_of(done, "remove it, and this trial is made again"):
             result = json.loads(done.read_text())
             score, same = result["score"], {"trial": number, "epochs": epochs, "fold": fold, **setting}
-            if {k: result[k] for k in same} != same or not (score is None or 0 <= score <= 1):
+            if not (score is None or 0 <= score <= 1) or any(result[k] != v for k, v in same.items()):
                 raise ValueError("of another trial")
-            return result
+            return same | {"score": score}
     nets = "cnet" if args.nets == "both" and "dnet" not in args.roi else args.nets
     args = argparse.Namespace(**{**vars(args), **setting, "nets": nets, "epochs": epochs, "save_seconds": math.inf})
     if "size" in setting:
         images = load_images(args, log=lambda _: None)
-    rows = torch.cat([images.rows("train"), images.rows("val")])
-    part = partition(images.labels[rows], images.groups[rows], [1] * args.search_folds, args.seed)
+    rows, part = search_folds(images, args)
     result = {"trial": number, "epochs": epochs, "fold": fold, **setting, "score": math.nan}
     try:
         with tempfile.TemporaryDirectory(dir=folder) as work, contextlib.redirect_stdout(io.StringIO()):
@@ -109,8 +114,8 @@ def try_setting(images, number, setting, epochs, fold, args, folder):
         else:
             found = metrics.paired_iou(locate(model, images, rows), images.boxes[rows]).nanmean()
         result["score"] = float(found)
-    except ValueError as e:  # an InputError of the training, or what metrics.py says of a network's NaN
-        if "loss is not finite" not in str(e) and "holds NaN" not in str(e):
+    except InputError as e:  # of the training
+        if "not finite" not in str(e):
             raise
     write_atomically(done, json.dumps(clean(result)).encode())
     return result
@@ -195,6 +200,9 @@ def main(argv=None):
         raise InputError("say how many settings to try: python search.py 30 --data ...")
     choose_device(args.device)
     images, ranges = prepare(args)[0], search_ranges(args)
+    rows, part = search_folds(images, args)
+    for fold in range(args.search_folds):
+        check_split(images, rows[part == fold], f"search's fold {fold + 1}")
     folder, start = prepare_folder(args, images, "search-"), time.time()
     print(f"run folder: {folder}")
     try:

@@ -7,6 +7,7 @@ HAM10000/). The order is that of the house, from the ground floor up; then the f
 import argparse
 import ast
 import contextlib
+import copy
 import csv
 import dataclasses
 import io
@@ -1359,6 +1360,7 @@ def test_a_full_disk_leaves_the_old_file_whole(tmp_path):
     files.write_atomically(path, b"old")
     (tmp_path / "last.pt.part").symlink_to("/dev/full")  # every write to it fails: no space left on device
     refused("No space left", files.write_atomically, path, b"new" * 100_000)
+    refused("Not a directory", files.write_atomically, Path("/dev/null/x/y"), b"new")
     assert path.read_bytes() == b"old"
 
 
@@ -2494,6 +2496,8 @@ def test_mistakes_on_the_command_line_are_one_line(tmp_path, folders, whole, ens
         (train, "--model none --name f", "needs patient data"),
         (train, "--model none --nets dnet --name f", "needs patient data"),
         (train, "--name ../f", "leads out of the folder of --runs"),
+        (train, f"--name {'f' * 300}", "can't be made (File name too long)"),
+        *([] if torch.backends.mps.is_available() else [(train, "--device mps", "not on this machine")]),
         (train, f"--weights {tmp_path / 'text.pt'}", "not a PyTorch file"),
         (train, "--weights imagenet", "no weights for it"),
         (train, "--epochs 0", "--epochs: 0: must lie in"),
@@ -2534,6 +2538,9 @@ def test_mistakes_on_the_command_line_are_one_line(tmp_path, folders, whole, ens
         (search, "2 --search-over model=1:2", "no option --model that takes a number"),
         (search, "2 --search-over lr=a:b", "in numbers"),
         (search, "2 --against x", "which a search does not touch"),
+        (al_loop, f"--data {one}", "one class only"),
+        (search, "2 --search-folds 500", "search's fold"),
+        (train, "--lr 1000 --epochs 1 --nets cnet", "not finite"),
         (search, "--size 32", "how many settings"),
     ]:
         result = call(script, *base, *options.split())
@@ -2546,6 +2553,9 @@ def test_option_files_hold_comments_and_many_options_a_line(tmp_path):
     (tmp_path / "x.args").write_text("# a recipe\n--epochs 7 --lr 0.5   # fast\n\n--model resnet18\n--weights none\n")
     args = parse([f"@{tmp_path / 'x.args'}", "--lr", "0.1", "--data", "somewhere"])
     assert (args.epochs, args.lr, args.model, args.weights) == (7, 0.1, "resnet18", "none")
+    for text in (b"\xff\xfe", b'--name "x', f"@{tmp_path / 'bad.args'}".encode(), b"--name \0"):
+        (tmp_path / "bad.args").write_bytes(text + b"\n")
+        refused("bad.args: not a file of options", parse, [f"@{tmp_path / 'bad.args'}"])
     recipes = sorted((HERE / "recipes").glob("*.args"))
     assert recipes
     for recipe in recipes:
@@ -3924,6 +3934,9 @@ def test_learn_names_the_row_that_it_can_not_use(tmp_path, helper, folders):
     classes = quiet_load(folders, 32, positive="malignant").classes
     assert len(al_loop.read_answers(answers, classes, partial=True)) == 4
     assert "give the filled-in to_label.csv" in error_of(call(al_loop, "learn", *base))
+    said = error_of(call(al_loop, "learn", "--labels", answers, *base, "--ensemble", "x,y", "--partial", "--name", "x"))
+    assert "no such network" in said
+    assert not (tmp_path / "x").exists()
 
 
 def test_an_answer_that_shows_a_test_image_is_left_out(tmp_path, folders, capsys):
@@ -4190,6 +4203,13 @@ def test_the_reason_to_refer_is_told_and_nothing_but_numbers_comes_out(detector)
     found = infer.answer([math.nan, math.nan], 0.0, {"classes": ["benign", "malignant"], "threshold": 0.5})
     assert found["refer"]
     assert "not a finite number" in found["error"]
+    for net in ("dnet", "members"):
+        broken = copy.copy(detector)
+        broken.model = copy.deepcopy(detector.model)
+        next(getattr(broken.model, net).parameters()).data.fill_(math.nan)
+        found = broken.predict(picture(90, 60))
+        assert "not a finite number" in found["error"]
+        assert (found["refer"], found["box"], found["probability"]) == (True, None, None)
     with pytest.raises(InputError, match="finite"):
         data.encode_meta([{"age": "inf"}], None, [{"column": "age", "mean": 50.0, "sd": 9.0}])
     for age in ("inf", "1e308"):  # the square of the second is infinite
@@ -4252,6 +4272,18 @@ def test_a_table_of_patients_goes_in_and_one_of_answers_comes_out(tmp_path):  # 
     said = error_of(call(infer, "--model", tmp_path / "m.pt", "--scales", "0.75", "1", tmp_path / "0.png"))
     assert "give files before the options" in said  # 20
     assert "a folder; give one picture" in error_of(call(explain, tmp_path, "--model", tmp_path / "m.pt"))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="names are any bytes on Linux alone")
+def test_a_name_of_any_bytes_is_one(tmp_path, detector, monkeypatch):
+    (tmp_path / "in").mkdir()
+    picture().save(tmp_path / "in" / os.fsdecode(b"\xff\n.png"))
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), "utf-8"))
+    options = [tmp_path / "in", "--model", detector.path, "--csv", tmp_path / "a.csv"]
+    run_main(lambda: infer.main([*map(str, options)]))
+    sys.stdout.flush()
+    assert rb"\udcff\n.png: " in sys.stdout.buffer.getvalue()
+    assert b"\xff\n.png" in (tmp_path / "a.csv").read_bytes()
 
 
 def test_who_labels_is_not_led_by_the_models_guess(tmp_path, helper):  # 10, 11
@@ -4542,6 +4574,7 @@ def spoilt(path, change):
         ("config.json", lambda c: c["args"].update(size=8), "8: must lie in"),
         ("config.json", lambda c: c["args"].update(nets="all"), "nets: all"),
         ("config.json", lambda c: c["args"].update(drop_class="x"), "drop_class: x"),
+        ("config.json", lambda c: c["args"].update(meta_columns=[]), "meta_columns: nothing"),
         ("config.json", lambda c: c.update(args=[]), "do not fit"),
         ("report.json", lambda c: c["test"].pop("auc") and c["test"].update(auc={}), "'value'"),
         ("test.pt", lambda c: c.update(rows=c["rows"] + 1), "not of this test split"),
@@ -4631,6 +4664,7 @@ FLOORS = [
     ["augment", "losses", "query", "saliency", "metrics", "phantoms"],
     ["readers"],
     ["data", "files"],
+    ["backbones"],
     ["backbones"],
     ["models"],
     ["plots"],

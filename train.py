@@ -371,7 +371,7 @@ def train_or_reload(build, images, rows, loss_of, validate, args, name, folder, 
     else:
         if start is not None:
             net.load_state_dict(start.state_dict())
-        check_size(net, args.size, images.meta)
+        check_size(net, args.size, images.meta, len(rows) == 1)
         best, history = fit(net, images, rows, loss_of, validate, args, name=name, folder=folder, seed=seed, **more)
         done = {"state": best, "history": history}
         files.save_checkpoint(path, done)
@@ -526,15 +526,18 @@ def draw_by(images, train, unlabelled, args):
     return torch.cat([train, unlabelled]), weights, torch.cat([drawn, others])
 
 
-def check_size(net, size, meta):
-    """A network that shrinks small images to nothing says so before training."""
+def check_size(net, size, meta, alone=False):
+    """A network that shrinks small images to nothing says so before training; or to one pixel, where there is but one
+    image to learn from, as BatchNorm needs two values."""
     try:
         with torch.no_grad():
             image = torch.zeros(1, net.config["channels"], size, size)
-            copy.deepcopy(net).eval()(*([image] if isinstance(net, models.DNet) or meta is None else [image, meta[:1]]))
-    except RuntimeError as e:
-        why = str(e).splitlines()[0][:90]
-        raise InputError(f"--size {size} is too small for {net.config['model']} ({why}); use a larger --size") from None
+            copy.deepcopy(net).train(alone)(
+                *([image] if isinstance(net, models.DNet) or meta is None else [image, meta[:1]])
+            )
+    except (RuntimeError, ValueError) as e:
+        small = f"--size {size} is too small for {net.config['model']}{' and a single image' if alone else ''}"
+        raise InputError(f"{small} ({models.reason(e)}); use a larger --size") from None
 
 
 def load_teacher(images, args, part, test):
@@ -577,6 +580,10 @@ def teach(images, args, part, test):
 
 
 def check_split(images, rows, what):
+    """InputError unless there are two classes, and images of each in the split."""
+    if len(images.classes) < 2:
+        found = f"one class only ({images.classes[0]})" if images.classes else "no labels"
+        raise InputError(f"--data {images.source}: {found}: nothing to learn; at least two are needed")
     for label, name in enumerate(images.classes):
         if label not in images.labels[rows]:
             missing = f"the {what} split has no {name!r} image ({len(rows)} images)"
@@ -586,6 +593,7 @@ def check_split(images, rows, what):
 def plan(images, args):
     """The runs to make: (folder name, train, val, test rows, seed)."""
     labelled = torch.nonzero(images.labels >= 0)[:, 0]
+    check_split(images, labelled, "whole")
 
     def divide(rows, shares, seed):
         return partition(images.labels[rows], images.groups[rows], shares, seed)
@@ -612,6 +620,11 @@ def plan(images, args):
 
 def check_networks(images, args):
     """Build every network once: what can't be built, or is too deep for the images, is said before a run begins."""
+    for backbone in {args.model, *(args.ensemble or args.model).split(",")}:
+        if backbone == "none" and (images.meta is None or args.nets == "dnet"):
+            raise InputError(
+                "--model none sees no image; it needs patient data, --meta-columns, and a C-Net to learn them"
+            )
     members, detects = (args.ensemble or args.model).split(","), args.nets != "cnet" and args.model != "none"
     backbones = dict.fromkeys([args.model] * detects + members * (args.nets != "dnet"))
     args.weights = backbones.share_weights(backbones, args.weights)
@@ -626,9 +639,6 @@ def prepare(args):
     """(images, the runs to make, the results to compare with or None). Whatever can be wrong is said here, before a run
     folder is made."""
     images = load_images(args)
-    if len(images.classes) < 2:
-        found = f"one class only ({images.classes[0]})" if images.classes else "no labels"
-        raise InputError(f"--data {args.data}: {found}: nothing to learn; at least two are needed")
     runs = plan(images, args)
     check_networks(images, args)
     for run in runs if args.teacher else []:
