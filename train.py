@@ -26,6 +26,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
+import backbones
 import files
 import metrics
 import models
@@ -537,7 +538,7 @@ def check_size(net, size, meta, alone=False):
             )
     except (RuntimeError, ValueError) as e:
         small = f"--size {size} is too small for {net.config['model']}{' and a single image' if alone else ''}"
-        raise InputError(f"{small} ({models.reason(e)}); use a larger --size") from None
+        raise InputError(f"{small} ({files.reason(e)}); use a larger --size") from None
 
 
 def load_teacher(images, args, part, test):
@@ -626,10 +627,10 @@ def check_networks(images, args):
                 "--model none sees no image; it needs patient data, --meta-columns, and a C-Net to learn them"
             )
     members, detects = (args.ensemble or args.model).split(","), args.nets != "cnet" and args.model != "none"
-    backbones = dict.fromkeys([args.model] * detects + members * (args.nets != "dnet"))
-    args.weights = backbones.share_weights(backbones, args.weights)
+    names = dict.fromkeys([args.model] * detects + members * (args.nets != "dnet"))
+    args.weights = backbones.share_weights(names, args.weights)
     same, meta = network_options(images, args), 0 if images.meta is None else images.meta.shape[1]
-    for backbone in backbones:
+    for backbone in names:
         check_size(models.CNet(backbone, meta=meta, **same), args.size, images.meta)
     if detects and images.boxes.isfinite().any():
         check_size(models.DNet(args.model, **same), args.size, None)
