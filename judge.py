@@ -178,7 +178,7 @@ def pool_folds(images, parts, results, args):
     spec = fit_meta(images, rows)
     members = [rescale_patients(m, part.info["meta_spec"], spec) for part in parts for m in part.members]
     weights = torch.cat([part.weights / part.weights.sum() for part in parts]) / len(parts)
-    info = parts[0].info | {"meta_spec": spec}
+    info = parts[0].info | {"meta_spec": spec, "familiar": pool_familiar(parts)}
     model = models.Ensemble(members, weights.tolist(), [d for part in parts for d in part.dnets], **info)
     if members:
         judged = judge_by(images, results, results, args)
@@ -188,6 +188,15 @@ def pool_folds(images, parts, results, args):
     nothing = torch.zeros(0, dtype=torch.long)
     model.info["seen"] = {"train": images.pictures()[rows], "val": nothing, "test": nothing}
     return model
+
+
+def pool_familiar(parts):
+    """What is familiar to all folds: a picture's squared distance is the mean of theirs. None where one does not tell."""
+    known = [part.info.get("familiar") for part in parts]
+    if not all(known):
+        return None
+    members = [one | {"variances": one["variances"] * len(parts)} for fold in known for one in fold[:-1]]
+    return [*members, known[0][-1]]  # the texture is the pictures' own: about the same in every fold
 
 
 def rescale_patients(member, own, spec):

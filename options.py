@@ -113,7 +113,7 @@ RUN = [
 TRAIN = {"data": DATA, "model": MODEL, "learning": LEARNING, "distillation": DISTILLATION, "protocol": PROTOCOL}
 TRAIN["run"] = [*RUN, ("against", None, "DIR", "a finished run to compare this one with, in pairs; with --resume too")]
 # What a data set as small and as simple as the phantoms needs: a minute instead of ten.
-PHANTOM_DEFAULTS = dict(model="small_cnn", weights="none", size=64, epochs=24, batch=32, lr=3e-3, augment=0.5)
+PHANTOM_DEFAULTS = dict(model="small_cnn", weights="none", size=64, epochs=36, batch=32, lr=3e-3, augment=0.5)
 
 
 class OptionFile(argparse.ArgumentParser):
@@ -201,6 +201,8 @@ def parse(argv=None, parser=None):
             raise InputError(f"--pos-weight {args.pos_weight}: give auto, none, or a number") from None
     if args.roi not in ("none", "mask", "dnet", "none,mask", "none,dnet"):
         raise InputError(f"--roi {args.roi}: give none, mask, dnet, or none,dnet for a member on each")
+    if "nets" in args and args.nets == "cnet" and "dnet" in args.roi:
+        raise InputError("--roi dnet needs D-Net: leave out --nets cnet, or use --roi none")
     if "nets" in args and args.nets == "dnet" and args.roi != "none":
         raise InputError("--roi is what C-Net sees; with --nets dnet there is none")
     return args

@@ -119,7 +119,7 @@ def main(argv=None):
     print(f"run folder: {folder}; {len(rows)} images, the test split left out")
     images.pixels = images.pixels.to(device)
 
-    def loss_of(net, view, boxes, index):
+    def loss_of(net, view, boxes, masks, index):
         other, *_ = augment(images.pixels[index], args.augment, size=args.size)
         return net.loss(view, other.contiguous(memory_format=torch.channels_last))
 

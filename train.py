@@ -452,8 +452,6 @@ def choose_look(images, train, model, args):
         if not known.any():
             raise InputError("--roi mask: this data has neither masks nor boxes")
         return images.boxes
-    if not model.finders:
-        raise InputError("--roi dnet needs D-Net: leave out --nets cnet, or use --roi none")
     look, rows = locate(model, images, torch.arange(len(images))), train[known[train]]
     look[rows] = images.boxes[rows]  # D-Net has learnt these by heart; the augmentation's shifts stand for its errors
     return look
