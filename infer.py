@@ -414,6 +414,8 @@ def test(args):
     from options import load_images
     from report import print_report, test_elsewhere
 
+    if args.test != "breastmnist" and not Path(args.test).exists():
+        raise InputError(f"--test {args.test}: no such file or folder")
     model = load_classifier(args.model, choose_device(args.device))
     info = model.info
     model.info = info | {"views": check_views(args.tta or info["views"], args.scales)[0]}
@@ -448,7 +450,7 @@ def main(argv=None):
     if args.evaluate:
         from report import clean
 
-        if args.images or args.json or args.meta or args.save_overlay:
+        if args.images or args.json or args.meta or args.save_overlay or args.save_mask or args.adapt or args.test:
             raise InputError("--evaluate takes the held-out images of the run, and no images or options for them")
         run = Path(args.model or model_file().parent)
         table = evaluate(run, args.tta, args.scales, args.data, args.cache, choose_device(args.device))
@@ -457,6 +459,8 @@ def main(argv=None):
         print(f"{out}\n{DISCLAIMER}")
         return
     if args.test:
+        if args.images:
+            raise InputError("--test takes a labelled data set, and no pictures beside it")
         return test(args)
     if not args.images:
         raise InputError("give an image, --evaluate, or --test (see -h)")

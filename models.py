@@ -6,7 +6,7 @@ CNet      backbone -> pooled embedding (+ patient data) -> logits               
 Ensemble  members' probabilities, weighted and calibrated; their disagreement is the uncertainty
 
 model = load("runs/busi/model.pt")  # an Ensemble; the file alone says how to build it
-answer = model.look(images)         # .boxes (N, 4) in [0, 1], .outlines (N, h, w), .opinions (M, V, N, K) ...
+answer = model.look(images)         # .boxes (N, 4) in [0, 1], .found.outlines (N, h, w), .opinions (M, V, N, K) ...
 probabilities = model(images)       # (N, K)
 """
 
@@ -294,13 +294,17 @@ class Answer(NamedTuple):
     opinions: torch.Tensor  # (M, V, N, K) probabilities: of every member, of every view at every scale (V)
     boxes: torch.Tensor | None  # (N, 4): found, or as the caller gave them
     found: Found | None
-    traits: list  # [(N, D)] of the first view: what strangeness goes by, the direction of each member's embedding and the texture
+    traits: (
+        list  # [(N, D)] of the first view: the direction of each member's embedding, and the texture; see strangeness
+    )
 
 
 class Ensemble(nn.Module):
     """Weighted mean of the members' probabilities, softened by one temperature. One member is the common case.
 
-    dnets: the detectors that stand by themselves; members with a shared trunk bring their own. info: "classes", "size" (what C-Net and D-Net see), "load_size" (what the file is letterboxed to), "channels",
+    dnets: the detectors that stand by themselves; members with a shared trunk bring their own.
+
+    info: "classes", "size" (what C-Net and D-Net see), "load_size" (what the file is letterboxed to), "channels",
     "equalise" (CLAHE), "margin" of the crops, "meta_spec", "temperature", "threshold" and the "views" of an image that
     both were set for, "lesion_threshold" (of the outline's largest probability: below it no lesion is said to be found),
     "made", and "familiar", see familiar, where it is known."""
@@ -423,7 +427,7 @@ class Ensemble(nn.Module):
 
 
 def familiar(train, val, axes=16):
-    """What the traits [(N, D)] of pictures are like, see Ensemble.examine: for each a mean, the main axes and the variances
+    """What the traits [(N, D)] of pictures are like, see Answer: for each a mean, the main axes and the variances
     along them and, the last, across them (Tipping & Bishop, Probabilistic PCA, 1999). A few numbers for a model file:
     the spread is that of training, and how much of it is too much is learnt on validation, which no network has fitted."""
 

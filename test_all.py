@@ -2473,6 +2473,9 @@ def test_another_hospitals_set_is_tested_with_the_threshold_that_the_model_bring
     assert {"iou", "dice"} <= set(report["test"])
     assert "give 32 or more" in error_of(call(infer, *command, "--adapt"))
     assert "its classes are" in error_of(call(infer, *command[:-1], "benign"))
+    assert "--test nowhere: no such file" in error_of(call(infer, "--model", whole[0], "--test", "nowhere"))
+    assert "and no pictures beside it" in error_of(call(infer, old, *command))
+    assert "no images or options for them" in error_of(call(infer, "--model", whole[0], "--evaluate", "--adapt"))
 
 
 def test_batch_norm_takes_the_means_of_the_pictures_at_hand(folders, whole):
