@@ -19,6 +19,7 @@ import itertools
 import json
 import math
 import os
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -293,7 +294,8 @@ class BreastCancerDetector:
     def describe(self):
         """Where the model comes from, in one line."""
         made, warning = self.info["made"], ""
-        members = "+".join(m.config["model"] for m in self.model.members)
+        counts = Counter(m.config["model"] for m in self.model.members)
+        members = "+".join(name if n == 1 else f"{n} x {name}" for name, n in counts.items())
         if made.get("data") == "phantoms":
             warning = "; trained on PHANTOMS, its answer on a real picture means nothing"
         if (self.tta, self.scales) != (self.info["views"], (1.0,)):
