@@ -67,10 +67,12 @@ class Found(NamedTuple):
 
     outlines: torch.Tensor  # (N, h, w) probabilities
     cells: torch.Tensor  # (N, 4, h, w) boxes in [0, 1]
+    sure: torch.Tensor | None = None  # (N,) of several detectors the mean of their scores; None: of one
 
     def scores(self):
-        """How sure (N,) it is that there is a lesion at all: the outline's largest probability."""
-        return self.outlines.amax((1, 2))
+        """How sure (N,) it is that there is a lesion at all: the outline's largest probability. Of several detectors the
+        mean of theirs: the largest of a mean outline is smaller, and a threshold set for one would not fit it."""
+        return self.outlines.amax((1, 2)) if self.sure is None else self.sure
 
     def boxes(self):
         """The box (N, 4) of the likeliest lesion: the mean of its cells' boxes, weighted by the outline. Its cells: those
@@ -79,7 +81,7 @@ class Found(NamedTuple):
 
     def likeliest(self):
         """The cells (N, h, w) bool of the likeliest lesion, see boxes."""
-        parts = label_parts(self.outlines >= self.scores()[:, None, None] / 2)
+        parts = label_parts(self.outlines >= self.outlines.amax((1, 2), keepdim=True) / 2)
         top = parts.flatten(1).gather(1, self.outlines.flatten(1).argmax(1, keepdim=True))
         return parts == top[:, :, None]
 
@@ -91,11 +93,12 @@ class Found(NamedTuple):
 
     def lesions(self, i, threshold):
         """All lesions of image i, the likeliest first: their boxes, a list of (4,). A lesion is a connected part of the
-        outline above a half whose largest probability reaches the threshold."""
+        outline above a half whose largest probability, on the scale of the image's score, reaches the threshold."""
         one = Found(self.outlines[i, None], self.cells[i, None])
-        parts, found = label_parts(one.outlines >= min(0.5, threshold)).flatten(1), []
+        scale = float(self.scores()[i] / one.outlines.max().clamp(min=1e-12))
+        parts, found = label_parts(one.outlines >= min(0.5, threshold) / scale).flatten(1), []
         for part in parts.unique().tolist():
-            score = float((one.outlines.flatten(1) * (parts == part)).max())
+            score = scale * float((one.outlines.flatten(1) * (parts == part)).max())
             if part and score >= threshold:
                 found.append((score, one.boxes_of(parts == part)[0]))
         return [box for _, box in sorted(found, key=lambda pair: -pair[0])]
@@ -285,7 +288,8 @@ def average(found):
     side = found[0].outlines.shape[-2:]
     outlines = [F.interpolate(f.outlines[:, None], size=side, mode="bilinear")[:, 0] for f in found]
     cells = [F.interpolate(f.cells, size=side, mode="bilinear") for f in found]
-    return Found(torch.stack(outlines).mean(0), torch.stack(cells).mean(0))
+    sure = torch.stack([f.scores() for f in found]).mean(0)
+    return Found(torch.stack(outlines).mean(0), torch.stack(cells).mean(0), sure)
 
 
 class Answer(NamedTuple):

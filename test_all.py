@@ -2207,6 +2207,11 @@ def test_the_box_is_that_of_the_likeliest_lesion_and_all_are_listed():
     assert [b.tolist() for b in found.lesions(0, 0.6)] == [pytest.approx([0.1, 0.1, 0.4, 0.4]), [0.5] * 4]
     assert len(found.lesions(0, 0.8)) == 1
     assert found.lesions(0, 0.99) == []
+    other = models.Found(outlines.flip(2), cells)  # another detector, as sure, of another place
+    both = models.average([found, other])
+    assert float(both.scores()) == pytest.approx(0.95)  # though no cell of the mean outline is
+    assert float(both.outlines.max()) < 0.8
+    assert len(both.lesions(0, 0.9)) >= 1
 
 
 def shared_model(**info):
