@@ -538,7 +538,7 @@ def read_pool(args, info):
     met = torch.isin(images.pictures()[:count], seen)
     rows = [*range(count, len(images)), *(i for i in range(count) if paths[i] in known or met[i])]
     # what is known of the patients of the labelled images is forgotten: of the pool's nothing is known
-    images.meta = data.encode_meta([{}] * len(images), None, spec)[0] if spec else None
+    images.meta_spec, images.meta = spec, data.encode_meta([{}] * len(images), None, spec)[0] if spec else None
     return images, torch.tensor(rows, dtype=torch.long), int(met.sum())
 
 

@@ -4335,6 +4335,16 @@ def test_a_half_filled_sheet_labels_only_what_has_an_answer(tmp_path, helper):  
     assert {Path(row["image"]).name for row in rows[1:]} <= names | {"copy of 3.png", "new 3.png"}
 
 
+def test_a_model_of_patients_suggests_without_knowing_them(tmp_path, helper):
+    spec = [{"column": "age", "mean": 50.0, "sd": 10.0}]
+    net = models.CNet("small_cnn", 2, 1, meta=2)
+    model = models.Ensemble([net], classes=["a", "b"], size=32, load_size=32, channels=1, meta_spec=spec)
+    models.save(tmp_path / "m.pt", model)
+    options = ["--pool", helper / "pool", "--query", "3", "--out", tmp_path / "out", "--cache", tmp_path / "c"]
+    assert call(al_loop, "suggest", "--model", tmp_path / "m.pt", *options).returncode == 0
+    assert len((tmp_path / "out" / "to_label.csv").read_text().splitlines()) == 4
+
+
 def test_links_are_followed_once(tmp_path):  # 16
     class_folders(tmp_path / "real", {"benign": 2, "malignant": 2})
     (tmp_path / "linked").symlink_to(tmp_path / "real", target_is_directory=True)
