@@ -89,10 +89,10 @@ def answer(probabilities, uncertainty, info, reasons=()):
     }
 
 
-def describe_lesions(said, k, info, given, original):
+def describe_lesions(said, k, info, given, outlined, original):
     """Where the lesions of image k are: the dict's keys box, boxes and lesion_score. said: models.Answer; given: the
-    caller knew the box; original(box): in the picture's own pixels."""
-    if said.found is None or given:
+    caller knew the box; outlined: the model tells outlines (files of version 1 don't); original(box): in the picture's own pixels."""
+    if said.found is None or given or not outlined:
         box = None if said.boxes is None else original(said.boxes[k])
         return {"box": box, "boxes": [box] if box else []}
     score = float(said.found.scores()[k])
@@ -206,12 +206,16 @@ class BreastCancerDetector:
             results += self._predict_batch(*(v[start : start + 32] for v in (images, metas, boxes)), masks)
         return results[0] if alone else results
 
-    def adapt(self, images):
-        """Take BatchNorm's means and spreads from these images, see `adapt` below."""
+    def adapt(self, images, metas=None):
+        """Take BatchNorm's means and spreads from these images, and their patients' data where the model reads them, see
+        `adapt` below."""
         with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
-            opened = [o["pixels"] for o in pool.map(self._open, images) if o["error"] is None]
-        pixels = torch.from_numpy(np.stack(opened)) if opened else torch.zeros(0)
-        adapt(self.model, clahe(pixels) if len(opened) and self.info["equalise"] else pixels)
+            opened = list(pool.map(self._open, images))
+        good = [i for i, o in enumerate(opened) if o["error"] is None]
+        pixels = torch.from_numpy(np.stack([opened[i]["pixels"] for i in good])) if good else torch.zeros(0)
+        patients, _ = self._patients(metas or [None] * len(images))
+        patients = None if patients is None else patients[good]
+        adapt(self.model, clahe(pixels) if good and self.info["equalise"] else pixels, None, patients)
 
     @torch.inference_mode()
     def _predict_batch(self, images, metas, boxes, masks):
@@ -241,7 +245,9 @@ class BreastCancerDetector:
             results[i] |= answer(probabilities[k].tolist(), doubt, info, reasons)
             if results[i]["error"] is not None:
                 continue
-            results[i] |= describe_lesions(said, k, info, given, partial(self._original, opened[i]))
+            results[i] |= describe_lesions(
+                said, k, info, given, self.model.tells_outlines, partial(self._original, opened[i])
+            )
             if self.model.tells_outlines:
                 size = opened[i]["size"]
                 whole, likeliest = outlines_on(said.found, k, opened[i]["placement"], size, info["load_size"])
@@ -395,9 +401,10 @@ LEAST_ADAPTED = 32  # pictures: of fewer the means and spreads are luck
 
 
 @torch.no_grad()
-def adapt(model, pixels, batch=64):
+def adapt(model, pixels, boxes=None, meta=None, batch=64):
     """Give all BatchNorm layers of a model the means and spreads of these pictures (N, C, L, L) in place of those of
-    training (Schneider et al. 2020): another scanner's greys, without one label."""
+    training (Schneider et al. 2020): another scanner's greys, without one label. boxes (N, 4), meta (N, M): for a model
+    that needs them. What was familiar in training says nothing of the changed network, and is forgotten."""
     if len(pixels) < LEAST_ADAPTED:
         raise InputError(
             f"--adapt: {len(pixels)} pictures, give {LEAST_ADAPTED} or more; they are to stand for their scanner"
@@ -406,9 +413,15 @@ def adapt(model, pixels, batch=64):
         layer.reset_running_stats()
         layer.momentum = None  # the mean over all batches
         layer.train()
-    for part in pixels.split(batch):
-        model.look(part.to(model.device), views=1)
-    model.eval()
+    try:
+        for rows in torch.arange(len(pixels)).tensor_split(
+            math.ceil(len(pixels) / batch)
+        ):  # alike, as they weigh alike
+            parts = (None if v is None else v[rows].to(model.device) for v in (pixels, boxes, meta))
+            model.look(*parts, views=1)
+    finally:
+        model.eval()
+    model.info["familiar"] = None
 
 
 def test(args):
@@ -435,7 +448,8 @@ def test(args):
     if tuple(args.scales) != (1.0,):
         raise InputError("--test looks at pictures at scale 1; leave --scales out")
     if args.adapt:
-        adapt(model, images.pixels)
+        boxes = images.boxes if model.needs_boxes else None
+        adapt(model, images.pixels, boxes, meta_for(images, info["meta_spec"]))
     run = Path(model_file(args.model)).parent
     folder = Path(args.out or run / f"test-{Path(args.test).stem}")
     report = test_elsewhere(model, images, folder)
@@ -475,9 +489,9 @@ def main(argv=None):
         )
     known = [s["column"] for s in detector.info["meta_spec"]]
     files = collect(args.images, known, args.image_column)
-    if args.adapt:
-        detector.adapt([file for file, _ in files])
     patients = [(meta or {}) | (own or {}) for _, own in files]
+    if args.adapt:
+        detector.adapt([file for file, _ in files], patients)
     names, results = overlay_names([file for file, _ in files]), []
     if not args.json:
         print(detector.describe())

@@ -184,7 +184,9 @@ def pool_folds(images, parts, results, args):
         judged = judge_by(images, results, results, args)
         model.info |= {k: judged[k] for k in ("temperature", "threshold") if judged[k] is not None}
     if model.finders:
-        model.info["lesion_threshold"] = lesion_threshold(torch.cat([r["scores"] for r in results]), images, rows)
+        found = [r for r in results if "scores" in r]  # a fold without boxes has trained no D-Net
+        scores, known = (torch.cat([r[key] for r in found]) for key in ("scores", "rows"))
+        model.info["lesion_threshold"] = lesion_threshold(scores, images, known)
     nothing = torch.zeros(0, dtype=torch.long)
     model.info["seen"] = {"train": images.pictures()[rows], "val": nothing, "test": nothing}
     return model

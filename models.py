@@ -378,6 +378,7 @@ class Ensemble(nn.Module):
         take = crop if views == 1 else functools.partial(tta_views, views=views)
         meta = None if meta is None else meta.repeat(views, 1)
         found = [dnet.find(crop(images, None, size)) for dnet in self.dnets]
+        first = 1.0 if 1.0 in scales else scales[0]  # of the picture as it was trained on, where it is looked at so
         opinions, traits = [[] for _ in self.members], [None] * len(self.members)
         for i, member in sorted(enumerate(self.members), key=lambda pair: pair[1].config["roi"] != "none"):
             if member.config["roi"] != "none" and boxes is None and found:
@@ -386,11 +387,11 @@ class Ensemble(nn.Module):
             for scale in scales:
                 embeddings, own = member.see(take(images, regions, round(size * scale)), meta)
                 opinions[i].append(to_probabilities(member.classify(embeddings)).unflatten(0, (views, n)))
-                if scale == scales[0]:
+                if scale == first:
                     traits[i] = F.normalize(
                         embeddings[:n].float(), dim=1
                     )  # its length tells of contrast, not of the kind
-                if own and regions is None and scale == scales[0]:
+                if own and regions is None and scale == first:
                     found.append(Found(own[0][:n].sigmoid(), own[1][:n]))  # by the first view, the picture as it is
         found = average(found) if found else None
         boxes = found.boxes() if boxes is None and found else boxes
@@ -400,7 +401,7 @@ class Ensemble(nn.Module):
 
     def strangeness(self, traits):
         """(N,) how far from the pictures of training: above 1 is farther than 99 % of the validation images. Zeros where
-        the model file is of an older version, which does not tell."""
+        the model does not tell: of an older version, trained on everything (--refit), or adapted to other pictures."""
         known = self.info.get("familiar")
         return distance(traits, known) if known else torch.zeros(len(traits[0]))
 

@@ -358,7 +358,8 @@ def test_elsewhere(model, images, folder):
         "histories": [],
     }
     if answer.found:
-        result |= judge_found(answer.found, images, new)
+        kept = judge_found(answer.found, images, new)
+        result |= kept if model.tells_outlines else {"boxes": kept["boxes"]}
     result |= {k: model.info[k] for k in ("temperature", "threshold", "lesion_threshold")}
     result["weights"] = model.weights.tolist()
     names, rois = ([m.config[k] for m in model.members] for k in ("model", "roi"))

@@ -2483,6 +2483,34 @@ def test_another_hospitals_set_is_tested_with_the_threshold_that_the_model_bring
     assert "no images or options for them" in error_of(call(infer, "--model", whole[0], "--evaluate", "--adapt"))
 
 
+def test_what_adapts_reads_patients_and_weighs_pictures_alike(monkeypatch):
+    spec, sizes = [{"column": "age", "mean": 50.0, "sd": 10.0}], []
+    net = models.CNet("small_cnn", 2, 1, meta=2)
+    model = models.Ensemble([net], classes=["a", "b"], size=32, load_size=32, channels=1, meta_spec=spec, familiar=[1])
+    monkeypatch.setattr(
+        model, "look", lambda x, *rest, real=model.look, **more: sizes.append(len(x)) or real(x, *rest, **more)
+    )
+    infer.adapt(model.eval(), torch.rand(65, 1, 32, 32), None, torch.zeros(65, 2))
+    assert sizes == [33, 32]
+    assert model.info["familiar"] is None
+    with pytest.raises(InputError, match="patient metadata"):
+        infer.adapt(model, torch.rand(40, 1, 32, 32))
+    assert not any(m.training for m in model.modules())
+
+
+def test_the_order_of_scales_changes_nothing_but_the_order():
+    model, x = shared_model(), torch.rand(2, 1, 64, 64, generator=seeded())
+    one, two = model.look(x, scales=(1.0, 0.5)), model.look(x, scales=(0.5, 1.0))
+    close(one.boxes, two.boxes)
+    assert all(map(torch.equal, one.traits, two.traits))
+
+
+def test_a_member_that_sees_nothing_shares_no_trunk():
+    images, rows = data.phantom_set(8, 16), torch.arange(8)
+    for ensemble, trunk in (("small_cnn,small_cnn", "shared"), ("small_cnn,none", "own"), ("none", "own")):
+        assert train.choose_trunk(images, rows, rows, parse(["--ensemble", ensemble])) == trunk
+
+
 def test_batch_norm_takes_the_means_of_the_pictures_at_hand(folders, whole):
     model, x = models.load(whole[0]), torch.rand(64, 1, 32, 32, generator=seeded())
     infer.adapt(model, x, batch=64)

@@ -339,7 +339,8 @@ def choose_trunk(images, train, val, args):
     the whole, else "own"."""
     boxed = images.boxes[:, 0].isfinite()
     known = boxed[train].any() and (not len(val) or boxed[val].any())
-    whole = args.nets == "both" and args.model != "none" and "none" in args.roi.split(",")
+    sees = "none" not in (args.model, *(args.ensemble or args.model).split(","))
+    whole = args.nets == "both" and sees and "none" in args.roi.split(",")
     return "shared" if args.trunk == "shared" and known and whole else "own"
 
 
@@ -490,7 +491,7 @@ def train_members(
         nll = float(F.nll_loss((p + 1e-12).log(), images.labels[watched]))
         result = {"score": [area, -nll], "val_auc": area, "val_loss": nll}  # equal AUC: the better likelihood
         if answer.found:
-            iou = float(metrics.paired_iou(answer.found.boxes(), images.boxes[watched]).nanmean())
+            iou = float(metrics.paired_iou(answer.found.boxes(), images.boxes[watched]).nanmean().nan_to_num(0.0))
             result |= {"val_iou": iou, "score": [area + iou, -nll]}  # it names and it finds
         return result
 
