@@ -49,12 +49,8 @@ from report import compare as compare_models
 def reveal(images, rows):
     """The ImageSet as one knows it who has labelled only `rows`: every other label and box is hidden."""
     labels, boxes = torch.full_like(images.labels, -1), torch.full_like(images.boxes, math.nan)
-    labels[rows], boxes[rows], known = (
-        images.labels[rows],
-        images.boxes[rows],
-        torch.zeros(len(images), dtype=torch.bool),
-    )
-    known[rows] = True
+    labels[rows], boxes[rows] = images.labels[rows], images.boxes[rows]
+    known = torch.isin(torch.arange(len(images)), rows)
     masks = None if images.masks is None else images.masks & known[:, None, None]
     return dataclasses.replace(images, labels=labels, boxes=boxes, masks=masks, outlined=images.outlined & known)
 
@@ -259,11 +255,8 @@ def verdict(name, row):
 
 def gain_text(row, what=""):
     """As in "+0.0120 [+0.0010, +0.0230], p 0.036"; one seed has neither interval nor p."""
-    return (
-        metrics.interval_text({"value": row["gain"], **row}, "+.4f")
-        + what
-        + (f", p {row['p']:.3f}" if math.isfinite(row["p"]) else "")
-    )
+    p = f", p {row['p']:.3f}" if math.isfinite(row["p"]) else ""
+    return metrics.interval_text({"value": row["gain"], **row}, "+.4f") + what + p
 
 
 def finished_loop(images, args):
@@ -566,7 +559,7 @@ def read_guesses(model, images, picks, boxes):
     """What the model thinks of these images, as words: [class, probability (of the positive class, of more than two of
     the likeliest), box in the picture's pixels or ""] each."""
     info, guesses, said = model.info, [], judge.look_at(model, images, picks, boxes)
-    probabilities = model.combine(said.opinions[:, 0])
+    probabilities = model.combine(said.opinions.mean(1))
     sure = [boxes is not None] * len(picks)  # that there is a lesion at all
     if said.found:
         sure = (said.found.scores() >= info["lesion_threshold"]).tolist()
@@ -609,11 +602,13 @@ def add_answers(images, entries, args):
     """The ImageSet with the answered images joined to it, and their rows. Those that show the same as an image of the
     validation or test split, or are of its group (patient, lesion), are left out: the test would be none any more."""
     _, channels, _, size = images.pixels.shape
-    pixels, _, boxes, thumbnails, kept = data.decode(entries, size, channels, args.clahe, args.cache, args.skip_bad)
+    pixels, masks, boxes, thumbnails, kept = data.decode(entries, size, channels, args.clahe, args.cache, args.skip_bad)
     entries = [entries[i] for i in kept]
+    if masks is None and images.masks is not None:  # so that the others keep theirs
+        masks = torch.zeros(len(entries), size, size, dtype=torch.bool)
     meta = None if images.meta is None else data.encode_meta([{}] * len(entries), None, images.meta_spec)[0]
     new = data.ImageSet(
-        pixels, torch.tensor([e.label for e in entries]), boxes, None, torch.arange(len(entries)),
+        pixels, torch.tensor([e.label for e in entries]), boxes, masks, torch.arange(len(entries)),
         ["train"] * len(entries), meta, [e.image for e in entries], images.classes, outlined=boxes[:, 0].isfinite(),
         thumbnails=thumbnails, group_names=["" if args.split_by_image else e.group for e in entries],
     )  # fmt: skip

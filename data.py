@@ -56,9 +56,7 @@ class ImageSet:
     placeholder_boxes: bool = False  # the boxes are dummies: every report says so
     source: str = ""
     thumbnails: torch.Tensor | None = None  # uint8 (N, 1, 28, 28): what near-duplicates are found by; None: too many
-    group_names: list[str] = dataclasses.field(
-        default_factory=list
-    )  # the source's words for patients or lesions, or ""
+    group_names: list[str] = dataclasses.field(default_factory=list)  # the source's words for patients, lesions; or ""
 
     def __len__(self):
         return len(self.labels)
@@ -330,13 +328,12 @@ def near_duplicates(thumbnails):
     features, laid upon each other, do so by 0.8. Measured on HAM10000, where most pictures are a dark spot on skin: of
     2,737 pairs that look alike 124 are of one lesion; 278 have the same fine features, 113 of them of one lesion; the
     largest group falls from 675 images to 60. On BUSI 4 of 166 pairs go: one of two patients, three of one lesion in
-    another moment. A larger thumbnail (48, 64 or 96 px) did not tell the pairs apart any better."""
+    another moment. Features of larger thumbnails (32 and 48 px) did not tell the pairs apart any better."""
     pairs, mirrored = look_alikes(thumbnails)
     fine, same = fine_features(thumbnails), [torch.zeros(0, dtype=torch.bool)]
     parts = list(zip(pairs.split(64), mirrored.split(64), strict=True))
-    for (i, j), turned in (
-        (part.T, turned) for part, turned in progress(parts, "comparing, 64 pairs each", len(parts))
-    ):
+    for part, turned in progress(parts, "comparing, 64 pairs each", len(parts)):
+        i, j = part.T
         a, b = fine[i], torch.where(turned[:, None, None], fine[j].flip(2), fine[j])
         same.append(torch.maximum(aligned_similarity(a, b), aligned_similarity(b, a)) >= 0.8)
     return pairs[torch.cat(same)]
@@ -374,9 +371,7 @@ def aligned_similarity(a, b):
     cut in two ways, a tenth at each side, all features lie elsewhere. Rows and columns are fitted in turns, twice."""
     size, ends = a.shape[-1], torch.arange(-3, 4)
     place, (low, high) = torch.arange(size), torch.cartesian_prod(ends, ends).T[:, :, None]
-    source = (low + place * (1 + (high - low) / (size - 1))).clamp(
-        0, size - 1
-    )  # low and high: what either end moves by
+    source = (low + place * (1 + (high - low) / (size - 1))).clamp(0, size - 1)  # low, high: what either end moves by
     stretches = (1 - (source[..., None] - place).abs()).clamp(min=0)  # (49, T, T), of linear interpolation
     for _ in range(4):
         stretched = stretches @ b[:, None]

@@ -43,7 +43,7 @@ from data import (
     to_mode,
 )
 from files import write_atomically
-from models import DISCLAIMER, choose_device, finite, load_classifier, model_file
+from models import DISCLAIMER, choose_device, load_classifier, model_file
 from options import DATA, build_parser, run_main
 from readers import COLUMNS, MASK, InputError, image_files, natural, one_line, read_csv, read_table, walk
 
@@ -89,26 +89,36 @@ def answer(probabilities, uncertainty, info, reasons=()):
     }
 
 
-def describe_lesions(said, k, info, given, outlined, original):
-    """Where the lesions of image k are: the dict's keys box, boxes and lesion_score. said: models.Answer; given: the
-    caller knew the box; outlined: the model tells outlines (files of version 1 don't); original(box): in the picture's own pixels."""
-    if said.found is None or given or not outlined:
-        box = None if said.boxes is None else original(said.boxes[k])
-        return {"box": box, "boxes": [box] if box else []}
-    score = float(said.found.scores()[k])
-    boxes = [original(box) for box in said.found.lesions(k, info["lesion_threshold"])]
-    box = original(said.boxes[k]) if score >= info["lesion_threshold"] else None
-    return {"box": box, "boxes": [box, *boxes[1:]] if box else [], "lesion_score": round(score, 6)}
+def in_pixels(box, opened, side):
+    """A box (4,) in [0, 1] of the square of `side` pixels, in a picture's own; opened: see BreastCancerDetector._open."""
+    return [round(v, 1) for v in original_box(box.tolist(), opened["placement"], side, opened["size"])]
 
 
-def outlines_on(found, k, placement, size, side):
-    """What is lesion in picture k, bool (h, w), as large as it lies in the square of `side` pixels, without the bars: all
-    lesions, and the likeliest alone. placement and size (w, h): of the picture, see data.letterbox."""
+def describe_lesions(found, opened, info, masks):
+    """What there is to say of the lesions of one picture: the dict's keys box, boxes, lesion_score, outline, and with
+    masks the key mask. found: models.Found of it alone; opened: see BreastCancerDetector._open."""
+    score, side = float(found.scores()), info["load_size"]
+    told, sure = {"lesion_score": round(score, 6), "boxes": []}, score >= info["lesion_threshold"]
+    whole, likeliest = outlines_on(found, opened["placement"], opened["size"], side)
+    if sure:
+        lesions = [found.boxes()[0], *found.lesions(info["lesion_threshold"])[1:]]
+        told["boxes"] = [in_pixels(box, opened, side) for box in lesions]
+        told |= {"box": told["boxes"][0], "outline": describe_outline(likeliest, opened["size"])}
+    if masks:
+        told["mask"] = np.asarray(Image.fromarray(whole & sure).resize(opened["size"]))
+    return told
+
+
+def outlines_on(found, placement, size, side):
+    """What is lesion in a picture, bool (h, w), as large as it lies in the square of `side` pixels, without the bars: all
+    lesions, and the likeliest alone. placement and size (w, h): of the picture, see data.letterbox. The edge is where the
+    outline falls to a half, or to half of its largest, if that is less than a half: what was found is drawn."""
     sx, sy, left, top = placement
     part = np.s_[top : top + max(1, round(size[1] * sy)), left : left + max(1, round(size[0] * sx))]
-    near = F.max_pool2d(found.likeliest()[k, None, None].float(), 3, 1, 1)  # its own cells and those around
-    smooth = F.interpolate(found.outlines[k, None, None], size=(side, side), mode="bilinear")[0, 0] >= 0.5
-    near = F.interpolate(near, size=(side, side))[0, 0] > 0
+    most = float(found.outlines.max())
+    near = F.max_pool2d(found.likeliest()[:, None].float(), 3, 1, 1)  # its own cells and those around
+    smooth = F.interpolate(found.outlines[:, None], size=(side, side), mode="bilinear")[0, 0]
+    smooth, near = smooth >= (0.5 if most > 0.5 else most / 2), F.interpolate(near, size=(side, side))[0, 0] > 0
     return smooth[part].cpu().numpy(), (smooth & near)[part].cpu().numpy()
 
 
@@ -245,22 +255,12 @@ class BreastCancerDetector:
             results[i] |= answer(probabilities[k].tolist(), doubt, info, reasons)
             if results[i]["error"] is not None:
                 continue
-            results[i] |= describe_lesions(
-                said, k, info, given, self.model.tells_outlines, partial(self._original, opened[i])
-            )
-            if self.model.tells_outlines:
-                size = opened[i]["size"]
-                whole, likeliest = outlines_on(said.found, k, opened[i]["placement"], size, info["load_size"])
-                sure = results[i]["box"] is not None
-                results[i]["outline"] = describe_outline(likeliest, size) if sure else None
-                if masks:
-                    results[i]["mask"] = np.asarray(Image.fromarray(whole & sure).resize(size))
+            if said.found is not None and not given and self.model.tells_outlines:
+                results[i] |= describe_lesions(said.found.at(k), opened[i], info, masks)
+            else:  # given by the caller, or by a D-Net that tells no outlines, or none
+                boxes = [] if said.boxes is None else [in_pixels(said.boxes[k], opened[i], info["load_size"])]
+                results[i] |= {"box": next(iter(boxes), None), "boxes": boxes}
         return results
-
-    def _original(self, opened, box):
-        """A box (4,) in [0, 1] of the square, in the original picture's pixels."""
-        corners = original_box(box.tolist(), opened["placement"], self.info["load_size"], opened["size"])
-        return [round(v, 1) for v in corners]
 
     def _patients(self, metas):
         """Data (N, M) of N patients, or None where the model knows none; and what is strange about each, lists of words."""
@@ -414,9 +414,8 @@ def adapt(model, pixels, boxes=None, meta=None, batch=64):
         layer.momentum = None  # the mean over all batches
         layer.train()
     try:
-        for rows in torch.arange(len(pixels)).tensor_split(
-            math.ceil(len(pixels) / batch)
-        ):  # alike, as they weigh alike
+        count = math.ceil(len(pixels) / batch)
+        for rows in torch.arange(len(pixels)).tensor_split(count):  # of one size, as all weigh alike
             parts = (None if v is None else v[rows].to(model.device) for v in (pixels, boxes, meta))
             model.look(*parts, views=1)
     finally:
@@ -439,11 +438,10 @@ def test(args):
     told["meta_columns"] = [s["column"] for s in info["meta_spec"]]
     images = load_images(argparse.Namespace(**vars(args) | told), meta_spec=info["meta_spec"] or None)
     known = info["classes"]
-    if (
-        len(images.classes) != len(known)
-        or images.classes[-1] != known[-1]
-        or (len(known) > 2 and images.classes != known)
-    ):
+    alike = (
+        images.classes == known if len(known) > 2 else images.classes[1:] == known[1:]
+    )  # the negative's name is free
+    if len(images.classes) != len(known) or not alike:
         raise InputError(f"--test {args.test}: its classes are {images.classes}, the model's {known}; see --positive")
     if tuple(args.scales) != (1.0,):
         raise InputError("--test looks at pictures at scale 1; leave --scales out")
@@ -456,6 +454,43 @@ def test(args):
     print_report(report)
     print(f"{folder}: report.json, report.png, mistakes.png\n{DISCLAIMER}")
     return report
+
+
+def predict_files(args):
+    """The answers to all pictures that the command line names, told and drawn one by one as they come."""
+    meta = parse_meta(args.meta)
+    detector = BreastCancerDetector(args.model, args.device, args.tta, args.scales)
+    if args.save_mask and not detector.model.tells_outlines:
+        raise InputError(
+            f"--save-mask: {detector.path} tells no outlines; train with masks or boxes, and without --nets cnet"
+        )
+    known = [s["column"] for s in detector.info["meta_spec"]]
+    files = collect(args.images, known, args.image_column)
+    patients = [(meta or {}) | (own or {}) for _, own in files]
+    if args.adapt:
+        detector.adapt([file for file, _ in files], patients)
+    names, results = overlay_names([file for file, _ in files]), []
+    if not args.json:
+        print(detector.describe())
+        if missing := [c for c in known if not any(c in p for p in patients)]:
+            print(f"not given, so counted as missing: {', '.join(missing)}")
+    drawn = bool(args.save_mask or args.save_overlay)
+    for start in range(0, len(files), 32):
+        batch = slice(start, start + 32)
+        for result in detector.predict([file for file, _ in files[batch]], patients[batch], masks=drawn):
+            mask = result.pop("mask", None)
+            print(json.dumps(result) if args.json else sentence(result, detector.info), flush=True)
+            name = names[len(results)]
+            if args.save_overlay and result["error"] is None:
+                save_overlay(
+                    result, detector, Path(args.save_overlay) / f"{name}_overlay.png", patients[len(results)], mask
+                )
+            if args.save_mask and mask is not None:
+                import plots
+
+                plots.save_png(Image.fromarray(mask), Path(args.save_mask) / f"{name}_mask.png")
+            results.append(result)
+    return results
 
 
 def main(argv=None):
@@ -480,38 +515,7 @@ def main(argv=None):
         return test(args)
     if not args.images:
         raise InputError("give an image, --evaluate, or --test (see -h)")
-    meta = parse_meta(args.meta)
-
-    detector = BreastCancerDetector(args.model, args.device, args.tta, args.scales)
-    if args.save_mask and not detector.model.tells_outlines:
-        raise InputError(
-            f"--save-mask: {detector.path} tells no outlines; train with masks or boxes, and without --nets cnet"
-        )
-    known = [s["column"] for s in detector.info["meta_spec"]]
-    files = collect(args.images, known, args.image_column)
-    patients = [(meta or {}) | (own or {}) for _, own in files]
-    if args.adapt:
-        detector.adapt([file for file, _ in files], patients)
-    names, results = overlay_names([file for file, _ in files]), []
-    if not args.json:
-        print(detector.describe())
-        if missing := [c for c in known if not any(c in p for p in patients)]:
-            print(f"not given, so counted as missing: {', '.join(missing)}")
-    for start in range(0, len(files), 32):
-        batch = slice(start, start + 32)
-        for result in detector.predict([file for file, _ in files[batch]], patients[batch], masks=True):
-            mask = result.pop("mask")
-            print(json.dumps(result) if args.json else sentence(result, detector.info), flush=True)
-            name = names[len(results)]
-            if args.save_overlay and result["error"] is None:
-                save_overlay(
-                    result, detector, Path(args.save_overlay) / f"{name}_overlay.png", patients[len(results)], mask
-                )
-            if args.save_mask and mask is not None:
-                import plots
-
-                plots.save_png(Image.fromarray(mask), Path(args.save_mask) / f"{name}_mask.png")
-            results.append(result)
+    results = predict_files(args)
     if args.csv:
         write_answers(args.csv, results)
     if not args.json:
@@ -584,20 +588,6 @@ def save_overlay(result, detector, path, meta=None, mask=None):
 # What more views are worth
 
 
-@torch.inference_mode()
-def look_again(model, images, rows, views, scales, batch=32):
-    """Opinions (M, V, N, K), and the strangeness (N,), see models.Ensemble, of the images in `rows`."""
-    found, far, patients = [], [], meta_for(images, model.info["meta_spec"])
-    for index in rows.split(batch):
-        pixels = images.pixels[index].to(model.device)
-        meta = None if patients is None else patients[index].to(model.device)
-        boxes = images.boxes[index].to(model.device) if model.needs_boxes else None
-        said = model.look(pixels, boxes, meta, views, scales)
-        found.append(said.opinions.cpu())
-        far.append(model.strangeness(said.traits))
-    return finite(torch.cat(found, 2)), torch.cat(far)
-
-
 def verdicts(model, opinions, far):
     """What the opinions (M, V, N, K) and the strangeness (N,) come to: probabilities (N, K), thresholds (N,), who is
     referred (N,), and who for being unlike the pictures of training (N,)."""
@@ -633,16 +623,19 @@ def evaluate(run, views, scales, data_path, cache, device):
     models never saw. "change": of the AUC against one view, in pairs; "referred": the share of the images; "caught":
     the share of the wrong answers that are among them; "unlike": the share of the images, all of them true ones, that are
     referred as unlike those of training."""
-    from metrics import evidence, interval_text, resample  # here and not above: a plain prediction starts without them
+    from judge import look_at  # here and not above: a plain prediction starts without them
+    from metrics import evidence, interval_text, resample
     from report import held_out
 
     images, pairs = held_out(run, data_path, cache)
-    rows, (views, scales) = (
-        torch.cat([rows for _, rows in pairs]),
-        check_views(views or pairs[0][0].info["views"], scales),
-    )
+    rows = torch.cat([rows for _, rows in pairs])
+    views, scales = check_views(views or pairs[0][0].info["views"], scales)
     looked = tuple(dict.fromkeys((1.0, *scales)))  # scale by scale, `views` each; the first is the picture as it is
-    found = [(m, *look_again(m.to(device), images, r, views, looked)) for m, r in pairs]
+    found = []
+    for model, own in pairs:
+        boxes = images.boxes if model.needs_boxes else None
+        said = look_at(model.to(device), images, own, boxes, views=views, scales=looked)
+        found.append((model, said.opinions, model.strangeness(said.traits)))
     table, first, groups = {}, None, images.groups[rows]
     known = evidence(images.labels[rows], len(images.classes), groups)
     known |= dict.fromkeys(("referred", "unlike"), len(groups.unique()))

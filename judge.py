@@ -22,15 +22,14 @@ EVAL_BATCH = 64  # images a step when nothing is learnt
 
 
 @torch.no_grad()
-def look_at(model, images, rows, boxes=None, batch=EVAL_BATCH):
-    """The models.Answer of the images in `rows`, on the CPU, by as many views as info says; their mean: opinions are
-    (M, 1, N, K). boxes (all images, 4): what the crops are made around; None: what is found."""
+def look_at(model, images, rows, boxes=None, batch=EVAL_BATCH, views=None, scales=(1.0,)):
+    """The models.Answer of the images in `rows`, on the CPU. boxes (all images, 4): what the crops are made around; None:
+    what is found. views and scales: see Ensemble.look."""
     parts, patients = [], meta_for(images, model.info["meta_spec"])
     for index in rows.cpu().split(batch):
         x = images.pixels[index.to(images.pixels.device)].to(model.device)
         meta, around = (None if v is None else v[index].to(model.device) for v in (patients, boxes))
-        answer = model.look(x, around, meta)
-        parts.append(answer._replace(opinions=answer.opinions.mean(1, keepdim=True)))
+        parts.append(model.look(x, around, meta, views, scales))
     opinions = models.finite(torch.cat([p.opinions for p in parts], 2).cpu())
     boxes = None if parts[0].boxes is None else torch.cat([p.boxes for p in parts]).cpu()
     found = parts[0].found and models.Found(*(torch.cat(v).cpu() for v in zip(*(p.found for p in parts), strict=True)))
@@ -39,14 +38,8 @@ def look_at(model, images, rows, boxes=None, batch=EVAL_BATCH):
 
 
 def predict(model, images, rows, boxes=None, batch=EVAL_BATCH):
-    """Members' probabilities (M, N, K) of the images in `rows`, see look_at."""
-    return look_at(model, images, rows, boxes, batch).opinions[:, 0]
-
-
-def traits(model, images, rows, boxes=None, most=1000):
-    """The traits [(N, D)], see models.Answer, of the images in `rows`, or of every so manieth of them."""
-    quick = models.Ensemble(model.members, model.weights.tolist(), model.dnets, **(model.info | {"views": 1}))
-    return look_at(quick, images, rows[:: math.ceil(len(rows) / most)], boxes).traits
+    """Members' probabilities (M, N, K) of the images in `rows`, the mean over as many views as info says."""
+    return look_at(model, images, rows, boxes, batch).opinions.mean(1)
 
 
 @torch.no_grad()
@@ -162,8 +155,7 @@ def fit_by_others(images, results, args):
 def judge_by(images, own, others, args):
     """{"probabilities", "temperature", "threshold"} of the answers of `own`, as the answers of `others` set them."""
     answers, rows = out_of_fold(others)
-    info = models.Ensemble([], classes=images.classes).info
-    judge = models.Ensemble([], [1.0], **info)
+    judge = models.Ensemble([], [1.0], classes=images.classes)
     set_threshold(judge, answers[None], images.labels[rows], args)
     probabilities = judge.combine(out_of_fold(own)[0][None])
     threshold = judge.info["threshold"] if len(images.classes) == 2 else None

@@ -91,16 +91,20 @@ class Found(NamedTuple):
         weights = weights / weights.sum(1, keepdim=True).clamp(min=1e-12)
         return (self.cells.flatten(2) * weights[:, None]).sum(2).clamp(0, 1)
 
-    def lesions(self, i, threshold):
-        """All lesions of image i, the likeliest first: their boxes, a list of (4,). A lesion is a connected part of the
-        outline above a half whose largest probability, on the scale of the image's score, reaches the threshold."""
-        one = Found(self.outlines[i, None], self.cells[i, None])
-        scale = float(self.scores()[i] / one.outlines.max().clamp(min=1e-12))
-        parts, found = label_parts(one.outlines >= min(0.5, threshold) / scale).flatten(1), []
+    def at(self, i):
+        """Of image i alone."""
+        return Found(self.outlines[i, None], self.cells[i, None], self.scores()[i, None])
+
+    def lesions(self, threshold):
+        """All lesions of a single image, the likeliest first: their boxes, a list of (4,). A lesion is a connected part of
+        the outline (above a half, or the threshold if that is lower) whose largest probability, on the scale of the
+        image's score, reaches the threshold."""
+        scale = float(self.scores() / self.outlines.max().clamp(min=1e-12))
+        parts, found = label_parts(self.outlines >= min(0.5, threshold) / scale).flatten(1), []
         for part in parts.unique().tolist():
-            score = scale * float((one.outlines.flatten(1) * (parts == part)).max())
+            score = scale * float((self.outlines.flatten(1) * (parts == part)).max())
             if part and score >= threshold:
-                found.append((score, one.boxes_of(parts == part)[0]))
+                found.append((score, self.boxes_of(parts == part)[0]))
         return [box for _, box in sorted(found, key=lambda pair: -pair[0])]
 
 
@@ -134,9 +138,7 @@ class DNet(nn.Module):
         self.smooth = nn.ModuleList(nn.Sequential(*convolution(width, width)) for _ in maps)
         self.head = nn.Conv2d(width, 5, 1)
         nn.init.normal_(self.head.weight, std=0.01)
-        with (
-            torch.no_grad()
-        ):  # the first outlines are faint, and with softplus(-1.3) = 0.24 the first boxes half the image
+        with torch.no_grad():  # first outlines are faint; softplus(-1.3) = 0.24: first boxes are about half the image
             self.head.bias.copy_(torch.tensor([-2.0, -1.3, -1.3, -1.3, -1.3]))
 
     def pyramid(self, images):
@@ -298,9 +300,7 @@ class Answer(NamedTuple):
     opinions: torch.Tensor  # (M, V, N, K) probabilities: of every member, of every view at every scale (V)
     boxes: torch.Tensor | None  # (N, 4): found, or as the caller gave them
     found: Found | None
-    traits: (
-        list  # [(N, D)] of the first view: the direction of each member's embedding, and the texture; see strangeness
-    )
+    traits: list  # [(N, D)] of the first view: each member's embedding's direction, and the texture: see strangeness
 
 
 class Ensemble(nn.Module):
@@ -339,17 +339,12 @@ class Ensemble(nn.Module):
     def tells_outlines(self):
         return any(not isinstance(dnet, VotingDNet) for dnet in self.finders)
 
-    def find(self, images):
-        """What the D-Nets say together: Found, or None where there is none."""
-        x = crop(images, None, self.info["size"])
-        parts = [dnet.find(x) for dnet in self.finders]
-        return average(parts) if parts else None
-
     def locate(self, images, known=None):
         """The lesions' boxes (N, 4) in [0, 1] by D-Net; without one those that are `known`, if they are needed, or None."""
-        if self.finders:
-            return self.find(images).boxes()
-        return known if self.needs_boxes else None
+        if not self.finders:
+            return known if self.needs_boxes else None
+        x = crop(images, None, self.info["size"])
+        return average([dnet.find(x) for dnet in self.finders]).boxes()
 
     def regions(self, member, boxes):
         """Where a member looks: the crops (N, 4) around the boxes if it was trained on crops, None = the whole."""
@@ -387,10 +382,8 @@ class Ensemble(nn.Module):
             for scale in scales:
                 embeddings, own = member.see(take(images, regions, round(size * scale)), meta)
                 opinions[i].append(to_probabilities(member.classify(embeddings)).unflatten(0, (views, n)))
-                if scale == first:
-                    traits[i] = F.normalize(
-                        embeddings[:n].float(), dim=1
-                    )  # its length tells of contrast, not of the kind
+                if scale == first:  # an embedding's length tells of the contrast, not of the kind
+                    traits[i] = F.normalize(embeddings[:n].float(), dim=1)
                 if own and regions is None and scale == first:
                     found.append(Found(own[0][:n].sigmoid(), own[1][:n]))  # by the first view, the picture as it is
         found = average(found) if found else None

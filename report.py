@@ -165,12 +165,15 @@ def args_of(folder):
     return argparse.Namespace(**vars(parser.parse_args([])) | saved_args(config, parser))
 
 
-def read_result(file, images, test):
-    """The dict of a run's test.pt, checked: it is what one_run in train.py writes of the rows `test`."""
+def read_result(file, images, test=None):
+    """The dict of a run's test.pt, checked: it is what one_run in train.py writes of the rows `test` (None: of any)."""
     result = read_checkpoint(file)
     with parts_of(file, "remove it and model.pt beside it, and --resume trains this part again"):
-        p, boxes = result["probabilities"], result["boxes"]
-        if not torch.equal(result["rows"], test) or (p is None and boxes is None):
+        p, boxes, rows = result["probabilities"], result["boxes"], result["rows"]
+        test = rows if test is None else test
+        if rows.dtype != torch.long or rows.dim() != 1 or rows.min() < 0:
+            raise ValueError("rows are none")
+        if not torch.equal(rows, test) or (p is None and boxes is None):
             raise ValueError("not of this test split")
         if boxes is not None and (boxes.shape != (len(test), 4) or boxes.dtype != torch.float32):
             raise ValueError("no boxes")
@@ -321,21 +324,16 @@ def held_out(model_path, data_path, cache):
     if args is None or not files or not all(f.is_file() and f.with_name("test.pt").is_file() for f in files):
         raise InputError(f"--model {model_path}: no run of train.py, so it is not known which images are held out")
     args.data, args.cache = data_path or args.data, cache
-    images, pairs, results = load_images(args), [], []
-    for file in files:
-        with parts_of(file.with_name("test.pt"), "give another run"):
-            rows = read_checkpoint(file.with_name("test.pt"))["rows"]
-            if rows.dtype != torch.long or rows.dim() != 1 or rows.min() < 0:
-                raise ValueError("rows are none")
-        if int(rows.max()) >= len(images) or not same_pictures(images, rows, load_classifier(file).info.get("seen")):
+    images, some = load_images(args), [load_classifier(file) for file in files]
+    results = [read_result(file.with_name("test.pt"), images) for file in files]
+    for model, rows in ((model, result["rows"]) for model, result in zip(some, results, strict=True)):
+        if int(rows.max()) >= len(images) or not same_pictures(images, rows, model.info.get("seen")):
             raise InputError(f"--data {args.data}: it has changed, its images are not those that {folder} held out")
-        results.append(read_result(file.with_name("test.pt"), images, rows))
-    whole = len(results) == args.folds * args.repeats
-    for file, result in zip(files, cross_fit(images, results, args) if whole else results, strict=True):
-        model = load_classifier(file)
+    if len(results) == args.folds * args.repeats:
+        results = cross_fit(images, results, args)
+    for model, result in zip(some, results, strict=True):
         model.info |= {k: result[k] for k in ("temperature", "threshold") if result[k] is not None}  # as in the report
-        pairs.append((model, result["rows"]))
-    return images, pairs
+    return images, [(model, result["rows"]) for model, result in zip(some, results, strict=True)]
 
 
 def test_elsewhere(model, images, folder):
@@ -352,7 +350,7 @@ def test_elsewhere(model, images, folder):
     answer = look_at(model, images, new, boxes)
     result = {
         "rows": new,
-        "probabilities": model.combine(answer.opinions[:, 0]),
+        "probabilities": model.combine(answer.opinions.mean(1)),
         "boxes": None,
         "members": [],
         "histories": [],

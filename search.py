@@ -99,7 +99,8 @@ def try_setting(images, number, setting, epochs, fold, args, folder):
             if not (score is None or 0 <= score <= 1) or any(result[k] != v for k, v in same.items()):
                 raise ValueError("of another trial")
             return same | {"score": score}
-    nets = "cnet" if args.nets == "both" and "dnet" not in args.roi else args.nets
+    spared = args.nets == "both" and args.trunk == "own" and "dnet" not in args.roi  # a D-Net that nobody would ask
+    nets = "cnet" if spared else args.nets
     args = argparse.Namespace(**{**vars(args), **setting, "nets": nets, "epochs": epochs, "save_seconds": math.inf})
     if "size" in setting:
         images = load_images(args, log=lambda _: None)

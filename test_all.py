@@ -2204,14 +2204,14 @@ def test_the_box_is_that_of_the_likeliest_lesion_and_all_are_listed():
     found = models.Found(outlines, cells)
     close(found.boxes(), torch.tensor([[0.1, 0.1, 0.4, 0.4]]))
     assert float(found.scores()) == pytest.approx(0.95)
-    assert [b.tolist() for b in found.lesions(0, 0.6)] == [pytest.approx([0.1, 0.1, 0.4, 0.4]), [0.5] * 4]
-    assert len(found.lesions(0, 0.8)) == 1
-    assert found.lesions(0, 0.99) == []
+    assert [b.tolist() for b in found.at(0).lesions(0.6)] == [pytest.approx([0.1, 0.1, 0.4, 0.4]), [0.5] * 4]
+    assert len(found.at(0).lesions(0.8)) == 1
+    assert found.at(0).lesions(0.99) == []
     other = models.Found(outlines.flip(2), cells)  # another detector, as sure, of another place
     both = models.average([found, other])
     assert float(both.scores()) == pytest.approx(0.95)  # though no cell of the mean outline is
     assert float(both.outlines.max()) < 0.8
-    assert len(both.lesions(0, 0.9)) >= 1
+    assert len(both.at(0).lesions(0.9)) >= 1
 
 
 def shared_model(**info):
@@ -2442,6 +2442,19 @@ def test_an_outline_is_told_in_numbers_and_drawn_in_the_pictures_own_pixels(tmp_
     assert data.box_of(mask > 0) == pytest.approx([15, 15, 45, 45], abs=3)
     row = next(csv.DictReader((tmp_path / "a.csv").read_text().splitlines()))
     assert float(row["irregularity"]) == answer["outline"]["irregularity"]
+    given = infer.BreastCancerDetector(tmp_path / "m.pt", "cpu").predict(
+        tmp_path / "p.png", None, [5, 5, 20, 20], masks=True
+    )
+    assert (given["box"], given["outline"], given["lesion_score"], given["mask"]) == ([5, 5, 20, 20], None, None, None)
+    faint = found._replace(outlines=outlines * 0.4 / 0.9)
+    told = infer.describe_lesions(
+        faint,
+        {"placement": (64 / 120, 32 / 60, 0, 16), "size": (120, 60)},
+        {"load_size": 64, "lesion_threshold": 0.3},
+        True,
+    )
+    assert told["box"] == pytest.approx([15, 15, 45, 45], abs=0.2)  # what is found is drawn, however faint
+    assert data.box_of(told["mask"]) == pytest.approx([15, 15, 45, 45], abs=5)
     model.info["lesion_threshold"] = 0.95  # less sure than that: no lesion is said to be found
     models.save(tmp_path / "m.pt", model)
     answer = infer.BreastCancerDetector(tmp_path / "m.pt", "cpu").predict(tmp_path / "p.png", masks=True)
@@ -2559,6 +2572,7 @@ def test_mistakes_on_the_command_line_are_one_line(tmp_path, folders, whole, ens
         (train, f"--data {boxless} --nets dnet --name b", "no boxes"),
         (train, f"--data {boxless} --roi dnet --name c", "no boxes"),
         (train, f"--data {boxless} --roi mask --name d", "neither masks nor boxes"),
+        (train, f"--data {boxless} --roi none,mask --name d", "neither masks nor boxes"),
         (train, "--model alexnet --size 16 --name e", "too small for alexnet"),
         (train, "--ensemble small_cnn,alexnet --size 16 --name g", "too small for alexnet"),
         (train, "--ensemble small_cnn,resnet19 --name g", "no such network"),
@@ -4371,6 +4385,17 @@ def test_a_model_of_patients_suggests_without_knowing_them(tmp_path, helper):
     options = ["--pool", helper / "pool", "--query", "3", "--out", tmp_path / "out", "--cache", tmp_path / "c"]
     assert call(al_loop, "suggest", "--model", tmp_path / "m.pt", *options).returncode == 0
     assert len((tmp_path / "out" / "to_label.csv").read_text().splitlines()) == 4
+
+
+def test_answers_without_masks_cost_the_others_none_of_theirs(tmp_path, folders):
+    images, args = quiet_load(folders, 32, positive="malignant"), parse(["--cache", str(tmp_path / "c")])
+    picture(60, 40, 77).save(tmp_path / "a.png")
+    entry = readers.Entry(str(tmp_path / "a.png"), "a.png", label=1, box=(5, 5, 30, 30))
+    with contextlib.redirect_stdout(io.StringIO()):
+        both, rows = al_loop.add_answers(images, [entry], args)
+    assert torch.equal(both.masks[: len(images)], images.masks)
+    assert rows.tolist() == [len(images)]
+    assert (both.masks[-1].any(), both.outlined[-1], both.boxes[-1].isfinite().all()) == (False, True, True)
 
 
 def test_links_are_followed_once(tmp_path):  # 16

@@ -9,8 +9,8 @@
     report, folder = train.main(["--data", "BUSI", "--positive", "malignant"])       # the same from Python
 
 A run folder holds config.json, log.jsonl (a line an epoch), last.pt (to resume), model.pt (to predict), report.json,
-report.png and mistakes.png. The chapters: one training loop for both networks, calibration on validation, one run, the
-folds and the command line."""
+report.png and mistakes.png; that of --folds ends with all folds as one model.pt. The chapters: one training loop for all
+networks, one run, the folds and the command line. What is chosen on validation, and by the folds, stands in judge.py."""
 
 import contextlib
 import copy
@@ -44,7 +44,6 @@ from judge import (
     opinion,
     pool_folds,
     predict,
-    traits,
 )
 from losses import class_weights, classification_loss, detection_loss, distillation_loss, ellipses
 from options import claim, load_images, parse, prepare_folder, run_jobs, run_main, stop
@@ -289,7 +288,7 @@ def one_run(images, train, val, test, args, folder, seed, teacher=None):
     if on_test.found:
         result |= judge_found(on_test.found, images, test)
     if len(model.members):
-        on_val, result["opinions"] = predict(model, images, val, look), on_test.opinions[:, 0]
+        on_val, result["opinions"] = predict(model, images, val, look), on_test.opinions.mean(1)
         result |= opinion(model, result["opinions"], on_val, images.labels[val])
         result["members"] = []
         for i, member in enumerate(model.members):
@@ -319,7 +318,7 @@ def train_model(images, train, val, args, folder, seed, teacher=None, unlabelled
     images = dataclasses.replace(images, meta=meta_for(images, spec), meta_spec=spec)
     if device.type == "cuda" and images.pixels.nbytes < torch.cuda.mem_get_info(device)[0] / 2:
         images = dataclasses.replace(images, pixels=images.pixels.to(device))
-    info, trunk = model_info(images, args, seed), choose_trunk(images, train, val, args)
+    info, trunk = model_info(images, args, seed), choose_trunk(images, train, val, args, start)
     dnets, histories = train_dnet(images, train, val, info, args, folder, seed, start) if trunk == "own" else ([], [])
     members, look, more = train_members(
         images, train, val, trunk, dnets, info, args, folder, seed, teacher, unlabelled, start
@@ -329,14 +328,21 @@ def train_model(images, train, val, args, folder, seed, teacher=None, unlabelled
         answer = look_at(model, images, val, look)
         model.info["lesion_threshold"] = lesion_threshold(answer.found and answer.found.scores(), images, val)
         if members:
-            calibrate(model, answer.opinions[:, 0], images.labels[val], args)
-            model.info["familiar"] = models.familiar(*(traits(model, images, rows, look) for rows in (train, val)))
+            calibrate(model, answer.opinions.mean(1), images.labels[val], args)
+            some = train[:: math.ceil(len(train) / MOST_FAMILIAR)]
+            known = look_at(model, images, some, look, views=1).traits
+            model.info["familiar"] = models.familiar(known, answer.traits)
     return model, look, histories + more
 
 
-def choose_trunk(images, train, val, args):
+MOST_FAMILIAR = 1000  # training images that tell what is familiar; of more every so manieth
+
+
+def choose_trunk(images, train, val, args, start=None):
     """Whether C-Net and D-Net share their features: "shared" where that is wanted, lesions are known, and a member sees
-    the whole, else "own"."""
+    the whole, else "own"; with a `start`, an Ensemble, as it does."""
+    if start is not None:
+        return "shared" if any(m.shared for m in start.members) else "own"
     boxed = images.boxes[:, 0].isfinite()
     known = boxed[train].any() and (not len(val) or boxed[val].any())
     sees = "none" not in (args.model, *(args.ensemble or args.model).split(","))
@@ -406,7 +412,7 @@ def train_dnet(images, train, val, info, args, folder, seed, start=None):
         return {"score": [iou], "val_iou": iou}
 
     build = functools.partial(models.DNet, args.model, **network_options(images, args))
-    validate, start = validate if choose else None, start and start.dnets[0]
+    validate, start = validate if choose else None, next(iter(start.dnets), None) if start else None
     net, history = train_or_reload(
         build, images, train, loss_of, validate, args, "dnet", folder, seed, start, masks=images.masks
     )
@@ -450,8 +456,6 @@ def choose_look(images, train, model, args):
         return None
     known = images.boxes[:, 0].isfinite()
     if "mask" in args.roi:
-        if not known.any():
-            raise InputError("--roi mask: this data has neither masks nor boxes")
         return images.boxes
     look, rows = locate(model, images, torch.arange(len(images))), train[known[train]]
     look[rows] = images.boxes[rows]  # D-Net has learnt these by heart; the augmentation's shifts stand for its errors
@@ -483,9 +487,7 @@ def train_members(
     watched = eval_rows(val, args, seed)
 
     def validate(net):
-        answer = look_at(
-            models.Ensemble([net], **(info | {"views": 1})), images, watched, look
-        )  # an epoch: a quick look
+        answer = look_at(models.Ensemble([net], **info), images, watched, look, views=1)  # an epoch: a quick look
         p = answer.opinions[0, 0]
         area = float(metrics.evaluate(p, images.labels[watched])["auc"].nan_to_num(0.5))  # a part may lack a class
         nll = float(F.nll_loss((p + 1e-12).log(), images.labels[watched]))
@@ -641,6 +643,8 @@ def prepare(args):
     images = load_images(args)
     runs = plan(images, args)
     check_networks(images, args)
+    if "mask" in args.roi and images.boxes.isnan().all():
+        raise InputError("--roi mask: this data has neither masks nor boxes")
     for run in runs if args.teacher else []:
         load_teacher(images, args, run[0], run[3])
     return images, runs, finished_run(args.against, images, runs) if args.against else None
