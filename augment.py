@@ -12,6 +12,7 @@ Images are uint8, or floats in [0, 1]: floats come back in their own precision, 
 square), a pair (h, w), or None: the input's own. What does not fit is a ValueError. Shapes and dtypes are checked
 always, values only on the CPU: to read one from a GPU would mean to wait for it."""
 
+import functools
 import math
 
 import torch
@@ -141,7 +142,7 @@ def change_stains(images, scale, shift):
     """Colours (N, 3, H, W) in [0, 1] whose stains, unmixed in optical density, are scaled and shifted, each (N, 3)."""
     check_images(images, channels=(3,))
     x = precise(images := to_float(images))
-    stains, unmix = (m.to(x, non_blocking=True) for m in (STAINS, UNMIX))
+    stains, unmix = (constant(m, x.device, x.dtype) for m in (STAINS, UNMIX))
     mix = unmix @ (scale.to(x.dtype)[:, :, None] * stains)  # unmix, scale and mix again is one 3 x 3 product
     density = -x.clamp(min=1 / 255).log().flatten(2)
     changed = mix.mT @ density + (shift.to(x.dtype) @ stains)[:, :, None]
@@ -169,7 +170,7 @@ def move_boxes(boxes, matrices, displacement=None):
     fixed-point iteration, as the displacement is small and smooth."""
     check_corners("box", boxes, len(matrices))
     b = precise(boxes)
-    linear = torch.linalg.inv_ex(matrices[:, :, :2].to(b.dtype)).inverse  # plain inv would wait for a GPU
+    linear = inverse(matrices[:, :, :2].to(b.dtype))
     middle, sides = b[:, :2] + b[:, 2:] - 1, b[:, 2:] - b[:, :2]
     centre = (linear @ (middle[:, :, None] - matrices[:, :, 2:].to(b.dtype)))[:, :, 0]
     extent = (linear * sides[:, None]).norm(dim=2)
@@ -220,6 +221,12 @@ def base_matrices(images, regions):
     return region_matrices(precise(regions))
 
 
+def inverse(matrices):
+    """Of matrices (N, 2, 2), in closed form: for torch.linalg.inv a GPU would be waited for."""
+    (a, b), (c, d) = (row.unbind(1) for row in matrices.unbind(1))
+    return torch.stack([d, -b, -c, a], 1).view_as(matrices) / (a * d - b * c)[:, None, None]
+
+
 def warp(images, matrices, size, displacement=None, empty=0):
     """Resample a batch once: (N, C, H, W) -> (N, C, h, w); outside the image is the image's own mean.
 
@@ -255,7 +262,7 @@ def cut(maps, regions, size, back=False):
     matrices = region_matrices(precise(regions)).to(x.dtype)  # unchecked: a box of no width is one value, stretched
     if back:
         check_corners("region", regions, len(maps))
-        linear = torch.linalg.inv_ex(matrices[:, :, :2]).inverse
+        linear = inverse(matrices[:, :, :2])
         matrices = torch.cat([linear, -linear @ matrices[:, :, 2:]], 2)
     grid = F.affine_grid(matrices, (len(x), 1, *size), align_corners=False)
     return F.grid_sample(x, grid, mode="bilinear", padding_mode="zeros", align_corners=False)[:, 0].to(maps.dtype)
@@ -271,6 +278,7 @@ def place(maps, regions, size):
 
 # Flip and zoom of each view. The first is the picture as it is; no vertical flips, depth has a meaning.
 VIEWS = [(1, 1.0), (-1, 1.0), (1, 0.9), (-1, 0.9), (1, 1.1), (-1, 1.1), (1, 0.8), (-1, 0.8)]
+COLUMNS = torch.tensor([[flip * zoom, zoom, 1.0] for flip, zoom in VIEWS])  # what they do to a matrix's x, y, centre
 
 
 def tta_views(images, regions=None, size=None, views=5):
@@ -283,8 +291,7 @@ def tta_views(images, regions=None, size=None, views=5):
     check_images(images, values=True)
     if views not in range(1, len(VIEWS) + 1):
         raise ValueError(f"{views} views: give 1 to {len(VIEWS)}")
-    scale = torch.tensor([[flip * zoom, zoom, 1.0] for flip, zoom in VIEWS[:views]])  # of the columns x, y, centre
-    matrices = base_matrices(images, regions) * scale.to(images.device, non_blocking=True)[:, None, None]
+    matrices = base_matrices(images, regions) * constant(COLUMNS, images.device)[:views, None, None]
     return warp(images.repeat(views, 1, 1, 1), matrices.flatten(0, 1), output_size(images, size))
 
 
@@ -332,11 +339,20 @@ def precise(x):
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
+@functools.lru_cache(64)
+def constant(table, device, dtype=torch.float32):
+    """A table of numbers on a device, copied there once: for every copy a GPU would be waited for."""
+    with torch.inference_mode(False):  # whoever comes next may want gradients
+        return table.to(device, dtype)
+
+
+@functools.lru_cache(64)
 def spline_basis(size, knots, device):
     """(size, knots) cubic B-spline weights: a smooth curve through few random numbers is one small product."""
-    a = (torch.linspace(0, knots - 1, size, device=device)[:, None] - torch.arange(knots, device=device)).abs()
-    weights = torch.where(a < 1, 2 / 3 - a**2 + a**3 / 2, (2 - a).clamp(min=0) ** 3 / 6)
-    return weights / weights.sum(1, keepdim=True)
+    with torch.inference_mode(False):
+        a = (torch.linspace(0, knots - 1, size, device=device)[:, None] - torch.arange(knots, device=device)).abs()
+        weights = torch.where(a < 1, 2 / 3 - a**2 + a**3 / 2, (2 - a).clamp(min=0) ** 3 / 6)
+        return weights / weights.sum(1, keepdim=True)
 
 
 def output_size(images, size):

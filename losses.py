@@ -24,17 +24,18 @@ def cell_centres(h, w, device=None):
 
 
 def classification_loss(logits, labels, weights=None, smoothing=0.0):
-    """Mean cross-entropy: binary for one logit (N, 1), over classes for (N, K). labels (N,).
+    """Mean cross-entropy: binary for one logit (N, 1), over classes for (N, K). labels (N,), -1 = not known: such a row
+    has no part in the mean, and without any other it is 0.
 
     weights (K,): of each class. smoothing: share of the label spread over the classes (Szegedy et al. 2016)."""
-    logits = logits.float()
-    if logits.shape[1] > 1:
-        return F.cross_entropy(logits, labels, weights, label_smoothing=smoothing)
-    target = labels.float() * (1 - smoothing) + smoothing / 2
-    loss = F.binary_cross_entropy_with_logits(logits[:, 0], target, reduction="none")
-    if weights is None:
-        return loss.mean()
-    return (loss * weights[labels]).sum() / weights[labels].sum()
+    logits, known = logits.float(), labels >= 0
+    share = known.float() if weights is None else weights[labels] * known
+    if logits.shape[1] > 1:  # the sum: of a weighted and smoothed mean torch would pick rows, and a GPU be waited for
+        loss = F.cross_entropy(logits, labels, weights, ignore_index=-1, reduction="sum", label_smoothing=smoothing)
+    else:
+        target = labels.float() * (1 - smoothing) + smoothing / 2
+        loss = (F.binary_cross_entropy_with_logits(logits[:, 0], target, reduction="none") * share).sum()
+    return loss / share.sum().clamp(min=1e-12)
 
 
 def class_weights(labels, classes, pos_weight):
@@ -60,10 +61,7 @@ def distillation_loss(logits, labels, teacher, alpha, temperature, weights=None,
     soft = ((teacher + 1e-12).log() / temperature).softmax(1)
     student = (two_logits(logits.float()) / temperature).log_softmax(1)
     loss = (1 - alpha) * temperature**2 * F.kl_div(student, soft, reduction="batchmean")
-    known = labels >= 0
-    if alpha > 0 and known.any():  # waits for a GPU, as the choice of rows would: a masked mean is not the same bits
-        loss = loss + alpha * classification_loss(logits[known], labels[known], weights, smoothing)
-    return loss
+    return loss + alpha * classification_loss(logits, labels, weights, smoothing) if alpha > 0 else loss
 
 
 def check_teacher(teacher, shape):
@@ -80,11 +78,14 @@ def check_teacher(teacher, shape):
 
 def box_loss(predicted, true):
     """Loss (N,) of boxes (N, 4): smooth L1, a gentle pull near the right place, + GIoU (Rezatofighi et al. 2019),
-    which knows the direction from afar."""
-    from torchvision.ops import generalized_box_iou_loss  # here: torchvision takes a second, prediction needs none
-
+    which knows the direction from afar. As torchvision's, which picks rows by a mask: a GPU would be waited for."""
     near = F.smooth_l1_loss(predicted, true, beta=0.05, reduction="none").mean(1)
-    return 4 * near + generalized_box_iou_loss(predicted, true)
+    (x1, y1, x2, y2), (u1, v1, u2, v2) = predicted.unbind(1), true.unbind(1)
+    width, height = torch.min(x2, u2) - torch.max(x1, u1), torch.min(y2, v2) - torch.max(y1, v1)
+    both = torch.where((width > 0) & (height > 0), width * height, 0.0)
+    either = (x2 - x1) * (y2 - y1) + (u2 - u1) * (v2 - v1) - both
+    hull = (torch.max(x2, u2) - torch.min(x1, u1)) * (torch.max(y2, v2) - torch.min(y1, v1))
+    return 4 * near + (1 - (both / (either + 1e-7) - (hull - either) / (hull + 1e-7)))
 
 
 def detection_loss(logits, cells, outlines, boxes):

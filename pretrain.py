@@ -16,8 +16,8 @@ from torch import nn
 
 import options
 import train
-from augment import augment
 from backbones import BACKBONES, build_backbone, standardise, torchvision_state
+from devices import near
 from files import save_checkpoint
 from models import choose_device
 from readers import InputError
@@ -117,16 +117,14 @@ def main(argv=None):
     net = METHODS[args.method](args, **train.network_options(images, args))
     folder = options.prepare_folder(args, images, "pretrain-")
     print(f"run folder: {folder}; {len(rows)} images, the test split left out")
-    images.pixels = images.pixels.to(device)
+    images.pixels, same = near(images.pixels, device), {"name": args.method, "folder": folder, "seed": args.seed}
 
-    def loss_of(net, view, boxes, masks, index):
-        other, *_ = augment(images.pixels[index], args.augment, size=args.size)
-        return net.loss(view, other.contiguous(memory_format=torch.channels_last))
+    def loss_of(net, x, boxes, masks, index):
+        return net.loss(*x.chunk(2))
 
-    name, seed = args.method, args.seed
     try:
         with options.claim(folder, not args.resume), train.Interrupt():
-            best, history = train.fit(net, images, rows, loss_of, None, args, name=name, folder=folder, seed=seed)
+            best, history = train.fit(net, images, rows, loss_of, None, args, views=2, **same)
     except (train.Stopped, KeyboardInterrupt):
         options.stop("pretrain.py", folder)
     net.load_state_dict(best)

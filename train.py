@@ -33,6 +33,7 @@ import models
 import plots
 from augment import augment, crop_regions
 from data import fit_meta, meta_for, partition
+from devices import ahead, fetch, near
 from judge import (
     EVAL_BATCH,
     calibrate,
@@ -111,16 +112,21 @@ class State:
         for p, own in self.parts["optimizer"].state.items():
             if any(v.shape not in (p.shape, ()) or not v.isfinite().all() for v in own.values()):
                 raise ValueError("a moment of the optimizer is of another shape, or not finite")
-        self.generator.set_state(saved["generator"])
-        torch.set_rng_state(saved["torch_rng"])
-        if saved["cuda_rng"]:
-            torch.cuda.set_rng_state_all(saved["cuda_rng"])
         self.best, self.best_score, self.history = saved["best"], saved["best_score"], saved["history"]
         check_history(self.history)
         if not all(map(math.isfinite, self.best_score)) or [h["epoch"] for h in self.history] != list(
             range(1, len(self.history) + 1)
         ):
             raise ValueError("the history is not whole")
+        torch.set_rng_state(saved["torch_rng"])
+        device, kind = self.generator.device, saved.get("device", "cuda" if saved["cuda_rng"] else "cpu")
+        if device.type != kind:  # which draws other numbers: those that the seed and the epoch give
+            print(f"{self.name} was saved on another kind of device ({kind}): it goes on with other random numbers")
+            self.generator.manual_seed(self.generator.initial_seed() + len(self.history))
+            return
+        self.generator.set_state(saved["generator"])
+        if saved["cuda_rng"]:
+            torch.cuda.set_rng_state(saved["cuda_rng"][0], device)
 
     def add(self, epoch):
         self.history.append(epoch)
@@ -134,8 +140,10 @@ class State:
     def save(self):
         content = {key: part and part.state_dict() for key, part in self.parts.items()}
         content |= {k: getattr(self, k) for k in ("name", "best", "best_score", "history")}
-        cuda = torch.cuda.get_rng_state_all() if self.generator.device.type == "cuda" else None
-        content |= {"generator": self.generator.get_state(), "torch_rng": torch.get_rng_state(), "cuda_rng": cuda}
+        device = self.generator.device
+        cuda = [torch.cuda.get_rng_state(device)] if device.type == "cuda" else None
+        content |= {"torch_rng": torch.get_rng_state(), "cuda_rng": cuda}
+        content |= {"generator": self.generator.get_state(), "device": device.type}
         files.save_checkpoint(self.last, content)
         self.saved, self.saved_at = len(self.history), time.time()
 
@@ -154,36 +162,47 @@ def draw_batches(rows, batch, generator, weights=None, steps=0):
     return rows[order].tensor_split(steps or max(1, min(math.ceil(count / batch), count // 2)))
 
 
-def train_epoch(net, optimizer, scheduler, loss_of, inputs, rows, args, generator, sample_weights=None, averaged=None):
-    """One pass over `rows`, or --steps-per-epoch steps: draw, augment, forward, backward, step, all on the device.
-    Returns the mean loss.
+def train_epoch(
+    net, optimizer, scheduler, loss_of, inputs, rows, args, generator, sample_weights=None, averaged=None, views=1
+):
+    """One pass over `rows`, or --steps-per-epoch steps: draw, augment, forward, backward, step, all on the device, which
+    no step waits for. Returns the mean loss.
 
     inputs: (pixels, masks, boxes, regions) of ALL images; pixels and masks (or None) may stay on the CPU (a set larger
     than the device), boxes and regions (or None) lie where the network is, and so do rows. loss_of(net, x, boxes,
-    masks, rows) -> scalar.
-    Raises FloatingPointError before a loss or gradient that is not finite can touch the weights."""
+    masks, rows) -> scalar. views: so many augmentations of each image in a batch, one after another.
+    Raises FloatingPointError, at its end, where a loss or a gradient was not finite: from that step on none has touched
+    the weights or the optimizer's moments."""
     pixels, masks, boxes, regions = inputs
     device = next(net.parameters()).device
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=models.choose_amp(args.amp, device))
-    net.train()
-    total, seen = 0.0, 0
-    for index in draw_batches(rows, args.batch, generator, sample_weights, args.steps_per_epoch):
-        x, mask = (None if v is None else v[index.to(v.device)].to(device, non_blocking=True) for v in (pixels, masks))
+
+    def make(index, here):
+        x, mask = (fetch(v, index, here, device) for v in (pixels, masks))
         box, region = (None if v is None else v[index] for v in (boxes, regions))
-        x, box, mask = augment(x, args.augment, box, region, args.size, generator, mask)
+        return index, *augment(x, args.augment, box, region, args.size, generator, mask)
+
+    net.train()
+    batches = [b.repeat(views) for b in draw_batches(rows, args.batch, generator, sample_weights, args.steps_per_epoch)]
+    sizes, values, bad = list(map(len, batches)), [], torch.zeros((), device=device)
+    on_cpu = torch.cat(batches).cpu().split(sizes)
+    for index, x, box, mask in ahead(make, list(zip(batches, on_cpu, strict=True)), device):
         with autocast:
             loss = loss_of(net, x.contiguous(memory_format=torch.channels_last), box, mask, index)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        norm, value = torch.nn.utils.clip_grad_norm_(net.parameters(), args.clip), loss.item()
-        if not (math.isfinite(value) and math.isfinite(norm)):
-            raise FloatingPointError
+        norm = torch.nn.utils.clip_grad_norm_(net.parameters(), args.clip)  # times 1 where it is not longer
+        values.append(loss.detach())
+        bad = torch.maximum(bad, 1 - (norm + values[-1]).isfinite().float())
+        optimizer.found_inf = bad  # what is 1 here AdamW leaves everything as it was for
         optimizer.step()
         scheduler.step()
         if averaged is not None:
             update_average(averaged, net, min(args.ema, 1 - 1 / (1 + 0.2 * scheduler.last_epoch)))
-        total, seen = total + value * len(index), seen + len(index)
-    return total / seen
+    *values, bad = torch.stack([*values, bad]).tolist()  # the only wait
+    if bad:
+        raise FloatingPointError
+    return sum(value * size for value, size in zip(values, sizes, strict=True)) / sum(sizes)
 
 
 @torch.no_grad()
@@ -212,10 +231,10 @@ def build_optimizer(net, args, steps):
 SMOOTH = 5  # epochs at most, and a fifth of all at most, that a validation score is averaged over
 
 
-def fit(
-    net, images, rows, loss_of, validate, args, *, name, folder, seed, regions=None, masks=None, sample_weights=None
-):
+def fit(net, images, rows, loss_of, validate, args, *, name, folder, seed, regions=None, masks=None, boxes=None, sample_weights=None, views=1):  # fmt: skip
     """Train `net` and return its best state by validation and the history (a list of dicts, one an epoch).
+
+    regions, masks, boxes: of all images, as the loss needs them; sample_weights, views: see train_epoch.
 
     validate(net) -> {"score": [first, second, ...], ...}: the higher list is better; the rest is logged. The score of
     an epoch is the mean over the last few: on a small validation split a single one is luck. The first epochs, which
@@ -228,8 +247,8 @@ def fit(
     averaged = copy.deepcopy(net).eval() if args.ema else None
     generator = torch.Generator(device).manual_seed(seed)
     torch.manual_seed(seed)
-    rows, regions = rows.to(device), None if regions is None else regions.to(device)
-    inputs = (images.pixels, masks, images.boxes.to(device), regions)
+    rows, boxes, regions = (None if v is None else v.to(device) for v in (rows, boxes, regions))
+    inputs = (images.pixels, masks, boxes, regions)
     parts = {"net": net, "optimizer": optimizer, "scheduler": scheduler, "averaged": averaged}
     state = State(name, folder, generator, parts, args.tensorboard)
 
@@ -241,7 +260,7 @@ def fit(
     while not over():
         epoch, began, lr = len(state.history) + 1, time.time(), scheduler.get_last_lr()[0]
         try:
-            loss = train_epoch(net, optimizer, scheduler, loss_of, inputs, rows, args, generator, sample_weights, averaged)  # fmt: skip
+            loss = train_epoch(net, optimizer, scheduler, loss_of, inputs, rows, args, generator, sample_weights, averaged, views)  # fmt: skip
         except FloatingPointError:  # the epoch has changed the network already, so its state is not saved
             kept = f"the state after epoch {state.saved} is kept in {state.last}"
             kept = kept if state.saved else "nothing was saved yet"
@@ -315,9 +334,8 @@ def train_model(images, train, val, args, folder, seed, teacher=None, unlabelled
     An empty `val`: nothing is chosen or calibrated, the last epoch is kept. teacher (N, K): soft answers for all
     images, to learn beside the labels, also on the rows `unlabelled`. start: the Ensemble whose weights to go on from."""
     device, spec = models.choose_device(args.device), fit_meta(images, train)
-    images = dataclasses.replace(images, meta=meta_for(images, spec), meta_spec=spec)
-    if device.type == "cuda" and images.pixels.nbytes < torch.cuda.mem_get_info(device)[0] / 2:
-        images = dataclasses.replace(images, pixels=images.pixels.to(device))
+    pixels, masks = near(images.pixels, device), near(images.masks, device)
+    images = dataclasses.replace(images, pixels=pixels, masks=masks, meta=meta_for(images, spec), meta_spec=spec)
     info, trunk = model_info(images, args, seed), choose_trunk(images, train, val, args, start)
     dnets, histories = train_dnet(images, train, val, info, args, folder, seed, start) if trunk == "own" else ([], [])
     members, look, more = train_members(
@@ -414,7 +432,7 @@ def train_dnet(images, train, val, info, args, folder, seed, start=None):
     build = functools.partial(models.DNet, args.model, **network_options(images, args))
     validate, start = validate if choose else None, next(iter(start.dnets), None) if start else None
     net, history = train_or_reload(
-        build, images, train, loss_of, validate, args, "dnet", folder, seed, start, masks=images.masks
+        build, images, train, loss_of, validate, args, "dnet", folder, seed, start, masks=images.masks, boxes=images.boxes
     )
     return [net], [history]
 
@@ -425,7 +443,7 @@ def finding_loss(images, device):
     n, masks, known = len(images), images.masks, images.outlined.to(device)
     drawn, parted = torch.zeros(n, dtype=torch.bool), torch.zeros(n, dtype=torch.bool)
     for index in torch.arange(n).split(256) if masks is not None else ():
-        small = F.adaptive_max_pool2d(masks[index].float()[:, None], 64)[:, 0] > 0
+        small = F.adaptive_max_pool2d(masks[index].float()[:, None], 64)[:, 0].cpu() > 0
         parts = models.label_parts(small).flatten(1)
         least, most = torch.where(parts > 0, parts, 64**2 + 1).amin(1), parts.amax(1)
         drawn[index], parted[index] = most > 0, (most > least) & (most > 0)
@@ -474,6 +492,7 @@ def train_members(
     known = (images.labels, images.meta, teacher, *drawing)
     labels, meta, teacher, weights, drawn = (None if v is None else v.to(device) for v in known)
     found_loss, look = finding_loss(images, device) if shared else None, None
+    lesions = {"masks": images.masks, "boxes": images.boxes} if shared else {}
 
     def loss_of(net, x, boxes, masks, rows):
         embeddings, found = net.see(x, None if meta is None else meta[rows])
@@ -507,8 +526,8 @@ def train_members(
         trained[i] = train_or_reload(
             functools.partial(models.CNet, backbone, roi=roi, **same), images, rows, loss_of,
             validate if len(val) else None, args, f"cnet{i + 1} {backbone}", folder, seed + 1000 * i,
-            start and start.members[i], sample_weights=drawn, masks=images.masks if shared else None,
-            regions=None if roi == "none" else crop_regions(look, args.margin),
+            start and start.members[i], sample_weights=drawn,
+            regions=None if roi == "none" else crop_regions(look, args.margin), **lesions,
         )  # fmt: skip
     nets, histories = zip(*(trained[i] for i in range(len(trained))), strict=True)
     return list(nets), look, list(histories)
