@@ -57,28 +57,28 @@ def reveal(images, rows):
 
 @torch.no_grad()
 def observe(model, images, rows, boxes=None, batch=64):
-    """Embeddings (P, D) of the first member and the members' probabilities (M, P, K), on the CPU, in one pass."""
+    """Embeddings (P, D) of the first member, on its device, and the members' probabilities (M, P, K), on the CPU, in one
+    pass."""
     embeddings, probabilities, patients = [], [], data.meta_for(images, model.info["meta_spec"])
     for index in rows.split(batch):
         pixels = images.pixels[index].to(model.device)
         meta, around = (None if v is None else v[index].to(model.device) for v in (patients, boxes))
         found = [m.embed(crop(pixels, model.regions(m, around), model.info["size"]), meta) for m in model.members]
-        embeddings.append(found[0].float().cpu())
+        embeddings.append(found[0].float())
         heads = zip(model.members, found, strict=True)
-        probabilities.append(torch.stack([models.to_probabilities(m.classify(e)) for m, e in heads]).cpu())
-    return models.finite(torch.cat(embeddings)), models.finite(torch.cat(probabilities, 1))
+        probabilities.append(torch.stack([models.to_probabilities(m.classify(e)) for m, e in heads]))
+    return models.finite(torch.cat(embeddings)), models.finite(torch.cat(probabilities, 1).cpu())
 
 
 @torch.no_grad()
 def sample_dropout(member, embeddings, generator, passes=20):
     """Probabilities (V, P, K) under as many dropout masks (Gal & Ghahramani 2016). C-Net drops only before its last
     layer, so that the backbone need not run again."""
-    keep, device = 1 - member.dropout.p, next(member.parameters()).device
-    answers = []
+    keep, answers = 1 - member.dropout.p, []
     for _ in range(passes):
         mask = (torch.rand(embeddings.shape, generator=generator) < keep) / keep
-        answers.append(models.to_probabilities(member.head((embeddings * mask).to(device))).cpu())
-    return torch.stack(answers)
+        answers.append(models.to_probabilities(member.head(embeddings * mask.to(embeddings.device))))
+    return torch.stack(answers).cpu()
 
 
 def ask(strategy, model, images, pool, labelled, free, k, generator, boxes=None):

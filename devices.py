@@ -7,7 +7,23 @@
 A GPU works through a queue. Who asks for a value, or copies from memory that is not pinned, waits until the queue is
 empty, and the GPU then waits for whoever fills it again."""
 
+import math
+
 import torch
+
+
+def draw_batches(rows, batch, generator, weights=None, steps=0):
+    """Split the rows, shuffled (or drawn by `weights`, with replacement), into batches of nearly equal size: no last
+    batch of one image, which BatchNorm could not take (of an odd count in twos one is a batch of three). steps: so many
+    batches, from as many shuffles as that takes; 0 = one shuffle."""
+    count = steps * batch or len(rows)
+    if weights is None:
+        shuffles = range(math.ceil(count / len(rows)))
+        order = [torch.randperm(len(rows), generator=generator, device=rows.device) for _ in shuffles]
+        order = torch.cat(order)[:count]
+    else:
+        order = torch.multinomial(weights, count, replacement=True, generator=generator)
+    return rows[order].tensor_split(steps or max(1, min(math.ceil(count / batch), count // 2)))
 
 
 def near(table, device):

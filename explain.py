@@ -126,18 +126,24 @@ def evaluate(images, pairs, methods=None, batch=16, log=print):
             blind.members = torch.nn.ModuleList(randomised(m, i) for i, m in enumerate(model.members))
             for index in rows.split(batch):
                 for measure, values in measure_batch(name, model, blind, images, index).items():
-                    columns[measure].append(values)
+                    columns[measure].append(values.cpu())
         found[name] = {m: torch.cat(v) for m, v in columns.items() if v}
         log(f"  {name}")
     return found, groups
 
 
+def batch_of(images, index, model):
+    """Pixels, boxes and patient data (or None) of the images `index`, where the model is."""
+    parts = (images.pixels, images.boxes, meta_for(images, model.info["meta_spec"]))
+    return [None if part is None else part[index].to(model.device) for part in parts]
+
+
 def measure_batch(name, model, blind, images, index):
     """{measure: (N,)} of one method on the images `index`. blind: the model with random weights."""
-    x, masks = images.pixels[index], lesion_masks(images, index)
-    meta = None if images.meta is None else meta_for(images, model.info["meta_spec"])[index]
+    x, known, meta = batch_of(images, index, model)
+    masks = lesion_masks(images, index).to(x.device)
     with torch.no_grad():
-        boxes = model.locate(x, images.boxes[index])
+        boxes = model.locate(x, known)
         target = model(x, boxes, meta).argmax(1)
     parts = model.member_maps(x, name, target, meta, boxes)
     maps = sum(parts)
@@ -148,7 +154,7 @@ def measure_batch(name, model, blind, images, index):
     for member, vote in zip(model.members, model.weights / model.weights.sum(), strict=True):
         regions = model.regions(member, boxes)  # each member sees its own part of the whole map
         look, own = crop(x, regions, size), cut(maps, regions, size)
-        start = blur(look, torch.full((len(look),), 8.0))
+        start = blur(look, torch.full((len(look),), 8.0, device=look.device))
         pair = deletion_insertion(WithPatients(member, meta), look, own, target, blurred=start)
         areas = areas + vote * torch.stack(pair)
     found |= {"deletion": areas[0], "insertion": areas[1]}
@@ -220,14 +226,13 @@ def predicted_maps(images, pairs, method, batch=32):
     """(rows, maps, predicted classes) of all held-out lesions: each map is the evidence for what was predicted."""
     found = []
     for model, rows in pairs:
-        patients = meta_for(images, model.info["meta_spec"])
         for index in rows.split(batch):
-            x, meta = images.pixels[index], None if patients is None else patients[index]
+            x, known, meta = batch_of(images, index, model)
             with torch.no_grad():
-                boxes = model.locate(x, images.boxes[index])
+                boxes = model.locate(x, known)
                 p = finite(model(x, boxes, meta))
             predicted = (p[:, 1] >= model.info["threshold"]).long() if p.shape[1] == 2 else p.argmax(1)
-            found.append((index, model.explain(x, method, predicted, meta, boxes), predicted))
+            found.append((index, model.explain(x, method, predicted, meta, boxes).cpu(), predicted.cpu()))
     return (torch.cat(column) for column in zip(*found, strict=True))
 
 
@@ -341,7 +346,7 @@ OPTIONS = [
     ("data", None, "PATH", "where the run's images lie, if not where they lay when it was trained"),
     ("cache", "runs/cache", "DIR", "folder of decoded images"),
     ("meta", None, "A=X,B=Y", "patient data for a model trained with it"),
-    ("device", "auto", "DEVICE", "auto, cpu, cuda: for a picture"),
+    ("device", "auto", "DEVICE", "auto, cpu, cuda"),
 ]
 # fmt: on
 
@@ -373,7 +378,7 @@ def main(argv=None):
 def explain_run(args):
     """--evaluate and --hotspots: what explain.json holds, or None."""
     run = Path(args.model or model_file().parent)
-    images, pairs = held_out(run, args.data, args.cache)
+    images, pairs = held_out(run, args.data, args.cache, choose_device(args.device))
     pairs, report = draw_rows(lesion_images(images, pairs), args.most), None
     folder = run if run.is_dir() else run.parent
     out = Path(args.out or folder)

@@ -103,7 +103,7 @@ PROTOCOL = [
 RUN = [
     ("runs", "runs", "DIR", "folder of the run folders"),
     ("name", None, "NAME", "of the run folder; default: from data and model"),
-    ("resume", None, "DIR", "go on with a run that was stopped, with its own options"),
+    ("resume", None, "DIR", "go on with a run that was stopped, with its own options; a --device beside it is followed"),
     ("device", "auto", "DEVICE", "auto, cpu, cuda, cuda:1 ..."),
     ("workers", 1, (1, 1000), "processes: of the folds and repeats of train.py, of search.py, of al_loop.py"),
     ("tensorboard", False, None, "write what log.jsonl holds for TensorBoard too, into the run folder"),
@@ -180,13 +180,14 @@ def between(low, high, number):
 
 
 def parse(argv=None, parser=None):
-    """The options of `parser` (that of train.py), checked. With --resume they are the run's own, but for --against."""
+    """The options of `parser` (that of train.py), checked. With --resume they are the run's own, but for --against and
+    --device."""
     parser = parser or train_parser()
     args = parser.parse_args(argv)
     if args.resume:
         if not (Path(args.resume) / "config.json").is_file():
             raise InputError(f"--resume {args.resume}: no config.json there, so nothing to resume; check the path")
-        given = {k: v for k, v in vars(args).items() if v and k in ("resume", "against")}
+        given = {k: v for k in ("resume", "against", "device") if (v := vars(args).get(k)) != parser.get_default(k)}
         args = argparse.Namespace(**vars(args) | saved_args(Path(args.resume) / "config.json", parser) | given)
     elif args.data in (None, "phantoms"):
         parser.set_defaults(**PHANTOM_DEFAULTS)
@@ -346,14 +347,36 @@ def start_worker(args, workers, number):
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to answer
     with number.get_lock():
         rank, number.value = number.value, number.value + 1
-    if torch.cuda.device_count() > 1:
-        os.environ["CUDA_VISIBLE_DEVICES"] = str(rank % torch.cuda.device_count())
+    if args.device in ("auto", "cuda") and torch.cuda.device_count() > 1:
+        torch.cuda.set_device(rank % torch.cuda.device_count())  # of those that the user lets us see
     torch.set_num_threads(max(1, torch.get_num_threads() // workers))
     do_job.images = load_images(args, log=lambda _: None)
 
 
 def do_job(function, *job):
     return function(do_job.images, *job)
+
+
+class Stopped(Exception):
+    """Ctrl-C: the state of the last whole epoch is saved."""
+
+
+class Interrupt:
+    """The first Ctrl-C lets the epoch end and be saved; the second one stops at once."""
+
+    asked = False
+
+    def __enter__(self):
+        Interrupt.asked = False
+        self.before = signal.signal(signal.SIGINT, self.handle)
+
+    def __exit__(self, *_):
+        signal.signal(signal.SIGINT, self.before)
+
+    def handle(self, *_):
+        Interrupt.asked = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        print("\nfinishing this epoch, then saving (Ctrl-C again: stop at once)", flush=True)
 
 
 def stop(script, folder):

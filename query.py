@@ -129,6 +129,8 @@ def pick_farthest(state, picks, k):
         state.refresh(work, rows)
         distance = bound[work]
         outside = float(bound.index_fill(0, work, -2.0).amax())
+        if x.device.type != "cpu":  # which would be waited for at every pick
+            distance = pick_unseen(distance, rows, outside, names, picks, k)
         while (farthest := float((found := distance.max(0)).values)) > outside:
             if len(picks) == k:  # the one that would come next is a covering radius away
                 return farthest
@@ -144,10 +146,27 @@ def pick_farthest(state, picks, k):
         tie = farthest if len(picks) == before and farthest == outside else None  # then all who share it come in next
 
 
+def pick_unseen(distance, rows, outside, names, picks, k, steps=64):
+    """Append to `picks` the names of the farthest rows, as pick_farthest does, with one look at the device for `steps` of
+    them; return the distances (W,) after them. A pick that is not farther than `outside` is none, and changes nothing."""
+    while len(picks) < k:
+        found = []
+        for _ in range(min(steps, k - len(picks))):
+            farthest, best = distance.max(0)
+            after = torch.minimum(distance, direct(rows, rows[best[None]])[:, 0]).index_fill_(0, best, -1.0)
+            distance = torch.where(farthest > outside, after, distance)
+            found.append(torch.where(farthest > outside, best, -1))
+        best = [i for i in torch.stack(found).tolist() if i >= 0]
+        picks += [names[i] for i in best]
+        if len(best) < len(found):
+            break
+    return distance
+
+
 @dataclasses.dataclass
 class Context:
     """What a strategy may know of a pool of P images, no label among it. A strategy needs only the fields that it
-    speaks of; the others may be None. The generator is one of the CPU."""
+    speaks of; the others may be None. Only the embeddings may lie on a GPU. The generator is one of the CPU."""
 
     embeddings: torch.Tensor  # (P, D), the network's features, without augmentation
     probabilities: torch.Tensor  # (P, K)
@@ -204,14 +223,15 @@ def query_bald(context, k):
 def query_coreset(context, k):
     """CoreSet (Sener & Savarese 2018): the images that leave no other far from a labelled one."""
     x, free = context.embeddings, context.unlabelled
-    return free[k_center_greedy(x[free], k, x[context.labelled])[0]]
+    return free[k_center_greedy(x[free], k, x[context.labelled])[0].cpu()]
 
 
 def query_badge(context, k):
     """BADGE (Ash et al. 2020): spread out in the space of the gradients that the predicted labels would cause, where
     what is uncertain is long. The gradient of the last layer is (p - one-hot) x embedding; that product is never
     built, its inner products are products of inner products."""
-    x, p = context.embeddings[context.unlabelled], context.probabilities[context.unlabelled]
+    x = context.embeddings[context.unlabelled]
+    p = context.probabilities[context.unlabelled].to(x.device)
     a = p - F.one_hot(p.argmax(1), p.shape[1])
     square = a.square().sum(1) * x.square().sum(1)
 
@@ -227,7 +247,7 @@ def query_typiclust(context, k):
     rows = torch.cat([context.labelled, context.unlabelled])
     x = F.normalize(context.embeddings[rows], dim=1)
     free = torch.arange(len(rows), device=rows.device) >= len(context.labelled)
-    cluster = k_means(x, min(len(context.labelled) + k, len(rows)), context.generator)
+    cluster = k_means(x, min(len(context.labelled) + k, len(rows)), context.generator).cpu()
     sizes = torch.bincount(cluster)
     labels = torch.bincount(cluster[~free], minlength=len(sizes))
     picks, known = [], {}  # known: a cluster's members, and each one's mean distance to its neighbours
@@ -239,7 +259,7 @@ def query_typiclust(context, k):
             members = torch.nonzero(cluster == chosen)[:, 0]
             near, blocks = min(21, len(members)), x[members].split(1024)  # 21: a point is its own nearest
             away = torch.cat([torch.cdist(b, x[members]).topk(near, largest=False).values for b in blocks])
-            known[chosen] = members, away.mean(1)
+            known[chosen] = members, away.mean(1).cpu()
         members, away = known[chosen]
         best = members[away.masked_fill(~free[members], math.inf).argmin()]
         picks.append(int(best))

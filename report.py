@@ -312,7 +312,7 @@ def print_report(report):
 # What a finished run is asked: which images it never saw, which map to trust, and that map of one picture
 
 
-def held_out(model_path, data_path, cache):
+def held_out(model_path, data_path, cache, device="cpu"):
     """(images, [(model, rows)]): the models of a run, each with the test rows that it never saw.
 
     model_path: a run folder (all its folds) or a model.pt in one. The data options are the run's own; data_path
@@ -324,7 +324,7 @@ def held_out(model_path, data_path, cache):
     if args is None or not files or not all(f.is_file() and f.with_name("test.pt").is_file() for f in files):
         raise InputError(f"--model {model_path}: no run of train.py, so it is not known which images are held out")
     args.data, args.cache = data_path or args.data, cache
-    images, some = load_images(args), [load_classifier(file) for file in files]
+    images, some = load_images(args), [load_classifier(file, device) for file in files]
     results = [read_result(file.with_name("test.pt"), images) for file in files]
     for model, rows in ((model, result["rows"]) for model, result in zip(some, results, strict=True)):
         if int(rows.max()) >= len(images) or not same_pictures(images, rows, model.info.get("seen")):

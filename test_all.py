@@ -32,12 +32,15 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from PIL import Image, ImageDraw
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import al_loop
 import augment
 import backbones
 import bench
 import data
+import devices
 import explain
 import files
 import infer
@@ -329,7 +332,7 @@ def test_on_a_device_no_value_is_waited_for(channels):
     assert (out.shape, moved.shape) == ((4, channels, 16, 24), (4, 4))
     assert augment.augment(x, 0, boxes)[0].shape == x.shape
     assert augment.tta_views(x, augment.crop_regions(boxes), 8, 3).shape == (12, channels, 8, 8)
-    losses.distillation_loss(boxes, torch.zeros(4, dtype=torch.long, device="meta"), boxes, 0.0, 2.0)
+    losses.distillation_loss(boxes, torch.zeros(4, dtype=torch.long, device="meta"), boxes, 0.5, 2.0)
 
 
 def test_off_the_cpu_all_images_are_blurred_and_the_same_third_taken(monkeypatch):
@@ -2172,6 +2175,361 @@ def test_a_detector_alone(tmp_path, folders):
     assert set(report["test"]) == {"iou", "iou_at_50", "dice", "lesions_found", "false_alarms"}
     with pytest.raises(InputError, match="a D-Net alone"):
         infer.BreastCancerDetector(folder / "model.pt")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# No waiting for the device. `-k cuda`: what needs a GPU; the others hold on the CPU what one would be waited for
+
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+DEVICES = ["cpu", pytest.param("cuda", marks=needs_cuda)]
+
+
+class Waits(TorchDispatchMode):
+    """Notes what a GPU would be waited for: a value that is read, a size that hangs on values, a copy from elsewhere."""
+
+    ASKS = ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal", "_unique", "linalg_inv")
+
+    def __init__(self):
+        super().__init__()
+        self.found, self.on = [], True
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        tensors = [t for t in tree_leaves((args, kwargs, out)) if isinstance(t, torch.Tensor)]
+        name, places = function.overloadpacket.__name__, {t.device.type for t in tensors if t.dim()}
+        picks = name.startswith("index") and any(getattr(t, "dtype", None) == torch.bool for t in tree_leaves(args[1]))
+        if self.on and (len(places) > 1 or picks or name.startswith(self.ASKS)):
+            self.found.append(name)
+        return out
+
+
+def test_who_waits_is_found_out():
+    x, chosen = torch.rand(4), torch.tensor([True, False, True, False])
+    for ask in (lambda: float(x[0]), lambda: x[chosen], lambda: x.to("meta"), lambda: torch.linalg.inv(x.view(2, 2))):
+        with Waits() as waits:
+            ask()
+        assert waits.found
+    with Waits() as waits:
+        (x[torch.tensor([2, 0])] * 2).sum()
+    assert not waits.found
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_augmentation_copies_nothing_to_the_device_at_a_step(channels):
+    x, boxes = torch.rand(4, channels, 32, 48, device="meta"), torch.rand(4, 4, device="meta")
+    for _ in range(2):  # its small tables go there at the first step
+        with Waits() as waits:
+            augment.augment(x, 1.0, boxes, augment.crop_regions(boxes), (16, 24), masks=x[:, 0])
+            augment.tta_views(x, augment.crop_regions(boxes), 8, 3)
+    assert waits.found == []
+
+
+STEPS = ["--nets both --positive malignant", "--trunk own --ema 0.9", "--ensemble small_cnn,small_cnn --roi none,dnet"]
+STEPS += ["--balanced-sampler --nets cnet --steps-per-epoch 2", "--teacher T --nets cnet --positive malignant"]
+STEPS += ["--method simclr --batch 16", "--method byol --batch 16"]
+
+
+@pytest.mark.parametrize("options", STEPS)
+def test_no_step_reads_a_value_or_picks_rows_by_one(tmp_path, monkeypatch, folders, whole, options):
+    """Steps as train.py and pretrain.py make them; augmentation, which looks at values on the CPU alone, see above."""
+    waits = Waits()
+
+    def watched(make, batches, device):
+        for batch in batches:
+            waits.on = False
+            now = make(*batch)
+            waits.on = True
+            yield now
+        waits.on = False
+
+    monkeypatch.setattr(train, "ahead", watched)
+    monkeypatch.setattr(losses, "check_teacher", lambda *_: None)  # as well
+    waits.on, script = False, pretrain if "--method" in options else train
+    options = options.replace("T ", f"{whole[0]} ")
+    where = ["--data", folders, *TINY, "--runs", tmp_path, "--cache", tmp_path / "c", "--device", "cpu"]
+    with waits:
+        said = call(script, *where, *options.split(), "--epochs", "1")
+    assert (said.returncode, waits.found) == (0, []), said.stderr
+
+
+def small_training(device, seed=0):
+    """(net, its average, and the arguments of train_epoch after it) for 24 phantoms in 6 steps."""
+    args = parse(["--batch", "4", "--size", "32", "--ema", "0.9", "--amp", "off", "--lr", "1e-2"])
+    torch.manual_seed(seed)
+    net, images = models.CNet("small_cnn", dropout=0.0).to(device), data.phantom_set(24, 32)
+    inputs = (images.pixels.to(device), None, None, None)
+    rows, generator = torch.arange(24, device=device), torch.Generator(device).manual_seed(seed)
+    optimizer, scheduler = train.build_optimizer(net, args, 60)
+    return net, copy.deepcopy(net).eval(), optimizer, scheduler, inputs, rows, args, generator, images.labels.to(device)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("broken", ["loss", "gradient"])
+def test_from_a_step_that_is_not_finite_on_nothing_is_touched(device, broken):
+    net, averaged, optimizer, scheduler, inputs, rows, args, generator, labels = small_training(device)
+    seen = []
+
+    def loss_of(net, x, boxes, masks, index):
+        seen.append(copy.deepcopy([*net.parameters(), *(v for p in optimizer.state.values() for v in p.values())]))
+        loss = losses.classification_loss(net(x), labels[index])
+        if len(seen) == 3:  # sqrt(0): a value of 0 whose gradient is infinite, times 0: NaN
+            loss = loss * math.nan if broken == "loss" else loss + (0 * net.head.weight).sum().abs().sqrt()
+        return loss
+
+    with pytest.raises(FloatingPointError):
+        train.train_epoch(net, optimizer, scheduler, loss_of, inputs, rows, args, generator, None, averaged)
+    after = [*net.parameters(), *(v for p in optimizer.state.values() for v in p.values())]
+    assert len(seen) == 6
+    assert not all(map(torch.equal, seen[1][: len(seen[0])], seen[2]))
+    assert all(map(torch.equal, seen[2], after))
+    assert all(p.isfinite().all() for p in averaged.parameters())
+
+
+def test_an_epoch_is_its_steps_one_by_one():
+    """Against the loop as everybody writes it: a value read and compared at each step, clipping by a branch."""
+    net, _, optimizer, scheduler, inputs, rows, args, generator, labels = small_training("cpu")
+    args.clip = 15.0  # some steps are clipped, some not
+    twin, own = copy.deepcopy(net), seeded()
+    plain, total, clipped = torch.optim.AdamW(train.build_optimizer(twin, args, 60)[0].param_groups, fused=True), 0.0, 0
+    twin.train()
+    for step, index in enumerate(train.draw_batches(rows, 4, own)):
+        x = augment.augment(inputs[0][index], args.augment, size=32, generator=own)[0]
+        loss = losses.classification_loss(twin(x), labels[index])
+        plain.zero_grad()
+        loss.backward()
+        norm = float(torch.stack([p.grad.norm() for p in twin.parameters()]).norm())
+        if norm > 15:
+            clipped += 1
+            for p in twin.parameters():
+                p.grad *= 15 / norm
+        for group in plain.param_groups:
+            group["lr"] = 1e-2 * (step + 1) / 6  # a warm-up of 6 steps
+        plain.step()
+        total += loss.item() * len(index)
+    mean = train.train_epoch(
+        net, optimizer, scheduler, lambda net, x, b, m, i: losses.classification_loss(net(x), labels[i]),
+        inputs, rows, args, generator,
+    )  # fmt: skip
+    assert 0 < clipped < 6
+    assert mean == pytest.approx(total / 24, rel=1e-5)
+    for a, b in zip(net.parameters(), twin.parameters(), strict=True):
+        close(a, b, 2e-5)
+
+
+def test_rows_without_a_label_have_no_part_in_the_loss():
+    for classes, smoothing in ((1, 0.0), (1, 0.1), (3, 0.0), (3, 0.1)):
+        logits = torch.randn(6, classes, generator=seeded(), requires_grad=True)
+        labels, weights = torch.tensor([0, -1, 1, 1, -1, 0]), torch.tensor([0.5, 2.0, 1.0])[: max(2, classes)]
+        for w in (None, weights):
+            known, found = labels >= 0, losses.classification_loss(logits, labels, w, smoothing)
+            close(found, losses.classification_loss(logits[known], labels[known], w, smoothing))
+            if classes > 1:
+                close(found, F.cross_entropy(logits[known], labels[known], w, label_smoothing=smoothing))
+            none = losses.classification_loss(logits, torch.full((6,), -1), w, smoothing)
+            assert none == 0
+            assert not torch.autograd.grad(none, logits)[0].any()
+
+
+def test_boxes_are_held_together_as_torchvision_does():
+    a, b = (torch.rand(200, 4, generator=seeded(s)) * 2 for s in (0, 1))
+    a[:100], b[:100] = (
+        a[:100].view(-1, 2, 2).sort(1).values.flatten(1),
+        b[:100].view(-1, 2, 2).sort(1).values.flatten(1),
+    )
+    a.requires_grad_()
+    near = F.smooth_l1_loss(a, b, beta=0.05, reduction="none").mean(1)
+    expected, found = 4 * near + torchvision.ops.generalized_box_iou_loss(a, b), losses.box_loss(a, b)
+    close(found, expected)
+    close(*(torch.autograd.grad(v[:100].sum(), a)[0] for v in (found, expected)), 1e-4)
+    m = torch.randn(50, 2, 2, dtype=torch.double, generator=seeded())
+    close(augment.inverse(m), torch.linalg.inv(m), 1e-8)
+
+
+def test_picks_that_nobody_looks_at_are_those_of_a_loop():
+    """On the CPU they are looked at one by one; here by the function that a GPU takes."""
+    x = torch.randn(300, 5, generator=seeded())
+    for outside, k in ((-2.0, 20), (1.5, 250), (9.0, 5), (-2.0, 130)):
+        distance, picks, expected = query.nearest_distance(x, x[:3]), [0, 1], [0, 1]
+        d = distance.clone()
+        while len(expected) < k and float(d.max()) > outside:
+            expected.append(1000 + int(d.argmax()))
+            d = torch.minimum(d, query.direct(x, x[d.argmax()][None])[:, 0])
+            d[expected[-1] - 1000] = -1.0
+        after = query.pick_unseen(distance, x, outside, list(range(1000, 1300)), picks, k)
+        assert (picks, torch.equal(after, d)) == (expected, True)
+
+
+def test_workers_share_the_gpus_that_the_user_left_visible(monkeypatch):
+    """A worker takes one of those that PyTorch sees, whatever CUDA_VISIBLE_DEVICES calls them; or the one that was named."""
+    import options
+
+    taken = []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", taken.append)
+    monkeypatch.setattr(torch, "set_num_threads", lambda n: None)
+    monkeypatch.setattr(options, "load_images", lambda *_, **__: None)
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5")
+    number = torch.multiprocessing.get_context("spawn").Value("i", 0)
+    for device in ("auto", "cuda", "cuda", "cuda:1", "cpu"):
+        options.start_worker(argparse.Namespace(device=device), 4, number)
+    assert taken == [0, 1, 0]
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "4,5"
+
+
+def cut_after_one_epoch(tmp_path, monkeypatch, folders, *options):
+    real, calls = train.train_epoch, []
+
+    def dies_in_the_second_epoch(*args):
+        calls.append(real(*args))
+        if len(calls) == 2:
+            raise KeyError("as good as a kill")
+        return calls[-1]
+
+    with monkeypatch.context() as m:
+        m.setattr(train, "train_epoch", dies_in_the_second_epoch)
+        with pytest.raises(KeyError):
+            quick(tmp_path, "--name x --positive malignant --epochs 3", *options, data_folder=folders)
+    return tmp_path / "x"
+
+
+def test_a_run_goes_on_on_a_device_of_another_kind(tmp_path, monkeypatch, folders):
+    """A file of a GPU, as far as its random states tell."""
+    folder = cut_after_one_epoch(tmp_path, monkeypatch, folders, "--device cpu")
+    saved = torch.load(folder / "last.pt", weights_only=True)
+    state = torch.zeros(16, dtype=torch.uint8)
+    for older in (True, False):
+        content = saved | {"generator": state, "cuda_rng": [state]} | ({} if older else {"device": "cuda"})
+        if older:
+            del content["device"]
+        shutil.copytree(folder, tmp_path / f"{older}")
+        torch.save(content, tmp_path / f"{older}" / "last.pt")
+        said = call(train, "--resume", tmp_path / f"{older}", "--device", "cpu")
+        assert "another kind of device (cuda): it goes on with other random numbers" in said.stdout
+        assert said.returncode == 0, said.stderr
+        assert [h["epoch"] for h in log_of(tmp_path / f"{older}")] == [1, 2, 3]
+
+
+@needs_cuda
+@pytest.mark.parametrize(("one", "other"), [("cuda", "cpu"), ("cpu", "cuda"), ("cuda", "cuda")])
+def test_cuda_and_cpu_take_up_each_others_runs(tmp_path, monkeypatch, folders, one, other):
+    folder = cut_after_one_epoch(tmp_path, monkeypatch, folders, f"--device {one}")
+    said = call(train, "--resume", folder, "--device", other)
+    assert said.returncode == 0, said.stderr
+    assert "resuming cnet1 small_cnn after epoch 1" in said.stdout
+    assert ("other random numbers" in said.stdout) == (one != other)
+    assert [h["epoch"] for h in log_of(folder)] == [1, 2, 3]
+
+
+@needs_cuda
+@pytest.mark.parametrize("amp", ["on", "off"])
+def test_cuda_learns_the_phantoms_and_the_cpu_gives_the_same_answers(tmp_path, amp):
+    folder, _, report = quick(tmp_path, f"--device cuda --amp {amp} --epochs 12 --lr 3e-3 --name p --batch 32")
+    assert report["test"]["auc"]["value"] > 0.8
+    images = data.phantom_set(20, 32, seed=5)
+    there, here = (train.look_at(models.load(folder, d), images, torch.arange(20)) for d in ("cuda", "cpu"))
+    close(there.opinions, here.opinions, 1e-3)
+    close(there.found.outlines, here.found.outlines, 1e-2)
+    said = call(infer, folder / "example.png", "--model", folder, "--device", "cuda", "--json")
+    assert 0 <= json.loads(said.stdout)["probability"] <= 1
+
+
+@needs_cuda
+@pytest.mark.parametrize("far", [False, True])
+@pytest.mark.parametrize("options", STEPS)
+def test_cuda_is_not_waited_for_inside_an_epoch(tmp_path, monkeypatch, folders, whole, options, far):
+    """PyTorch itself raises at whatever waits, from the first step to the last; far: the pixels stay on the CPU."""
+    real, steps = train.ahead, []
+
+    def guarded(make, batches, device):
+        try:
+            for now in real(make, batches, device):
+                torch.cuda.set_sync_debug_mode("error")
+                steps.append(now)
+                yield now
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    monkeypatch.setattr(train, "ahead", guarded)
+    if far:
+        monkeypatch.setattr(train, "near", lambda table, device: table)
+        monkeypatch.setattr(pretrain, "near", lambda table, device: table)
+    script, options = pretrain if "--method" in options else train, options.replace("T ", f"{whole[0]} ")
+    where = ["--data", folders, *TINY, "--runs", tmp_path, "--cache", tmp_path / "c", "--device", "cuda"]
+    said = call(script, *where, *options.split(), "--epochs", "2")
+    assert said.returncode == 0, said.stderr
+    assert len(steps) > 3
+
+
+@needs_cuda
+def test_cuda_gets_the_rows_that_were_asked_for_while_it_is_busy():
+    table, device = (
+        torch.randint(0, 256, (500, 1, 64, 64), dtype=torch.uint8, generator=seeded()),
+        torch.device("cuda:0"),
+    )
+    batches, busy = torch.randint(0, 500, (60, 32), generator=seeded()), torch.randn(2000, 2000, device=device)
+    for where in (table, devices.near(table, device)):
+
+        def make(index, here, where=where):
+            return index, devices.fetch(where, index, here, device).float() * 2, None
+
+        found = []
+        for _, x, none in devices.ahead(make, [(b.to(device), b) for b in batches], device):
+            busy = busy @ busy / 50  # so that the copies are far ahead of the steps
+            found.append(x.sum((1, 2, 3)) + 0 * busy[0, 0].nan_to_num(0, 0, 0))
+            assert none is None
+        assert torch.equal(torch.stack(found).cpu(), 2 * table[batches].float().sum((2, 3, 4)))
+
+
+@needs_cuda
+def test_cuda_picks_what_the_cpu_picks():
+    for n, d, k in ((50, 8, 50), (3000, 32, 200), (5000, 128, 300), (2000, 512, 40)):
+        x = torch.randn(n + 10, d, generator=seeded())
+        for centers in (None, x[:10]):
+            here, there = (k_center(v[10:], k, None if centers is None else centers.to(v)) for v in (x, x.cuda()))
+            assert there[0].device.type == "cuda"
+            assert there[0].tolist() == here[0].tolist()
+            assert there[1] == pytest.approx(here[1], rel=1e-5)
+    x, p = torch.randn(400, 64, generator=seeded()), torch.rand(400, 3, generator=seeded(1)).softmax(1).double()
+    for name in ("coreset", "badge", "typiclust"):
+        picks = [
+            query.STRATEGIES[name](query.Context(v, p, torch.arange(9), torch.arange(9, 400), seeded()), 12).tolist()
+            for v in (x, x.cuda())
+        ]
+        assert picks[0] == picks[1], name
+
+
+@needs_cuda
+def test_cuda_serves_every_script(tmp_path, folders):
+    report, _ = loop(tmp_path, "al", "--strategies all --dropout 0.3 --rounds 1 --device cuda --distill pool", folders)
+    assert {c["strategy"] for c in report["chains"]} >= set(query.STRATEGIES)
+    options = "--positive malignant --folds 2 --workers 2 --name f --roi none,dnet --epochs 1 --device cuda"
+    folder, _, _ = quick(tmp_path, options, data_folder=folders)
+    cache = ["--cache", tmp_path / "cache", "--device", "cuda"]
+    suggest = ["suggest", "--model", folder, "--pool", folders / "normal", "--query", "3", "--out", tmp_path / "l"]
+    image = next((folders / "benign").glob("*(2).png"))
+    for script, *options in (
+        (explain, "--model", folder, *cache, "--evaluate", "--hotspots", "--most", "6", "--out", tmp_path / "out"),
+        (explain, image, "--model", folder, "--method", "all", "--out", tmp_path / "all.png", "--device", "cuda"),
+        (al_loop, *suggest, *cache),
+        (infer, "--model", folder, "--evaluate", *cache),
+        (
+            infer,
+            image,
+            "--model",
+            folder,
+            "--save-overlay",
+            tmp_path / "o",
+            "--save-mask",
+            tmp_path / "m",
+            "--device",
+            "cuda",
+        ),
+    ):
+        said = call(script, *options)
+        assert said.returncode == 0, (options, said.stderr)
+    table = json.loads((tmp_path / "out" / "explain.json").read_text())["measures"]
+    assert set(table) == {*saliency.METHODS, *saliency.BASELINES}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -4752,7 +5110,7 @@ def test_a_bad_epoch_is_not_saved_slow(tmp_path, monkeypatch):  # 35
 
 FLOORS = [
     ["augment", "losses", "query", "saliency", "metrics", "phantoms"],
-    ["readers"],
+    ["readers", "devices"],
     ["data", "files"],
     ["backbones"],
     ["backbones"],

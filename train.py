@@ -19,7 +19,6 @@ import functools
 import itertools
 import json
 import math
-import signal
 import time
 from pathlib import Path
 
@@ -33,7 +32,7 @@ import models
 import plots
 from augment import augment, crop_regions
 from data import fit_meta, meta_for, partition
-from devices import ahead, fetch, near
+from devices import ahead, draw_batches, fetch, near
 from judge import (
     EVAL_BATCH,
     calibrate,
@@ -47,34 +46,12 @@ from judge import (
     predict,
 )
 from losses import class_weights, classification_loss, detection_loss, distillation_loss, ellipses
-from options import claim, load_images, parse, prepare_folder, run_jobs, run_main, stop
+from options import Interrupt, Stopped, claim, load_images, parse, prepare_folder, run_jobs, run_main, stop
 from readers import InputError
 from report import check_history, finished_run, print_report, read_result, same_pictures, write_report
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The training loop, one for both networks
-
-
-class Stopped(Exception):
-    """Ctrl-C: the state of the last whole epoch is saved."""
-
-
-class Interrupt:
-    """The first Ctrl-C lets the epoch end and be saved; the second one stops at once."""
-
-    asked = False
-
-    def __enter__(self):
-        Interrupt.asked = False
-        self.before = signal.signal(signal.SIGINT, self.handle)
-
-    def __exit__(self, *_):
-        signal.signal(signal.SIGINT, self.before)
-
-    def handle(self, *_):
-        Interrupt.asked = True
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        print("\nfinishing this epoch, then saving (Ctrl-C again: stop at once)", flush=True)
 
 
 class State:
@@ -114,9 +91,8 @@ class State:
                 raise ValueError("a moment of the optimizer is of another shape, or not finite")
         self.best, self.best_score, self.history = saved["best"], saved["best_score"], saved["history"]
         check_history(self.history)
-        if not all(map(math.isfinite, self.best_score)) or [h["epoch"] for h in self.history] != list(
-            range(1, len(self.history) + 1)
-        ):
+        epochs = [h["epoch"] for h in self.history]
+        if not all(map(math.isfinite, self.best_score)) or epochs != list(range(1, len(epochs) + 1)):
             raise ValueError("the history is not whole")
         torch.set_rng_state(saved["torch_rng"])
         device, kind = self.generator.device, saved.get("device", "cuda" if saved["cuda_rng"] else "cpu")
@@ -146,20 +122,6 @@ class State:
         content |= {"generator": self.generator.get_state(), "device": device.type}
         files.save_checkpoint(self.last, content)
         self.saved, self.saved_at = len(self.history), time.time()
-
-
-def draw_batches(rows, batch, generator, weights=None, steps=0):
-    """Split the rows, shuffled (or drawn by `weights`, with replacement), into batches of nearly equal size: no last
-    batch of one image, which BatchNorm could not take (of an odd count in twos one is a batch of three). steps: so many batches, from as many shuffles as that
-    takes; 0 = one shuffle."""
-    count = steps * batch or len(rows)
-    if weights is None:
-        shuffles = range(math.ceil(count / len(rows)))
-        order = [torch.randperm(len(rows), generator=generator, device=rows.device) for _ in shuffles]
-        order = torch.cat(order)[:count]
-    else:
-        order = torch.multinomial(weights, count, replacement=True, generator=generator)
-    return rows[order].tensor_split(steps or max(1, min(math.ceil(count / batch), count // 2)))
 
 
 def train_epoch(
@@ -431,8 +393,9 @@ def train_dnet(images, train, val, info, args, folder, seed, start=None):
 
     build = functools.partial(models.DNet, args.model, **network_options(images, args))
     validate, start = validate if choose else None, next(iter(start.dnets), None) if start else None
+    lesions = {"masks": images.masks, "boxes": images.boxes}
     net, history = train_or_reload(
-        build, images, train, loss_of, validate, args, "dnet", folder, seed, start, masks=images.masks, boxes=images.boxes
+        build, images, train, loss_of, validate, args, "dnet", folder, seed, start, **lesions
     )
     return [net], [history]
 
@@ -552,10 +515,8 @@ def check_size(net, size, meta, alone=False):
     image to learn from, as BatchNorm needs two values."""
     try:
         with torch.no_grad():
-            image = torch.zeros(1, net.config["channels"], size, size)
-            copy.deepcopy(net).train(alone)(
-                *([image] if isinstance(net, models.DNet) or meta is None else [image, meta[:1]])
-            )
+            one = [torch.zeros(1, net.config["channels"], size, size)]
+            copy.deepcopy(net).train(alone)(*one, *([] if isinstance(net, models.DNet) or meta is None else [meta[:1]]))
     except (RuntimeError, ValueError) as e:
         small = f"--size {size} is too small for {net.config['model']}{' and a single image' if alone else ''}"
         raise InputError(f"{small} ({files.reason(e)}); use a larger --size") from None
