@@ -3,12 +3,13 @@
     python al_loop.py --strategies random,coreset --repeats 3            phantoms: no data needed, 25 minutes of one core
     python al_loop.py @recipes/al-busi.args --data BUSI                  the options of a published result
     python al_loop.py --resume runs/al-BUSI                              after a kill at any moment
-    python al_loop.py suggest --model runs/busi/model.pt --pool FOLDER --query 20 --out to_label
-    python al_loop.py learn --labels to_label/to_label.csv --data BUSI --positive malignant
+    python al_loop.py --learn head --from runs/busi --strategies all --data BUSBRA.csv     a new hospital: seconds a chain
+    python al_loop.py suggest -h, learn -h                               a person in the loop, see person.py
 
 The loop: train on the labelled images, look at all others, choose the next ones to label, and again; each round from
 the initial weights, always tested on the same images, which are never queried. The strategies and
-k-center lie in query.py. The chapters: a chain of rounds, what the chains show, the command line, a person in the loop.
+k-center lie in query.py. The chapters: a chain of rounds, what the chains show, the command line. With --learn head the
+network is frozen, and only its last layer is learnt (transfer.py): that takes no time, so that fifty seeds are usual.
 
 What keeps it honest: labels and boxes of the pool are hidden until they are paid for. Nothing is chosen on a validation
 split, whose labels nobody would have counted: every training runs to its last epoch. All strategies share start sets
@@ -16,9 +17,8 @@ and seeds, so they are compared in pairs; every curve has a band, every ratio an
 
 import argparse
 import contextlib
-import csv
 import dataclasses
-import io
+import functools
 import json
 import math
 import shutil
@@ -28,19 +28,18 @@ from pathlib import Path
 
 import torch
 
-import data
 import files
-import judge
 import metrics
 import models
 import options
 import plots
 import train
-from augment import crop
+import transfer
+from judge import look_at
+from person import ask, choose, learn, suggest
 from query import COLD, STRATEGIES, Context, candidates
-from readers import COLUMNS, InputError, read_csv
-from report import clean, describe_model, print_change
-from report import compare as compare_models
+from readers import InputError
+from report import clean, describe_model
 
 # ---------------------------------------------------------------------------------------------------------------------
 # One chain: a strategy, a seed, and its rounds
@@ -55,44 +54,6 @@ def reveal(images, rows):
     return dataclasses.replace(images, labels=labels, boxes=boxes, masks=masks, outlined=images.outlined & known)
 
 
-@torch.no_grad()
-def observe(model, images, rows, boxes=None, batch=64):
-    """Embeddings (P, D) of the first member, on its device, and the members' probabilities (M, P, K), on the CPU, in one
-    pass."""
-    embeddings, probabilities, patients = [], [], data.meta_for(images, model.info["meta_spec"])
-    for index in rows.split(batch):
-        pixels = images.pixels[index].to(model.device)
-        meta, around = (None if v is None else v[index].to(model.device) for v in (patients, boxes))
-        found = [m.embed(crop(pixels, model.regions(m, around), model.info["size"]), meta) for m in model.members]
-        embeddings.append(found[0].float())
-        heads = zip(model.members, found, strict=True)
-        probabilities.append(torch.stack([models.to_probabilities(m.classify(e)) for m, e in heads]))
-    return models.finite(torch.cat(embeddings)), models.finite(torch.cat(probabilities, 1).cpu())
-
-
-@torch.no_grad()
-def sample_dropout(member, embeddings, generator, passes=20):
-    """Probabilities (V, P, K) under as many dropout masks (Gal & Ghahramani 2016). C-Net drops only before its last
-    layer, so that the backbone need not run again."""
-    keep, answers = 1 - member.dropout.p, []
-    for _ in range(passes):
-        mask = (torch.rand(embeddings.shape, generator=generator) < keep) / keep
-        answers.append(models.to_probabilities(member.head(embeddings * mask.to(embeddings.device))))
-    return torch.stack(answers).cpu()
-
-
-def ask(strategy, model, images, pool, labelled, free, k, generator, boxes=None):
-    """The k images, as indices into `pool`, that a strategy would have labelled next."""
-    embeddings, members = observe(model, images, pool, boxes)
-    if strategy == "committee" and len(members) < 2:
-        raise InputError("committee: the model is one network, a committee needs members; train with --ensemble A,B")
-    if strategy == "bald" and not model.members[0].dropout.p:
-        raise InputError("bald: the model was trained without --dropout, its answers can't be sampled")
-    sampled = sample_dropout(model.members[0], embeddings, generator) if strategy == "bald" else None
-    context = Context(embeddings, model.combine(members), labelled, free, generator, members, sampled)
-    return STRATEGIES[strategy](context, k)
-
-
 def first_labels(images, pool, groups, seed, args):
     """Indices into the pool of the start set, the same for every strategy; chosen, if not at random, on the embeddings
     of the initial network: there is no label to learn from yet."""
@@ -100,11 +61,16 @@ def first_labels(images, pool, groups, seed, args):
     free = candidates(groups, nothing, args.start)
     if args.start_by == "random":
         return STRATEGIES["random"](Context(None, None, nothing, free, generator), args.start)
+    return ask(args.start_by, initial_model(images, args, seed), images, pool, nothing, free, args.start, generator)
+
+
+def initial_model(images, args, seed):
+    """An Ensemble of the first member as it is before any training, its last layer of zeros."""
     torch.manual_seed(seed)
     same = {**train.network_options(images, args), "meta": 0 if images.meta is None else images.meta.shape[1]}
-    net = models.CNet((args.ensemble or args.model).split(",")[0], len(images.classes), **same)
-    model = models.Ensemble([net.eval().to(models.choose_device(args.device))], **train.model_info(images, args, seed))
-    return ask(args.start_by, model, images, pool, nothing, free, args.start, generator)
+    net = models.CNet((args.ensemble or args.model).split(",")[0], len(images.classes), dropout=args.dropout, **same)
+    torch.nn.init.zeros_(net.head.weight)
+    return models.Ensemble([net.eval().to(models.choose_device(args.device))], **train.model_info(images, args, seed))
 
 
 def self_teacher(before, known, rows, args):
@@ -179,15 +145,73 @@ def run_chain(images, strategy, seed, args, folder):
     return {"strategy": strategy, "seed": seed, "rounds": rounds}
 
 
+def embed_once(images, args, folder):
+    """All that chains of --learn head need of the networks, in a file of the run folder: the only forward pass."""
+    model = transfer.load_start(args) or initial_model(images, args, args.seed)
+    seen = look_at(model, images, torch.arange(len(images)), keep=True)
+    models.save(folder / "start.pt", model)
+    files.save_checkpoint(folder / "embeddings.pt", {"embeddings": seen.embeddings})
+
+
+@functools.lru_cache(1)
+def embedded(folder):
+    """What embed_once wrote: the model, its last layers, and the embeddings [(V, N, D)] of all images."""
+    model = models.load(folder / "start.pt")
+    return model, transfer.heads_of(model), files.read_checkpoint(folder / "embeddings.pt")["embeddings"]
+
+
+def run_head_chain(images, strategy, seed, args, folder):
+    """As run_chain, where only the last layer is learnt. It takes a second or few, and is kept when it is whole."""
+    file, (model, old, embeddings), began = folder / f"{strategy}-{seed}.json", embedded(folder), time.time()
+    pool, test, nothing = images.rows("train"), images.rows("test"), torch.empty(0, dtype=torch.long)
+    groups = torch.arange(len(pool)) if args.ignore_groups else images.groups[pool]
+    labelled, generator = torch.arange(len(pool)), torch.Generator().manual_seed(seed)
+    first, last, rounds, teacher = embeddings[0][:, pool].mean(0), 0 if strategy == "all" else args.rounds, [], 0
+    if file.exists():
+        with files.parts_of(file, "remove it, and this chain is made again"):
+            rounds = json.loads(file.read_text())
+            check_chain(rounds, None, len(pool), args, strategy)
+            return {"strategy": strategy, "seed": seed, "rounds": rounds}
+    if strategy != "all":
+        free = candidates(groups, nothing, args.start)
+        labelled = STRATEGIES["random"](Context(None, None, nothing, free, generator), args.start)
+    for number in range(last + 1):
+        rows, layers = pool[labelled], old
+        if len(rows):
+            layers = transfer.refit(old, embeddings, rows, images.labels[rows], len(images.classes), args.pull)
+        if len(rows) and number and args.distill != "none":
+            others = pool[~torch.isin(pool, rows)] if args.distill == "pool" else rows
+            layers = transfer.distil(old, teacher / number, embeddings, rows, images.labels[rows], others, args)
+        opinions = transfer.answers(layers, embeddings, torch.cat([pool, test]))
+        of_pool, of_test = opinions.split([len(pool), len(test)], 1)
+        auc = metrics.evaluate(model.combine(of_test), images.labels[test])["auc"]
+        new = rows[rounds[-1]["labels"] if rounds else 0 :]
+        result = {"labels": len(rows), "picks": [images.names[i] for i in new.tolist()], "auc": float(auc)}
+        if number < last:
+            free = candidates(groups, labelled, args.query)
+            generator = torch.Generator().manual_seed(1000 * seed + number + 1)
+            now = transfer.with_heads(model, layers) if strategy == "bald" else model
+            picks = choose(strategy, now, first, of_pool, labelled, free, args.query, generator, args.pull)
+            labelled = torch.cat([labelled, picks])
+            teacher = teacher + model.combine(transfer.answers(layers, embeddings, torch.arange(len(images))))
+        rounds.append(result | {"seconds": round(time.time() - began, 1)})
+        began = time.time()
+    files.write_atomically(file, json.dumps(rounds).encode())
+    return {"strategy": strategy, "seed": seed, "rounds": rounds}
+
+
 def check_chain(rounds, labelled, pool, args, strategy):
-    """ValueError, or what it likes, unless a chain can go on from there; see run_chain."""
+    """ValueError, or what it likes, unless a chain can go on from there, see run_chain; labelled None: it is whole."""
     counts = [pool] if strategy == "all" else [args.start + i * args.query for i in range(args.rounds + 1)]
-    if labelled.dtype != torch.long or not 0 <= labelled.min() <= labelled.max() < pool:
-        raise ValueError("what is labelled lies outside of the pool")
-    if len(labelled) != len(labelled.unique()) or [r["labels"] for r in rounds] != counts[: len(rounds)]:
+    if labelled is None and len(rounds) != len(counts):
+        raise ValueError("not all of its rounds")
+    if labelled is not None:
+        if labelled.dtype != torch.long or not 0 <= labelled.min() <= labelled.max() < pool:
+            raise ValueError("what is labelled lies outside of the pool")
+        if len(labelled) != len(labelled.unique()) or len(labelled) != counts[min(len(rounds), len(counts) - 1)]:
+            raise ValueError("what was bought last is missing, or bought twice")
+    if [r["labels"] for r in rounds] != counts[: len(rounds)]:
         raise ValueError("the numbers of labels are not those of this run")
-    if len(labelled) != counts[min(len(rounds), len(counts) - 1)]:
-        raise ValueError("what was bought last is missing")
     judged = all(0 <= r[k] <= 1 for r in rounds for k in ("auc", "iou") if k in r)
     if not judged or not all(r["seconds"] >= 0 and isinstance(name, str) for r in rounds for name in r["picks"]):
         raise ValueError("a result is none")
@@ -382,7 +406,7 @@ def print_al_report(report):
 # fmt: off
 LOOP = [
     ("strategies", "random,coreset", "A,B", f"all, or some of: {', '.join(STRATEGIES)}"),
-    ("start", 20, (1, options.MANY), "labels before the first query"),
+    ("start", 20, (0, options.MANY), "labels before the first query; 0 with --from: the model as it comes"),
     ("query", 20, (1, options.MANY), "labels bought in each round"),
     ("rounds", 8, (1, options.MANY), "queries after the start set"),
     ("start-by", "random", list(COLD), "who chooses the start set, alike for all"),
@@ -402,7 +426,11 @@ def build_parser():
 
 
 def parse(argv=None):
-    args = options.parse(argv, build_parser())
+    parser = build_parser()
+    args = options.parse(argv, parser)
+    if args.learn == "head" and not args.resume:  # chains of seconds; and what comes from elsewhere knows something
+        parser.set_defaults(repeats=50, **({"start": 0} if vars(args)["from"] else {}))
+        args = options.parse(argv, parser)
     if isinstance(args.strategies, str):
         args.strategies = list(STRATEGIES) if args.strategies == "all" else args.strategies.split(",")
     args.strategies = list(dict.fromkeys(["random", *args.strategies]))
@@ -413,6 +441,14 @@ def parse(argv=None):
         raise InputError("--strategies bald draws its committee by dropout: give a --dropout above 0")
     if args.folds > 1 or args.teacher or "mask" in args.roi:
         raise InputError("--folds, --teacher and --roi mask have no meaning in the loop; leave them out")
+    if not args.start and not (args.learn == "head" and vars(args)["from"]):
+        raise InputError("--start 0 asks a model that comes from elsewhere: give --learn head and --from MODEL")
+    if args.learn == "head" and (args.warm_start or args.start_by != "random" or "committee" in args.strategies):
+        raise InputError("--learn head: --warm-start, --start-by and committee are of whole networks; leave them out")
+    if vars(args)["from"] and args.learn != "head":
+        raise InputError(
+            "--from: in the loop it goes with --learn head; every chain of whole networks begins from --weights"
+        )
     if args.nets == "dnet":
         raise InputError("--nets dnet: there is no C-Net, whose embeddings and answers choose the images")
     return args
@@ -425,7 +461,7 @@ def main(argv=None):
         return {"suggest": suggest, "learn": learn}[argv[0]](argv[1:])
     args = parse(argv)
     models.choose_device(args.device)
-    images = options.load_images(args)
+    images, _ = transfer.load_with_start(args)
     train.check_split(images, images.rows("test"), "test")
     if args.start + args.rounds * args.query > (most := len(images.rows("train"))):
         asked = f"--start {args.start} + --rounds {args.rounds} x --query {args.query}"
@@ -436,14 +472,16 @@ def main(argv=None):
     print(f"run folder: {folder}")
     seeds = range(args.seed, args.seed + args.repeats)
     jobs = [(name, seed, args, folder) for seed in seeds for name in ["all", *args.strategies]]
-    chains, start = [], time.time()
+    chains, start, chain = [], time.time(), run_head_chain if args.learn == "head" else run_chain
     try:
         with (
             options.claim(folder, not args.resume),
             train.Interrupt() if args.workers == 1 else contextlib.nullcontext(),
         ):
-            for chain in options.run_jobs(run_chain, jobs, images, args, args.workers):
-                chains.append(chain)
+            if args.learn == "head" and not (folder / "embeddings.pt").exists():
+                embed_once(images, args, folder)
+            for done in options.run_jobs(chain, jobs, images, args, args.workers):
+                chains.append(done)
                 left = (time.time() - start) / len(chains) * (len(jobs) - len(chains))
                 left = f"{left / 60:.0f} min" if left > 90 else f"{left:.0f} s"
                 print(f"{len(chains)} of {len(jobs)} chains, about {left} left", flush=True)
@@ -454,217 +492,6 @@ def main(argv=None):
     print(f"\n{folder}: al.json, curves.png   ({time.time() - start:.0f} s)")
     print(models.DISCLAIMER)
     return report, folder
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# A person in the loop: suggest writes a list, the person fills it in, learn trains with the answers
-
-# probability: of the positive class, as everywhere; with more than two classes of the suggested one.
-HEADER = ["number", "image", "suggested_label", "probability", "suggested_box", "label", "box", "group"]
-
-# fmt: off
-SUGGEST = [
-    ("model", None, "MODEL", "model file or run folder; needed"),
-    ("pool", None, "DIR", "images without labels (labels in it are not looked at); needed"),
-    ("labelled", [], "DATA ...", "what has labels already, folders or filled-in CSVs: never suggested, and coreset keeps away from it"),
-    ("query", 20, (1, options.MANY), "how many images"),
-    ("strategy", "coreset", list(STRATEGIES), "how they are chosen"),
-    ("out", "to_label", "DIR", "folder for to_label.csv and to_label.png; never written over"),
-    ("show-guess", False, None, "show what the model thinks, too: it leads the one who labels"),
-    ("seed", 0, (0, 2**31), "of the strategies that draw"),
-    ("cache", "runs/cache", "DIR", "folder of decoded images"),
-    ("device", "auto", "DEVICE", "auto, cpu, cuda"),
-]
-ANSWERS = [
-    ("labels", None, "CSV ...", "filled-in files of suggest; they are only read"),
-    ("partial", False, None, "learn from the rows that have a label, pass over the others"),
-]
-# fmt: on
-
-
-def suggest(argv):
-    """Write to_label.csv and to_label.png: the images of --pool that the strategy picks, with the model's own opinion.
-    Returns the path of the CSV."""
-    what = "Choose the images of a pool that a person should label next: a CSV to fill in, and a contact sheet."
-    args = options.build_parser({"suggest": SUGGEST}, what, prog="al_loop.py suggest").parse_args(argv)
-    if not (args.model and args.pool):
-        raise InputError("suggest: give --model and --pool (see -h)")
-    out = Path(args.out)
-    if (out / "to_label.csv").exists():
-        raise InputError(f"--out {out}: holds a to_label.csv, which may have answers; give another folder")
-    model = models.load_classifier(args.model, models.choose_device(args.device))
-    images, labelled, met = read_pool(args, model.info)
-    if met:
-        print(f"{met} images of the pool are left out: the model was trained, validated or tested on them")
-    free = candidates(images.groups, labelled, args.query)
-    if args.query > len(free):
-        raise InputError(f"--query {args.query}: the pool {args.pool} has {len(free)} images without a label")
-    everything, generator = torch.arange(len(images)), torch.Generator().manual_seed(args.seed)
-    boxes = train.locate(model, images, everything)
-    picks = ask(args.strategy, model, images, everything, labelled, free, args.query, generator, boxes)
-    title = f"{args.strategy}: {args.query} of {len(free)} images to label"
-    write_sheet(out, images, picks, model if args.show_guess else None, boxes, title)
-    file, classes = out / "to_label.csv", ", ".join(model.info["classes"])
-    box = "box (x_min y_min x_max y_max in pixels) where you can"
-    print(f"{file}: fill in the column label with {classes}, and {box}")
-    print(f"{out / 'to_label.png'}: the same images, numbered")
-    print(f"then: python al_loop.py learn --labels {file} --data ...")
-    print(models.DISCLAIMER)
-    return file
-
-
-def read_pool(args, info):
-    """The pool and what is labelled as one ImageSet, as a model of this info sees it; the rows that need no label, which
-    are the labelled ones and those that the model has met; and how many of the pool it has met."""
-    same = {k: info[k] for k in ("channels", "equalise")} | {"cache": args.cache, "skip_bad": True}
-    sources = [args.pool, *args.labelled]
-    images, *more = (data.load(source, info["load_size"], **same, log=lambda _: None) for source in sources)
-    count, spec = len(images), info["meta_spec"]
-    if not Path(images.names[0]).is_file():
-        raise InputError(f"--pool {args.pool}: its images are no files, which a table could name; save each as a file")
-    for labelled in more:
-        answered = torch.nonzero(labelled.labels >= 0)[:, 0]  # of a half-filled CSV the others still wait
-        images = data.join(images, labelled.take(answered) if len(answered) else labelled)
-    paths = [Path(name).resolve() for name in images.names]
-    known = set(paths[count:])
-    seen = torch.cat([*info.get("seen", {}).values(), torch.zeros(0, dtype=torch.long)])
-    met = torch.isin(images.pictures()[:count], seen)
-    rows = [*range(count, len(images)), *(i for i in range(count) if paths[i] in known or met[i])]
-    # what is known of the patients of the labelled images is forgotten: of the pool's nothing is known
-    images.meta_spec, images.meta = spec, data.encode_meta([{}] * len(images), None, spec)[0] if spec else None
-    return images, torch.tensor(rows, dtype=torch.long), int(met.sum())
-
-
-def write_sheet(out, images, picks, model, boxes, title):
-    """to_label.csv, to be filled in, and to_label.png, the same images numbered. model: whose guess and box (of all
-    images, or None) are shown; None: nobody's, for who labels is not to be led."""
-    guesses = [["", "", ""]] * len(picks) if model is None else read_guesses(model, images, picks, boxes)
-    file, captions = io.StringIO(), []
-    table = csv.writer(file, lineterminator="\n")
-    table.writerow(HEADER)
-    for number, (i, guess) in enumerate(zip(picks.tolist(), guesses, strict=True), 1):
-        path = Path(images.names[i])
-        table.writerow([number, str(path.resolve()), *guess, "", "", images.group_names[i]])
-        captions.append(f"{number}: {path.name[-24:]}" + (f"\n{guess[0][:14]}?  p {guess[1]}" if model else ""))
-    pixels = [images.pixels[i] for i in picks.tolist()]
-    found = None if model is None or boxes is None else boxes[picks].clone()
-    if found is not None:
-        found[[k for k, guess in enumerate(guesses) if not guess[2]]] = math.nan
-    sheet = plots.contact_sheet(pixels, captions, found, title=title + ("" if found is None else " (D-Net's box)"))
-    files.write_atomically(out / "to_label.csv", file.getvalue().encode(errors="surrogateescape"))  # bytes of names
-    plots.save_png(sheet, out / "to_label.png")
-
-
-def read_guesses(model, images, picks, boxes):
-    """What the model thinks of these images, as words: [class, probability (of the positive class, of more than two of
-    the likeliest), box in the picture's pixels or ""] each."""
-    info, guesses, said = model.info, [], judge.look_at(model, images, picks, boxes)
-    probabilities = model.combine(said.opinions.mean(1))
-    sure = [boxes is not None] * len(picks)  # that there is a lesion at all
-    if said.found:
-        sure = (said.found.scores() >= info["lesion_threshold"]).tolist()
-    answers = metrics.decide(probabilities, info["threshold"])
-    for i, answer, p, lesion in zip(picks.tolist(), answers.tolist(), probabilities, sure, strict=True):
-        box, asked = "", 1 if len(p) == 2 else answer
-        if lesion:
-            picture = data.read_image(images.names[i], info["channels"])
-            placement = data.letterbox(picture, info["load_size"])[1]
-            corners = data.original_box(boxes[i].tolist(), placement, info["load_size"], picture.size)
-            box = " ".join(f"{v:.0f}" for v in corners)
-        guesses.append([info["classes"][answer], f"{p[asked]:.3f}", box])
-    return guesses
-
-
-def read_answers(path, classes, partial=False):
-    """What a person wrote into a to_label.csv: Entry objects whose label is an index into `classes`. A class that was
-    merged (benign+normal) may be named by its parts. partial: pass over rows without a label. InputError names the row."""
-    words = {part.lower(): k for k, name in enumerate(classes) for part in [name, *name.split("+")]}
-    entries = []
-    for entry in read_csv(path, COLUMNS):
-        where = f"{path}, row {entry.line} ({Path(entry.name).name})"
-        if not Path(entry.image).is_file():
-            raise InputError(f"{where}: the image is not there any more; put it back, or correct its path")
-        if entry.box and not entry.label:
-            raise InputError(f"{where}: a box but no label; fill it in")
-        if entry.label and entry.label.lower() not in words:
-            raise InputError(f"{where}: label {entry.label!r} is none of {', '.join(words)}")
-        entries.append(dataclasses.replace(entry, label=words.get(entry.label.lower())))
-    empty = [entry.line for entry in entries if entry.label is None]
-    if empty and not partial:
-        rows = f"{len(empty)} rows ({', '.join(map(str, empty[:8]))}{' ...' if len(empty) > 8 else ''})"
-        raise InputError(f"{path}: no label in {rows}; fill them in, or learn from the others with --partial")
-    if len(empty) == len(entries):
-        raise InputError(f"{path}: no row has a label")
-    return [entry for entry in entries if entry.label is not None]
-
-
-def add_answers(images, entries, args):
-    """The ImageSet with the answered images joined to it, and their rows. Those that show the same as an image of the
-    validation or test split, or are of its group (patient, lesion), are left out: the test would be none any more."""
-    _, channels, _, size = images.pixels.shape
-    pixels, masks, boxes, thumbnails, kept = data.decode(entries, size, channels, args.clahe, args.cache, args.skip_bad)
-    entries = [entries[i] for i in kept]
-    if masks is None and images.masks is not None:  # so that the others keep theirs
-        masks = torch.zeros(len(entries), size, size, dtype=torch.bool)
-    meta = None if images.meta is None else data.encode_meta([{}] * len(entries), None, images.meta_spec)[0]
-    new = data.ImageSet(
-        pixels, torch.tensor([e.label for e in entries]), boxes, masks, torch.arange(len(entries)),
-        ["train"] * len(entries), meta, [e.image for e in entries], images.classes, outlined=boxes[:, 0].isfinite(),
-        thumbnails=thumbnails, group_names=["" if args.split_by_image else e.group for e in entries],
-    )  # fmt: skip
-    everything = data.join(images, new)
-    groups, rows, relatives = everything.groups.tolist(), [], 0
-    held_out = {group for group, split in zip(groups, everything.splits, strict=True) if split in ("val", "test")}
-    known = {Path(images.names[i]).resolve() for i in torch.nonzero(images.labels >= 0)[:, 0].tolist()}
-    for i, entry in enumerate(entries, len(images)):
-        if groups[i] in held_out and everything.group_names[i]:
-            relatives += 1
-        elif groups[i] in held_out:
-            print(f"left out {entry.image}: it shows the same as an image of the validation or test split")
-        elif Path(entry.image).resolve() in known:
-            print(f"left out {entry.image}: it has a label in --data")
-        else:
-            rows.append(i)
-    if relatives:
-        print(f"{relatives} answers are left out: their groups have images in the validation or test split")
-    if not rows:
-        raise InputError("--labels: no image is left to learn from")
-    return everything, torch.tensor(rows)
-
-
-def learn(argv):
-    """Train without and with the answers, alike in all else, and compare the two on the same test images. Returns the
-    change, see report.compare, and the run folder."""
-    what = "Train again with the answers of a person, and print what changed on the test split."
-    args = options.parse(argv, options.train_parser(what, prog="al_loop.py learn", answers=ANSWERS))
-    if not args.labels:
-        raise InputError("learn: give the filled-in to_label.csv with --labels")
-    if args.folds > 1 or args.repeats > 1 or args.nets == "dnet" or args.against or args.workers > 1:
-        raise InputError(
-            "learn: --folds, --repeats, --against, --workers and --nets dnet mean nothing here; leave them out"
-        )
-    images = options.load_images(args)
-    train.check_networks(images, args)
-    entries = [e for path in args.labels for e in read_answers(path, images.classes, args.partial)]
-    more, rows = add_answers(images, entries, args)
-    ((_, fixed, val, test, seed),) = train.plan(images, args)
-    added = ", ".join(f"{int((more.labels[rows] == k).sum())} {name}" for k, name in enumerate(images.classes))
-    print(f"{len(rows)} answers: {added}")
-    train.check_networks(images, args)
-    folder = options.prepare_folder(args, more, "learn-")
-    runs = [("before", fixed, val, test, seed), ("after", torch.cat([fixed, rows]), val, test, seed)]
-    try:
-        with options.claim(folder, not args.resume), train.Interrupt():
-            before, after = train.make_runs(more, runs, args, folder)
-    except (train.Stopped, KeyboardInterrupt):
-        options.stop("al_loop.py learn", folder)
-    change = compare_models(more, [before], [after])
-    files.write_atomically(folder / "change.json", json.dumps(clean(change), indent=1).encode())
-    print()
-    print_change(change)
-    print(f"\n{folder}: before/model.pt, after/model.pt, change.json")
-    print(models.DISCLAIMER)
-    return change, folder
 
 
 if __name__ == "__main__":

@@ -43,7 +43,7 @@ from data import (
     to_mode,
 )
 from files import write_atomically
-from models import DISCLAIMER, choose_device, load_classifier, model_file
+from models import DISCLAIMER, choose_device, load_classifier, model_file, same_classes
 from options import DATA, build_parser, run_main
 from readers import COLUMNS, MASK, InputError, image_files, natural, one_line, read_csv, read_table, walk
 
@@ -437,11 +437,7 @@ def test(args):
     told |= {"roi": "none", "split_by_image": False, "seed": 0, "dummy_boxes": False, "split_column": None}
     told["meta_columns"] = [s["column"] for s in info["meta_spec"]]
     images = load_images(argparse.Namespace(**vars(args) | told), meta_spec=info["meta_spec"] or None)
-    known = info["classes"]
-    alike = (
-        images.classes == known if len(known) > 2 else images.classes[1:] == known[1:]
-    )  # the negative's name is free
-    if len(images.classes) != len(known) or not alike:
+    if not same_classes(known := info["classes"], images.classes):
         raise InputError(f"--test {args.test}: its classes are {images.classes}, the model's {known}; see --positive")
     if tuple(args.scales) != (1.0,):
         raise InputError("--test looks at pictures at scale 1; leave --scales out")

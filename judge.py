@@ -22,19 +22,20 @@ EVAL_BATCH = 64  # images a step when nothing is learnt
 
 
 @torch.no_grad()
-def look_at(model, images, rows, boxes=None, batch=EVAL_BATCH, views=None, scales=(1.0,)):
+def look_at(model, images, rows, boxes=None, batch=EVAL_BATCH, views=None, scales=(1.0,), keep=False):
     """The models.Answer of the images in `rows`, on the CPU. boxes (all images, 4): what the crops are made around; None:
-    what is found. views and scales: see Ensemble.look."""
+    what is found. views, scales and keep: see Ensemble.look."""
     parts, patients = [], meta_for(images, model.info["meta_spec"])
     for index in rows.cpu().split(batch):
         x = images.pixels[index.to(images.pixels.device)].to(model.device)
         meta, around = (None if v is None else v[index].to(model.device) for v in (patients, boxes))
-        parts.append(model.look(x, around, meta, views, scales))
+        parts.append(model.look(x, around, meta, views, scales, keep))
     opinions = models.finite(torch.cat([p.opinions for p in parts], 2).cpu())
     boxes = None if parts[0].boxes is None else torch.cat([p.boxes for p in parts]).cpu()
     found = parts[0].found and models.Found(*(torch.cat(v).cpu() for v in zip(*(p.found for p in parts), strict=True)))
     kept = [torch.cat(column) for column in zip(*(p.traits for p in parts), strict=True)]
-    return models.Answer(opinions, boxes, found, kept)
+    embeddings = keep and [torch.cat(some, 1) for some in zip(*(p.embeddings for p in parts), strict=True)]
+    return models.Answer(opinions, boxes, found, kept, embeddings or None)
 
 
 def predict(model, images, rows, boxes=None, batch=EVAL_BATCH):

@@ -268,6 +268,12 @@ class CNet(nn.Module):
         return self.classify(self.embed(images, meta))
 
 
+def same_classes(known, found):
+    """Whether a model that knows these classes can answer for data of those. Of two the positive has to be the same, the
+    negative's name is free (it may be merged: benign+normal); of more all."""
+    return len(known) == len(found) and (known == found if len(known) > 2 else known[1:] == found[1:])
+
+
 def to_probabilities(logits):
     """(N, 1) logits of the positive class, or (N, K): probabilities (N, 2) or (N, K). In float64: in float32 all logits
     above 17 are 1.0, and their order is lost (MPS has no float64)."""
@@ -301,6 +307,7 @@ class Answer(NamedTuple):
     boxes: torch.Tensor | None  # (N, 4): found, or as the caller gave them
     found: Found | None
     traits: list  # [(N, D)] of the first view: each member's embedding's direction, and the texture: see strangeness
+    embeddings: list | None = None  # [(V, N, D)] of each member, of the first scale, where they are asked for
 
 
 class Ensemble(nn.Module):
@@ -366,15 +373,15 @@ class Ensemble(nn.Module):
         """Probabilities (N, K): the answer, from as many views as it was calibrated for."""
         return self.combine(self.look(images, boxes, meta).opinions.mean(1))
 
-    def look(self, images, boxes=None, meta=None, views=None, scales=(1.0,)):
+    def look(self, images, boxes=None, meta=None, views=None, scales=(1.0,), keep=False):
         """Answer of images (N, C, L, L). boxes (N, 4): what crops are made around; None: what is found. Members that see
-        the whole come first: those that hold a D-Net find the lesion in the pass that names it."""
+        the whole come first: those that hold a D-Net find the lesion in the pass that names it. keep: the embeddings too."""
         views, n, size = views or self.info["views"], len(images), self.info["size"]
         take = crop if views == 1 else functools.partial(tta_views, views=views)
         meta = None if meta is None else meta.repeat(views, 1)
         found = [dnet.find(crop(images, None, size)) for dnet in self.dnets]
         first = 1.0 if 1.0 in scales else scales[0]  # of the picture as it was trained on, where it is looked at so
-        opinions, traits = [[] for _ in self.members], [None] * len(self.members)
+        opinions, traits, kept = [[] for _ in self.members], [None] * len(self.members), [None] * len(self.members)
         for i, member in sorted(enumerate(self.members), key=lambda pair: pair[1].config["roi"] != "none"):
             if member.config["roi"] != "none" and boxes is None and found:
                 boxes = average(found).boxes()
@@ -384,13 +391,15 @@ class Ensemble(nn.Module):
                 opinions[i].append(to_probabilities(member.classify(embeddings)).unflatten(0, (views, n)))
                 if scale == first:  # an embedding's length tells of the contrast, not of the kind
                     traits[i] = F.normalize(embeddings[:n].float(), dim=1)
+                    kept[i] = embeddings.float().unflatten(0, (views, n)).cpu() if keep else None
                 if own and regions is None and scale == first:
                     found.append(Found(own[0][:n].sigmoid(), own[1][:n]))  # by the first view, the picture as it is
         found = average(found) if found else None
         boxes = found.boxes() if boxes is None and found else boxes
         opinions = [torch.cat(o) for o in opinions]
         traits = [t.cpu().double() for t in (*traits, texture(crop(images, None, size)))]
-        return Answer(torch.stack(opinions) if opinions else torch.zeros(0, views, n, 0), boxes, found, traits)
+        opinions = torch.stack(opinions) if opinions else torch.zeros(0, views, n, 0)
+        return Answer(opinions, boxes, found, traits, kept if keep else None)
 
     def strangeness(self, traits):
         """(N,) how far from the pictures of training: above 1 is farther than 99 % of the validation images. Zeros where

@@ -29,6 +29,7 @@ from augment import VIEWS
 from backbones import ATTENTION, BACKBONES
 from data import load
 from files import parts_of, reason, write_atomically
+from heads import STRENGTH
 from readers import InputError
 
 MANY = 1e9
@@ -59,6 +60,9 @@ MODEL = [
     ("ensemble", None, "A,B,C", "C-Net members' backbones, trained one after another, weighted on validation; D-Net keeps --model"),
     ("trunk", "shared", ["shared", "own"], "one backbone that finds, outlines and names, where lesions are known; or D-Net and C-Net each with its own"),
     ("weights", "imagenet", "W", "start from imagenet (a download by torchvision), none, or a state_dict file (members that it does not fit: none); or A=W,B=W for members' own"),
+    ("from", None, "MODEL", "start from this model file or run folder, of the same classes, and see with its size, crops and views"),
+    ("learn", "all", ["all", "head"], "all weights, or C-Net's last layer alone: on frozen embeddings, in seconds, pulled towards what it starts from"),
+    ("pull", STRENGTH, (1e-6, MANY), "strength of that pull, see heads.fit: the labels that it outweighs"),
     ("attention", "none", list(ATTENTION), "between C-Net's backbone and its pooling"),
     ("dropout", 0.2, (0, 0.99), "before C-Net's last layer"),
     ("normalise", "auto", ["auto", "image", "fixed"], "each image by its own mean and spread, or all alike; auto: image for grey, fixed for colour"),

@@ -175,6 +175,7 @@ class Context:
     generator: torch.Generator
     members: torch.Tensor | None = None  # (M, P, K), the ensemble's members each by itself
     sampled: torch.Tensor | None = None  # (V, P, K), Monte-Carlo dropout
+    pull: float = 1.0  # precision of the last layer's Gaussian prior, see heads.fit
 
     def __post_init__(self):
         self.labelled = torch.as_tensor(self.labelled, dtype=torch.long)
@@ -210,6 +211,30 @@ def query_entropy(context, k):
     return highest(entropy(context.probabilities), context, k)
 
 
+def margins(probabilities):
+    """The lead (N,) of the likeliest class over the next."""
+    return -probabilities.topk(2, 1).values.diff(dim=1)[:, 0]
+
+
+def query_margin(context, k):
+    """Where the likeliest class leads least (Scheffer et al. 2001). For two classes the order is that of the entropy."""
+    return highest(-margins(context.probabilities), context, k)
+
+
+def query_cluster_margin(context, k):
+    """Cluster-Margin (Citovsky et al. 2021): of the ten times k smallest margins those that differ. In turn, one from
+    each cluster, the smallest clusters first, of each the smallest margin. k-means of these stands for the original's
+    hierarchical clustering of the whole pool."""
+    least = highest(-margins(context.probabilities), context, 10 * k)
+    cluster = k_means(F.normalize(context.embeddings[least], dim=1), min(k, len(least)), context.generator).cpu()
+    turn = torch.stack(
+        [(cluster[: i + 1] == c).sum() for i, c in enumerate(cluster)]
+    )  # the first of its own, the second
+    size = torch.bincount(cluster)[cluster]
+    order = (turn * (len(least) + 1) + size).argsort(stable=True)
+    return least[order[:k].to(least.device)]
+
+
 def query_committee(context, k):
     """Query by committee (Seung et al. 1992): where the members differ, as the mean divergence from their consensus."""
     return highest(mutual_information(context.members), context, k)
@@ -218,6 +243,35 @@ def query_committee(context, k):
 def query_bald(context, k):
     """BALD (Houlsby et al. 2011; Gal et al. 2017): a committee drawn by dropout at prediction time."""
     return highest(mutual_information(context.sampled), context, k)
+
+
+def query_laplace(context, k, most=2000):
+    """The labels that are expected to settle the pool's answers most: the largest drop of their summed variance (Cohn et
+    al. 1996) under the Laplace approximation of the last layer's posterior (MacKay 1992; Daxberger et al. 2021). Greedy:
+    how much a label narrows the posterior does not depend on what it says, so that each pick is counted before the next.
+    Of a larger pool `most` images are drawn, to be chosen from and to be settled."""
+    drawn = torch.randperm(len(context.unlabelled), generator=context.generator)[:most].sort().values
+    free, x, p = context.unlabelled[drawn], context.embeddings, context.probabilities
+    known = x[context.labelled] if len(context.labelled) > 1 else x[free]
+    x = (x - known.mean(0)) / (known - known.mean(0)).square().sum(1).mean().sqrt().clamp(min=1e-12)
+    x = (
+        torch.cat([x, x.new_ones(len(x), 1)], 1).double() / context.pull**0.5
+    )  # as heads.fit sees it, the prior's variance 1
+    slope = (p * (1 - p)).sum(1).to(x).clamp(min=1e-4) / 2  # of a probability by its logit; of two classes p (1 - p)
+    told, asked, noise = x[context.labelled], x[free], 1 / slope[context.labelled]
+    covariance = asked @ asked.T
+    if len(told):
+        root = torch.linalg.cholesky(told @ told.T + noise.diag())
+        half = torch.linalg.solve_triangular(root, told @ asked.T, upper=False)
+        covariance -= half.T @ half
+    weight, noise, picks = slope[free].square(), 1 / slope[free], []
+    for _ in range(min(k, len(free))):
+        gain = (weight @ covariance.square()) / (covariance.diagonal() + noise)
+        gain[picks] = -1.0
+        picks.append(int(gain.argmax()))
+        own = covariance[picks[-1]]
+        covariance = covariance - torch.outer(own, own) / (own[picks[-1]] + noise[picks[-1]])
+    return free[picks]
 
 
 def query_coreset(context, k):
@@ -268,7 +322,10 @@ def query_typiclust(context, k):
     return rows[picks]
 
 
-QUERIES = (query_random, query_entropy, query_committee, query_bald, query_coreset, query_badge, query_typiclust)
+QUERIES = (
+    query_random, query_entropy, query_margin, query_cluster_margin, query_committee, query_bald, query_laplace,
+    query_coreset, query_badge, query_typiclust,
+)  # fmt: skip
 STRATEGIES = {query.__name__.removeprefix("query_"): query for query in QUERIES}
 COLD = ("random", "coreset", "typiclust")  # those that need no prediction, so they can choose the first labels
 

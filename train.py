@@ -30,6 +30,7 @@ import files
 import metrics
 import models
 import plots
+import transfer
 from augment import augment, crop_regions
 from data import fit_meta, meta_for, partition
 from devices import ahead, draw_batches, fetch, near
@@ -46,7 +47,7 @@ from judge import (
     predict,
 )
 from losses import class_weights, classification_loss, detection_loss, distillation_loss, ellipses
-from options import Interrupt, Stopped, claim, load_images, parse, prepare_folder, run_jobs, run_main, stop
+from options import Interrupt, Stopped, claim, parse, prepare_folder, run_jobs, run_main, stop
 from readers import InputError
 from report import check_history, finished_run, print_report, read_result, same_pictures, write_report
 
@@ -298,7 +299,10 @@ def train_model(images, train, val, args, folder, seed, teacher=None, unlabelled
     device, spec = models.choose_device(args.device), fit_meta(images, train)
     pixels, masks = near(images.pixels, device), near(images.masks, device)
     images = dataclasses.replace(images, pixels=pixels, masks=masks, meta=meta_for(images, spec), meta_spec=spec)
-    info, trunk = model_info(images, args, seed), choose_trunk(images, train, val, args, start)
+    info, start = model_info(images, args, seed), start or transfer.load_start(args)
+    if args.learn == "head":
+        return transfer.learn_head(images, train, val, info, args, seed, start)
+    trunk = choose_trunk(images, train, val, args, start)
     dnets, histories = train_dnet(images, train, val, info, args, folder, seed, start) if trunk == "own" else ([], [])
     members, look, more = train_members(
         images, train, val, trunk, dnets, info, args, folder, seed, teacher, unlabelled, start
@@ -620,9 +624,10 @@ def check_networks(images, args):
 def prepare(args):
     """(images, the runs to make, the results to compare with or None). Whatever can be wrong is said here, before a run
     folder is made."""
-    images = load_images(args)
+    images, start = transfer.load_with_start(args)
     runs = plan(images, args)
-    check_networks(images, args)
+    if start is None:
+        check_networks(images, args)
     if "mask" in args.roi and images.boxes.isnan().all():
         raise InputError("--roi mask: this data has neither masks nor boxes")
     for run in runs if args.teacher else []:

@@ -1,0 +1,134 @@
+"""A model of elsewhere and a few labels from here: embeddings once, then a last layer in milliseconds.
+
+    seen = look_at(model, images, everything, keep=True)              # the only forward pass
+    heads = refit(heads_of(model), seen.embeddings, rows, labels)     # one a member, pulled towards the old ones
+    opinions = answers(heads, seen.embeddings, others)                # (M, N, K)
+    model, results = learn_labels(model, images, rows, args)          # a model.pt like any other, and what it is worth
+
+What the fine-tuning of a whole network does in minutes, and with sixty labels worse, a convex fit does at once: so that a
+threshold can be cross-fitted, and a query strategy judged by fifty seeds."""
+
+import copy
+import math
+
+import torch
+
+import heads
+import models
+from data import partition
+from judge import calibrate, judge_by, look_at, predict
+from options import load_images
+from readers import InputError
+
+FOLDS = 5  # of the cross-fitting over what is labelled
+
+
+def heads_of(model):
+    """[(weight (K', D), bias (K'))] of the members."""
+    return [(m.head.weight.detach().cpu(), m.head.bias.detach().cpu()) for m in model.members]
+
+
+@torch.no_grad()
+def with_heads(model, layers):
+    """The model with these last layers."""
+    model = copy.deepcopy(model)
+    for member, (weight, bias) in zip(model.members, layers, strict=True):
+        member.head.weight.copy_(weight)
+        member.head.bias.copy_(bias)
+    return model
+
+
+def refit(old, embeddings, rows, targets, classes=2, strength=heads.STRENGTH, weights=None):
+    """The last layers, see heads.fit, of members with these embeddings [(V, N, D)], learnt from the images in `rows`, each
+    by the mean of its views. targets: (len(rows),) or (len(rows), K)."""
+    some = zip(old, embeddings, strict=True)
+    return [heads.fit(e[:, rows].mean(0), targets, layer, classes, strength, weights) for layer, e in some]
+
+
+def answers(layers, embeddings, rows):
+    """The members' probabilities (M, len(rows), K), each the mean over the views of an image."""
+    some = zip(embeddings, layers, strict=True)
+    return torch.stack([heads.probabilities(e[:, rows], layer).mean(0) for e, layer in some])
+
+
+def learn_labels(model, images, rows, args):
+    """(The model with last layers learnt from the labels of the images in `rows`; what it is worth, as results of folds).
+
+    There is no validation split to spend: temperature and threshold come from answers to labels that were not learnt,
+    of FOLDS groupwise folds. In the results each fold is held against what the others' answers set, see judge.cross_fit.
+    The labels of chosen images are those of hard ones: a sensitivity among them is lower than it is among all."""
+    seen, old, labels = look_at(model, images, rows, keep=True), heads_of(model), images.labels[rows]
+    everyone, classes, results = torch.arange(len(rows)), len(images.classes), []
+    fold = partition(labels, images.groups[rows], [1] * FOLDS, args.seed)
+    for k in fold.unique().tolist():
+        known, asked = everyone[fold != k], everyone[fold == k]
+        layers = refit(old, seen.embeddings, known, labels[known], classes, args.pull)
+        opinions = answers(layers, seen.embeddings, asked)
+        result = {"rows": rows[asked], "opinions": opinions, "weights": model.weights.tolist(), "members": []}
+        results.append(result | {"boxes": None})
+    new = with_heads(model, refit(old, seen.embeddings, everyone, labels, classes, args.pull))
+    judged = judge_by(images, results, results, args)
+    new.info |= {k: judged[k] for k in ("temperature", "threshold") if judged[k] is not None}
+    if known := new.info.get("familiar"):  # what was labelled here is unlike nothing any more
+        far = models.distance(seen.traits, known).quantile(0.99).clamp(min=1).square().float()
+        new.info["familiar"] = [one | {"variances": one["variances"] * far} for one in known]
+    if "seen" in new.info:
+        pictures = images.take(rows).pictures()
+        new.info["seen"] = new.info["seen"] | {"train": torch.cat([new.info["seen"]["train"], pictures])}
+    return new, results
+
+
+def distil(old, layers, teacher, embeddings, rows, labels, others, args):
+    """The last layers `layers` again, from the labels of `rows` and beside them a teacher's answers (N, K) on the `others`,
+    softened by --distill-temperature; these weigh (1 - alpha) / alpha times as much as the labels do, all together."""
+    classes = teacher.shape[1]
+    soft = (teacher[others].clamp(min=1e-12).log() / args.distill_temperature).softmax(1)
+    targets = torch.cat([torch.nn.functional.one_hot(labels, classes).to(soft), soft])
+    share = (1 - args.alpha) / args.alpha * len(rows) / max(1, len(others)) if args.alpha else math.inf
+    weights = torch.cat([torch.ones(len(rows)), torch.full((len(others),), share)]).double()
+    return refit(old, embeddings, torch.cat([rows, others]), targets, classes, args.pull, weights)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# --from: what a run or a loop starts with
+
+
+def load_start(args):
+    """The Ensemble of --from, or None without it."""
+    path = vars(args).get("from")
+    return models.load_classifier(path, models.choose_device(args.device)) if path else None
+
+
+def load_with_start(args):
+    """(the images, the Ensemble of --from or None), the options set to how that model was made. InputError where the
+    images' classes are others than it knows."""
+    if (start := load_start(args)) is None:
+        return load_images(args), None
+    info, nets = start.info, [m.config for m in start.members]
+    args.roi = ",".join(dict.fromkeys(net["roi"] for net in nets))
+    args.ensemble = ",".join(net["model"] for net in nets[:: len(args.roi.split(","))])
+    args.model, args.dropout, args.attention = (nets[0][k] for k in ("model", "dropout", "attention"))
+    args.size, args.clahe, args.channels, args.weights = info["size"], info["equalise"], info["channels"], "none"
+    args.margin, args.views = info["margin"], info["views"]
+    args.meta_columns = [s["column"] for s in info["meta_spec"]] or None
+    images = load_images(args, meta_spec=info["meta_spec"] or None)
+    if not models.same_classes(info["classes"], images.classes):
+        raise InputError(
+            f"--from {vars(args)['from']}: it knows {info['classes']}, the data has {images.classes}; name them alike "
+            "(--positive, --drop-class), or take its trunk alone: --weights"
+        )
+    images.classes = info["classes"]
+    return images, start
+
+
+def learn_head(images, train, val, info, args, seed, start):
+    """As train_model, where the last layer alone is learnt; the rest is that of `start`, or of ImageNet."""
+    if start is None:
+        raise InputError("--learn head: give the model whose trunk it is with --from")
+    seen = look_at(start, images, train, keep=True)
+    layers = refit(heads_of(start), seen.embeddings, torch.arange(len(train)), images.labels[train], len(images.classes), args.pull)  # fmt: skip
+    model, look = with_heads(start, layers), images.boxes if start.needs_boxes else None
+    model.info |= {"made": info["made"] | {"from": vars(args)["from"]}}
+    if len(val):
+        calibrate(model, predict(model, images, val, look), images.labels[val], args)
+    return model, look, []
