@@ -179,7 +179,7 @@ def run_head_chain(images, strategy, seed, args, folder):
         rows, layers = pool[labelled], old
         if len(rows):
             layers = transfer.refit(old, embeddings, rows, images.labels[rows], len(images.classes), args.pull)
-        if len(rows) and number and args.distill != "none":
+        if len(rows) and number and args.distill != "none":  # the teacher: all rounds before, together
             others = pool[~torch.isin(pool, rows)] if args.distill == "pool" else rows
             layers = transfer.distil(old, teacher / number, embeddings, rows, images.labels[rows], others, args)
         opinions = transfer.answers(layers, embeddings, torch.cat([pool, test]))
@@ -245,18 +245,20 @@ def compare(curves, full, labels, replicates=2000):
     """Each strategy against random, from AUC curves {name: (R, T)} of the same R seeds, full (R,) and labels (T,).
 
     {name: {"area": mean, "gain": paired difference to random, its t interval and p, "needed": {share: {"labels",
-    "ratio", "low", "high"}}}}. The ratio is that of the mean curves' labels, its interval a bootstrap over the seeds
-    (pairs kept); a curve that does not get there is counted as one query after its last round, and its labels are None."""
+    "ratio", "low", "high"}}}}; the last share, "random", is what random reaches in the end. The ratio is that of the mean
+    curves' labels, its interval a bootstrap over the seeds (pairs kept); a curve that does not get there is counted as
+    one query after its last round, and its labels are None."""
     drawn = torch.randint(len(full), (replicates, len(full)), generator=torch.Generator().manual_seed(0))
     drawn = torch.cat([torch.arange(len(full))[None], drawn])  # the first is no resample
+    goals = {f"{share:.2f}": share * full[drawn].mean(1) for share in SHARES}
+    goals["random"] = curves["random"][drawn].mean(1)[:, -1]
     end, quantiles, table = float(2 * labels[-1] - labels[-2]), torch.tensor([0.025, 0.975], dtype=torch.double), {}
     for name, curve in curves.items():
         mean, low, high, p = metrics.mean_interval(area(curve, labels) - area(curves["random"], labels))
         row = {"area": float(area(curve, labels).mean()), "gain": mean, "low": low, "high": high, "needed": {}}
         tests = max(1, len(curves) - 1)  # Bonferroni: so many strategies were tried
         row["p"] = min(1.0, p * tests) if math.isfinite(p) else math.nan
-        for share in SHARES:
-            goal = share * full[drawn].mean(1)
+        for what, goal in goals.items():
             own, chance = (labels_to_reach(c[drawn].mean(1), labels, goal) for c in (curve, curves["random"]))
             ratios = own.clamp(max=end) / chance.clamp(max=end)
             low, high = torch.quantile(ratios[1:], quantiles).tolist() if len(full) > 1 else (math.nan, math.nan)
@@ -264,7 +266,7 @@ def compare(curves, full, labels, replicates=2000):
             if own[0] == chance[0] == math.inf:  # neither gets there
                 ratio = low = high = math.nan
             needed = {"labels": float(own[0]) if own[0] < math.inf else None, "ratio": ratio, "low": low, "high": high}
-            row["needed"][f"{share:.2f}"] = needed
+            row["needed"][what] = needed
         table[name] = row
     return table
 
@@ -388,10 +390,11 @@ def print_al_report(report):
     full = report["auc"]["all"][0]
     print(f"\nfull data: AUC {metrics.interval_text({'value': full['mean'], **full})}")
     print("labels needed for a share of it, and as a ratio to random's [95 %, bootstrap over the seeds]")
-    print(f"{'':11s} mean AUC" + "".join(f"{f'{100 * s:.0f} %':>30s}" for s in SHARES))
+    titles = [*(f"{100 * s:.0f} %" for s in SHARES), "random's last"]
+    print(f"{'':15s} mean AUC" + "".join(f"{title:>30s}" for title in titles))
     for name, row in report["table"].items():
-        cells = [needed_text(row["needed"][f"{share:.2f}"], report["labels"][-1]) for share in SHARES]
-        print(f"{name:11s} {row['area']:.4f}  " + "".join(f"{cell:>30s}" for cell in cells))
+        cells = [needed_text(needed, report["labels"][-1]) for needed in row["needed"].values()]
+        print(f"{name:15s} {row['area']:.4f}  " + "".join(f"{cell:>30s}" for cell in cells))
     for line in report["words"]:
         print(line)
     tested = report["data"]["test"]
@@ -461,35 +464,40 @@ def main(argv=None):
         return {"suggest": suggest, "learn": learn}[argv[0]](argv[1:])
     args = parse(argv)
     models.choose_device(args.device)
-    images, _ = transfer.load_with_start(args)
+    images, start = transfer.load_with_start(args)
     train.check_split(images, images.rows("test"), "test")
+    if start is not None:
+        transfer.check_unseen(start, images, images.rows("test"), args)
     if args.start + args.rounds * args.query > (most := len(images.rows("train"))):
         asked = f"--start {args.start} + --rounds {args.rounds} x --query {args.query}"
         raise InputError(f"{asked}: more than the pool of {most} images")
-    train.check_networks(images, args)
+    if start is None:
+        train.check_networks(images, args)
     other = finished_loop(images, args) if args.against else None
     folder = options.prepare_folder(args, images, "al-")
     print(f"run folder: {folder}")
     seeds = range(args.seed, args.seed + args.repeats)
     jobs = [(name, seed, args, folder) for seed in seeds for name in ["all", *args.strategies]]
-    chains, start, chain = [], time.time(), run_head_chain if args.learn == "head" else run_chain
+    chains, began, chain, by_hand = [], time.time(), run_chain, args.workers == 1
+    if args.learn == "head":  # of all labels there is one fit, whatever the seed
+        chain, by_hand, jobs = run_head_chain, False, [j for j in jobs if j[0] != "all" or j[1] == args.seed]
     try:
-        with (
-            options.claim(folder, not args.resume),
-            train.Interrupt() if args.workers == 1 else contextlib.nullcontext(),
-        ):
+        with options.claim(folder, not args.resume), train.Interrupt() if by_hand else contextlib.nullcontext():
             if args.learn == "head" and not (folder / "embeddings.pt").exists():
                 embed_once(images, args, folder)
             for done in options.run_jobs(chain, jobs, images, args, args.workers):
                 chains.append(done)
-                left = (time.time() - start) / len(chains) * (len(jobs) - len(chains))
+                left = (time.time() - began) / len(chains) * (len(jobs) - len(chains))
                 left = f"{left / 60:.0f} min" if left > 90 else f"{left:.0f} s"
                 print(f"{len(chains)} of {len(jobs)} chains, about {left} left", flush=True)
     except (train.Stopped, KeyboardInterrupt):
         options.stop("al_loop.py", folder)
+    if args.learn == "head":
+        full = next(c for c in chains if c["strategy"] == "all")
+        chains += [full | {"seed": seed} for seed in seeds if seed != args.seed]
     report = write_al_report(images, chains, args, folder, other)
     print_al_report(report)
-    print(f"\n{folder}: al.json, curves.png   ({time.time() - start:.0f} s)")
+    print(f"\n{folder}: al.json, curves.png   ({time.time() - began:.0f} s)")
     print(models.DISCLAIMER)
     return report, folder
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from augment import to_float
-from files import read_checkpoint
+from files import parts_of, read_checkpoint
 from readers import InputError
 
 RESNETS = ["resnet18", "resnet34", "resnet50"]
@@ -110,17 +110,22 @@ def fold_stem(features):
     features.set_submodule(name, grey)
 
 
-def torchvision_state(name, features):
-    """The state of a backbone as a state_dict with torchvision's own names, which `load_weights` reads. A grey stem
-    is given three channels that sum to it."""
+def torchvision_state(name, state):
+    """The backbone in the state_dict of a network ("features.0. ...", "dnet.features.0. ..." of a shared trunk) as a
+    state_dict with torchvision's own names, which `load_weights` reads. A grey stem is given three channels that sum to
+    it."""
     with torch.device("meta"):
-        prefixes = backbone_parts(name, whole_network(name))
-    parts = zip(prefixes, features, strict=False)  # DenseNet's features have a ReLU more
-    state = {f"{prefix}.{k}": v.detach().cpu().clone() for prefix, part in parts for k, v in part.state_dict().items()}
-    stem = next(k for k, v in state.items() if v.ndim == 4)
-    if state[stem].shape[1] == 1:
-        state[stem] = state[stem].repeat(1, 3, 1, 1) / 3
-    return state
+        prefixes = list(backbone_parts(name, whole_network(name)))
+    own = {}
+    for key, value in state.items():
+        first, _, rest = key.removeprefix("dnet.").partition(".")
+        i, _, rest = rest.partition(".")
+        if first == "features" and int(i) < len(prefixes):  # DenseNet's features have a ReLU more
+            own[f"{prefixes[int(i)]}.{rest}"] = value.detach().cpu().clone()
+    stem = next(k for k, v in own.items() if v.ndim == 4)
+    if own[stem].shape[1] == 1:
+        own[stem] = own[stem].repeat(1, 3, 1, 1) / 3
+    return own
 
 
 HEADS = ("classifier", "fc")  # of a whole network, which a backbone does not want
@@ -144,8 +149,12 @@ def share_weights(backbones, weights):
 
 
 def read_state(path):
-    """A state_dict file. Raises InputError if it is none."""
+    """A state_dict file; of a model file of ours the trunk of its first network. Raises InputError if it is neither."""
     state = read_checkpoint(path, f"--weights {path}")
+    if isinstance(state, dict) and "format" in state:
+        with parts_of(path, "train it again, or take another"):
+            first = [*state["members"], *state.get("dnets", [])][0]
+            return torchvision_state(first["config"]["model"], first["state"])
     if not isinstance(state, dict) or not any(isinstance(v, torch.Tensor) for v in state.values()):
         raise InputError(f"--weights {path}: holds no state_dict")
     return {str(k): v for k, v in state.items()}

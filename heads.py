@@ -13,7 +13,7 @@ epochs, and milliseconds."""
 import torch
 import torch.nn.functional as F
 
-STRENGTH = 1.0  # of the pull, in labels: see fit
+STRENGTH = 0.1  # of the pull, see fit
 
 
 def fit(embeddings, targets, start=None, classes=2, strength=STRENGTH, weights=None):

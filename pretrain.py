@@ -128,7 +128,7 @@ def main(argv=None):
     except (train.Stopped, KeyboardInterrupt):
         options.stop("pretrain.py", folder)
     net.load_state_dict(best)
-    save_checkpoint(folder / "backbone.pt", torchvision_state(args.model, net.online.features))
+    save_checkpoint(folder / "backbone.pt", torchvision_state(args.model, net.online.state_dict()))
     print(f"\n{folder / 'backbone.pt'}: loss {history[0]['loss']:.3f} -> {history[-1]['loss']:.3f}")
     print(f"then: python train.py --model {args.model} --weights {folder / 'backbone.pt'} ...")
 

@@ -43,11 +43,13 @@ import data
 import devices
 import explain
 import files
+import heads
 import infer
 import judge
 import losses
 import metrics
 import models
+import person
 import phantoms
 import plots
 import pretrain
@@ -57,6 +59,7 @@ import report
 import saliency
 import search
 import train
+import transfer
 from options import check_against, parse, prepare_folder, run_jobs, run_main
 from readers import InputError
 from report import clean
@@ -3953,7 +3956,10 @@ def test_byol_moves_its_target_slowly_and_sends_it_no_gradient():
 def test_a_backbone_is_saved_under_torchvisions_names_slow(tmp_path, name, capsys):
     torch.manual_seed(0)
     features, _ = backbones.build_backbone(name, 1)
-    torch.save(backbones.torchvision_state(name, features), tmp_path / "b.pt")
+    torch.save(
+        backbones.torchvision_state(name, {f"features.{k}": v for k, v in features.state_dict().items()}),
+        tmp_path / "b.pt",
+    )
     loaded, _ = backbones.build_backbone(name, 1, str(tmp_path / "b.pt"))
     x = torch.rand(1, 1, 64, 64)
     torch.testing.assert_close(loaded.eval()(x), features.eval()(x), atol=1e-4, rtol=1e-4)
@@ -4022,7 +4028,7 @@ def test_monte_carlo_dropout_is_dropout():
     member = models.CNet("small_cnn", 2, 1, dropout=0.4).eval()
     torch.nn.init.normal_(member.head.weight)
     x = torch.rand(6, member.width)
-    ours = al_loop.sample_dropout(member, x, torch.Generator().manual_seed(0), 4000)
+    ours = person.sample_dropout(member, x, torch.Generator().manual_seed(0), 4000)
     with torch.no_grad():
         member.dropout.train()
         theirs = torch.stack([models.to_probabilities(member.classify(x)) for _ in range(4000)])
@@ -4034,7 +4040,7 @@ def test_the_pool_is_seen_as_it_is_by_every_member(tmp_path):
     """No augmentation, no dropout, no batch statistics: embeddings and answers image by image."""
     model, images = small_model(roi="dnet"), data.phantom_set(9, 32)
     rows, boxes = torch.tensor([8, 0, 3]), torch.rand(9, 4).sort(1).values
-    embeddings, probabilities = al_loop.observe(model, images, rows, boxes, batch=2)
+    embeddings, probabilities = person.observe(model, images, rows, boxes, batch=2)
     assert embeddings.shape == (3, model.members[0].width)
     with torch.no_grad():
         for i, row in enumerate(rows.tolist()):
@@ -4307,7 +4313,7 @@ def fill_in(path, rows, **columns):
         for name, values in columns.items():
             row[name] = values.get(i, row[name])
     with open(path, "w", newline="") as file:
-        writer = csv.DictWriter(file, al_loop.HEADER)
+        writer = csv.DictWriter(file, person.HEADER)
         writer.writeheader()
         writer.writerows(rows)
     return path
@@ -4355,7 +4361,7 @@ def test_learn_names_the_row_that_it_can_not_use(tmp_path, helper, folders):
         assert why in error_of(call(al_loop, "learn", "--labels", answers, *base))
     fill_in(answers, rows, label={2: ""}, box={2: ""})
     classes = quiet_load(folders, 32, positive="malignant").classes
-    assert len(al_loop.read_answers(answers, classes, partial=True)) == 4
+    assert len(person.read_answers(answers, classes, partial=True)) == 4
     assert "give the filled-in to_label.csv" in error_of(call(al_loop, "learn", *base))
     said = error_of(call(al_loop, "learn", "--labels", answers, *base, "--ensemble", "x,y", "--partial", "--name", "x"))
     assert "no such network" in said
@@ -4369,7 +4375,7 @@ def test_an_answer_that_shows_a_test_image_is_left_out(tmp_path, folders, capsys
     Image.open(test).save(tmp_path / "copy.png")
     picture(70, 50, 777).save(tmp_path / "new.png")
     entries = [readers.Entry(str(p), str(p), 1) for p in (tmp_path / "copy.png", known, tmp_path / "new.png")]
-    more, rows = al_loop.add_answers(images, entries, args)
+    more, rows = person.add_answers(images, entries, args)
     assert [more.names[i] for i in rows] == [str(tmp_path / "new.png")]
     assert more.labels[rows].tolist() == [1]
     said = capsys.readouterr().out
@@ -4408,12 +4414,12 @@ def test_answers_keep_their_patients_and_their_files(tmp_path, capsys, monkeypat
     assert all(Path(row["image"]).is_file() for row in rows)
     rows.append({**rows[0], "image": str((source.parent / "pictures" / "20.png").resolve()), "group": "p5"})
     with open(tmp_path / "answers.csv", "w", newline="") as file:
-        writer = csv.DictWriter(file, al_loop.HEADER)
+        writer = csv.DictWriter(file, person.HEADER)
         writer.writeheader()
         writer.writerows({**row, "label": "a"} for row in rows)
-    entries = al_loop.read_answers(tmp_path / "answers.csv", images.classes)
+    entries = person.read_answers(tmp_path / "answers.csv", images.classes)
     args = parse(["--data", str(source), *TINY, "--cache", str(tmp_path / "c")])
-    more, rows = al_loop.add_answers(images, entries, args)
+    more, rows = person.add_answers(images, entries, args)
     said = capsys.readouterr().out
     assert "2 answers are left out: their groups have images in the validation or test split" in said  # p0 and p1
     assert "20.png: it has a label in --data" in said
@@ -4446,9 +4452,289 @@ def test_lines_are_counted_as_the_file_has_them(tmp_path):  # after blank lines 
     (tmp_path / "t.csv").write_text("image,label,box\n\n\n0.png,a,\n\n0.png,a,1 2 3\n")
     refused("line 6: box '1 2 3'", quiet_load, tmp_path / "t.csv", 32)
     (tmp_path / "t.csv").write_text("image,label\n\n0.png,a\n\n\n0.png,\n")
-    refused(r"no label in 1 rows \(6\)", al_loop.read_answers, tmp_path / "t.csv", ["a", "b"])
+    refused(r"no label in 1 rows \(6\)", person.read_answers, tmp_path / "t.csv", ["a", "b"])
     (tmp_path / "t.csv").write_text("image,label\n\n0.png,a\n\n\n0.png,c\n")
-    refused("row 6", al_loop.read_answers, tmp_path / "t.csv", ["a", "b"])
+    refused("row 6", person.read_answers, tmp_path / "t.csv", ["a", "b"])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# heads.py, transfer.py: a last layer learnt on frozen embeddings, and who lives on it
+
+
+def penalised(head, start, x, targets, strength, weights):
+    """What heads.fit minimises, written down in D dimensions."""
+    (weight, bias), (old, old_bias) = head, start
+    mean = x.mean(0)
+    scale = (x - mean).square().sum(1).mean().sqrt()
+    change = (weight - old) * scale, bias - old_bias + (weight - old) @ mean
+    logits = x @ weight.T + bias
+    logits = torch.cat([torch.zeros_like(logits), logits], 1) if logits.shape[1] == 1 else logits
+    cross = -(weights[:, None] * targets * logits.log_softmax(1)).sum()
+    return cross + strength / 2 * sum(c.square().sum() for c in change)
+
+
+@pytest.mark.parametrize(("classes", "n", "d"), [(2, 30, 80), (2, 90, 20), (5, 40, 60), (2, 3, 7)])
+def test_a_head_is_where_the_gradient_of_the_full_problem_is_zero(classes, n, d):
+    torch.manual_seed(n)
+    outputs = 1 if classes == 2 else classes
+    x, strength = torch.randn(n, d, dtype=torch.double) * 3 + 1, 0.3
+    targets, weights = torch.rand(n, classes, dtype=torch.double).softmax(1), torch.rand(n, dtype=torch.double) + 0.1
+    start = (torch.randn(outputs, d, dtype=torch.double) / d, torch.randn(outputs, dtype=torch.double))
+    head = heads.fit(x, targets, start, classes, strength, weights)
+    free = [t.clone().requires_grad_() for t in head]
+    gradients = torch.autograd.grad(penalised(free, start, x, targets, strength, weights), free)
+    assert max(float(g.abs().max()) for g in gradients) < 1e-3 * n
+    best = float(penalised(head, start, x, targets, strength, weights))
+    for _ in range(20):
+        other = [t + 0.01 * torch.randn_like(t) for t in head]
+        assert float(penalised(other, start, x, targets, strength, weights)) > best
+
+
+def test_a_head_keeps_to_what_it_starts_from_as_strongly_as_is_said():
+    torch.manual_seed(0)
+    x, labels = torch.randn(40, 30), torch.arange(40) % 2
+    start = (torch.randn(1, 30), torch.randn(1))
+    kept = heads.fit(x, labels, start, strength=1e7)
+    torch.testing.assert_close(kept[0], start[0].double(), atol=1e-4, rtol=0)
+    moved = [float((heads.fit(x, labels, start, strength=s)[0] - start[0]).norm()) for s in (10, 1, 0.1)]
+    assert moved == sorted(moved)
+    one = heads.fit(x, labels)
+    again = heads.fit(x.repeat(3, 1), labels.repeat(3), weights=torch.full((120,), 1 / 3))  # the same, thrice a third
+    torch.testing.assert_close(one[0], again[0], atol=1e-4, rtol=0)
+    hard = heads.fit(x, F.one_hot(labels, 2))
+    torch.testing.assert_close(one[0], hard[0])
+    copies = heads.fit(x[:1].repeat(8, 1), torch.arange(8) % 2)  # one picture of both labels
+    torch.testing.assert_close(heads.probabilities(x[:1], copies)[0, 1], torch.tensor(0.5, dtype=torch.double))
+    for bad in ((x, labels[:-1]), (x[:0], labels[:0]), (x * math.nan, labels), (x, F.one_hot(labels, 3))):
+        with pytest.raises(ValueError, match=r"embeddings|strength"):
+            heads.fit(*bad)
+
+
+def test_margins_lead_and_clusters_share_the_picks():
+    p = torch.tensor([[0.5, 0.3, 0.2], [0.4, 0.35, 0.25], [0.9, 0.1, 0.0], [0.34, 0.33, 0.33]])
+    torch.testing.assert_close(query.margins(p), torch.tensor([0.2, 0.05, 0.8, 0.01]))
+    context = query.Context(None, p, torch.tensor([3]), torch.tensor([0, 1, 2]), torch.Generator().manual_seed(0))
+    assert query.query_margin(context, 2).tolist() == [1, 0]
+    x = torch.cat([torch.randn(30, 8) * 0.01 + torch.eye(8)[0], torch.randn(30, 8) * 0.01 + torch.eye(8)[1]])
+    lead = torch.cat([torch.linspace(0.01, 0.02, 30), torch.linspace(0.03, 0.04, 30)])  # the first thirty are less sure
+    p = torch.stack([0.5 - lead / 2, 0.5 + lead / 2], 1)
+    context = query.Context(x, p, torch.empty(0, dtype=torch.long), torch.arange(60), torch.Generator().manual_seed(0))
+    assert (query.query_margin(context, 4) < 30).all()
+    picks = query.query_cluster_margin(context, 6)
+    assert len(picks.unique()) == 6
+    assert (picks >= 30).sum() >= 2
+
+
+def test_laplace_picks_what_settles_the_pool_most_by_brute_force():
+    """Against the posterior's covariance as a matrix of D x D, inverted anew for every candidate and every pick."""
+    torch.manual_seed(1)
+    x, p = torch.randn(14, 5), torch.rand(14).clamp(0.05, 0.95)
+    labelled, free, pull = torch.tensor([0, 5, 7]), torch.tensor([1, 2, 3, 4, 6, 8, 9, 10, 11, 12, 13]), 0.7
+    context = query.Context(x, torch.stack([1 - p, p], 1), labelled, free, torch.Generator().manual_seed(0), pull=pull)
+    picks = query.query_laplace(context, 4).tolist()
+    known = x[labelled]
+    f = (x - known.mean(0)) / (known - known.mean(0)).square().sum(1).mean().sqrt()
+    f, slope = torch.cat([f, torch.ones(14, 1)], 1).double(), (p * (1 - p)).double()
+
+    def unsettled(told):
+        precision = pull * torch.eye(6, dtype=torch.double) + (f[told].T * slope[told]) @ f[told]
+        return float((slope[free].square() * (f[free] @ precision.inverse() * f[free]).sum(1)).sum())
+
+    told, expected = labelled.tolist(), []
+    for _ in range(4):
+        best = min((i for i in free.tolist() if i not in expected), key=lambda i: unsettled([*told, i]))
+        told, expected = [*told, best], [*expected, best]
+    assert picks == expected
+    nothing = query.Context(x, torch.stack([1 - p, p], 1), labelled[:0], free, torch.Generator().manual_seed(0))
+    assert len(set(query.query_laplace(nothing, 11).tolist())) == 11
+
+
+@pytest.fixture(scope="module")
+def elsewhere(tmp_path_factory):
+    """A run on phantoms, and a CSV of other phantoms with patients, two images each: another hospital."""
+    folder = tmp_path_factory.mktemp("elsewhere")
+    options = ["--size", "32", "--epochs", "3", "--steps-per-epoch", "8", "--lr", "3e-3", "--views", "1"]
+    assert call(train, *options, "--runs", folder, "--name", "home").returncode == 0
+    pixels, labels, _ = phantoms.phantoms(120, 32, seed=77)
+    lines = ["image,label,group"]
+    for i, (p, label) in enumerate(zip(pixels, labels.tolist(), strict=True)):
+        Image.fromarray(p[0].numpy()).save(folder / f"{i}.png")
+        lines.append(f"{i}.png,{['benign', 'malignant'][label]},p{i // 2}")
+    (folder / "there.csv").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+def test_a_head_learnt_by_train_is_the_one_that_fit_gives_slow(tmp_path, elsewhere):
+    where = ["--runs", tmp_path, "--cache", tmp_path / "c", "--data", elsewhere / "there.csv", "--views", "1"]
+    result = call(train, *where, "--from", elsewhere / "home", "--learn", "head", "--name", "h")
+    assert result.returncode == 0, result.stderr
+    home, model = models.load(elsewhere / "home"), models.load(tmp_path / "h")
+    images = quiet_load(elsewhere / "there.csv", 32)
+    rows = images.rows("train")
+    seen = judge.look_at(home, images, rows, keep=True)
+    weight, bias = heads.fit(seen.embeddings[0][0], images.labels[rows], transfer.heads_of(home)[0])
+    torch.testing.assert_close(model.members[0].head.weight.double(), weight, atol=1e-4, rtol=1e-3)
+    torch.testing.assert_close(model.members[0].head.bias.double(), bias, atol=1e-4, rtol=1e-3)
+    for name, value in home.members[0].state_dict().items():
+        assert name.startswith("head.") or torch.equal(value, model.members[0].state_dict()[name])
+    assert model.info["made"]["from"] == str(elsewhere / "home")
+    assert not torch.isin(images.take(images.rows("test")).pictures(), model.info["seen"]["train"]).any()
+    # all of it: the first epoch begins where the other ended, at a learning rate of nothing it stays there
+    fine = ["--epochs", "1", "--steps-per-epoch", "2", "--lr", "1e-12", "--ema", "0"]
+    assert call(train, *where, "--from", elsewhere / "home", *fine, "--name", "f").returncode == 0
+    fine = models.load(tmp_path / "f")
+    torch.testing.assert_close(fine.members[0].head.weight, home.members[0].head.weight, atol=1e-6, rtol=0)
+    # its trunk: a model file is weights like any others
+    assert call(train, *where, "--size", "32", "--model", "small_cnn", "--weights", elsewhere / "home" / "model.pt", *fine_options(), "--name", "t").returncode == 0  # fmt: skip
+    trunk = models.load(tmp_path / "t").members[0].state_dict()
+    for name, value in home.members[0].state_dict().items():
+        if "features" in name and value.is_floating_point() and "running" not in name:
+            other = trunk.get(name, trunk.get(name.removeprefix("dnet.")))
+            torch.testing.assert_close(other, value, atol=1e-6, rtol=0)
+    for options, why in [
+        (["--learn", "head"], "give the model whose trunk it is with --from"),
+        (["--from", elsewhere / "home", "--positive", "benign"], "it knows"),
+        (["--from", tmp_path / "gone"], "no such file"),
+        (["--from", tmp_path / "h", "--learn", "head", "--folds", "2"], "it learnt from"),
+    ]:
+        assert why in error_of(call(train, *where, *options, "--name", "bad"))
+    assert not (tmp_path / "bad").exists()
+
+
+def fine_options():
+    return ["--epochs", "1", "--steps-per-epoch", "2", "--lr", "1e-12"]
+
+
+def test_the_loop_of_heads_is_a_loop_of_fits_slow(tmp_path, elsewhere):
+    where = ["--runs", tmp_path, "--cache", tmp_path / "c", "--data", elsewhere / "there.csv", "--views", "1"]
+    loop = ["--learn", "head", "--from", elsewhere / "home", "--query", "4", "--rounds", "3"]
+    names = "random,entropy,margin,cluster_margin,laplace,coreset,badge,typiclust,bald"
+    result = call(al_loop, *where, *loop, "--strategies", names, "--repeats", "2", "--name", "a")
+    assert result.returncode == 0, result.stderr
+    report = json.loads((tmp_path / "a" / "al.json").read_text())
+    assert report["labels"] == [0, 4, 8, 12]
+    images, home = quiet_load(elsewhere / "there.csv", 32), models.load(elsewhere / "home")
+    assert list(report["auc"]) == ["random", *names.split(",")[1:], "all"]
+    rows = images.rows("test")
+    by_name = {n: i for i, n in enumerate(images.names)}
+    everyone = judge.look_at(home, images, torch.arange(len(images)), keep=True).embeddings[0][0]
+    for chain in report["chains"]:
+        told = []
+        for part in chain["rounds"]:
+            told += [by_name[name] for name in part["picks"]]
+            assert (
+                part["labels"] == len(told) == len({images.group_names[i] for i in told}) or chain["strategy"] == "all"
+            )
+            head = transfer.heads_of(home)[0]
+            if told:
+                head = heads.fit(everyone[told], images.labels[told], head)
+            p = heads.probabilities(everyone[rows], head)
+            assert part["auc"] == pytest.approx(float(metrics.evaluate(p, images.labels[rows])["auc"]), abs=0.01)
+    # killed and gone on with: the same; compared with itself: no difference; cold: from nothing
+    kept = (tmp_path / "a" / "badge-1.json").read_bytes()
+    (tmp_path / "a" / "badge-1.json").unlink()
+    assert call(al_loop, "--resume", tmp_path / "a").returncode == 0
+    strip = [[{k: v for k, v in r.items() if k != "seconds"} for r in json.loads(text)] for text in (kept, (tmp_path / "a" / "badge-1.json").read_bytes())]  # fmt: skip
+    assert strip[0] == strip[1]
+    soft = [*loop, "--repeats", "2", "--strategies", "random", "--distill", "pool", "--against", tmp_path / "a"]
+    result = call(al_loop, *where, *soft, "--name", "b")
+    assert "random: mean AUC against its own in the other run" in result.stdout
+    cold = [
+        "--learn",
+        "head",
+        "--model",
+        "small_cnn",
+        "--weights",
+        "none",
+        "--size",
+        "32",
+        "--start",
+        "4",
+        "--query",
+        "4",
+    ]
+    assert call(al_loop, *where, *cold, "--rounds", "1", "--repeats", "2", "--strategies", "random", "--name", "c").returncode == 0  # fmt: skip
+    for options, why in [
+        (["--start", "0"], "--start 0 asks a model that comes from elsewhere"),
+        (["--from", elsewhere / "home"], "it goes with --learn head"),
+        ([*loop, "--warm-start"], "leave them out"),
+        ([*loop, "--strategies", "committee"], "leave them out"),
+    ]:
+        assert why in error_of(call(al_loop, *where, *options, "--name", "bad"))
+
+
+def answer_sheet(path, folder, rows, **changed):
+    """A filled-in to_label.csv of these images of `elsewhere`."""
+    truth = {r["image"]: r for r in csv.DictReader((folder / "there.csv").read_text().splitlines())}
+    with open(path, "w", newline="") as file:
+        table = csv.DictWriter(file, person.HEADER)
+        table.writeheader()
+        for n, i in enumerate(rows):
+            one = {
+                "number": n,
+                "image": folder / f"{i}.png",
+                "label": truth[f"{i}.png"]["label"],
+                "group": f"p{i // 2}",
+            }
+            table.writerow({**dict.fromkeys(person.HEADER, ""), **one, **changed.get(str(i), {})})
+    return path
+
+
+def test_a_person_adapts_a_model_without_its_old_images_slow(tmp_path, elsewhere):
+    """Three commands: suggest, (label), learn. The threshold is cross-fitted, the next suggestion asks other patients."""
+    where, home = ["--runs", tmp_path, "--cache", tmp_path / "c"], elsewhere / "home"
+    sheet = answer_sheet(tmp_path / "a.csv", elsewhere, range(0, 120, 2))
+    result = call(al_loop, "learn", "--from", home, "--labels", sheet, *where, "--name", "l")
+    assert result.returncode == 0, result.stderr
+    assert "60 answers" in result.stdout
+    assert "cross-fitted" in result.stdout
+    change = json.loads((tmp_path / "l" / "change.json").read_text())
+    assert change["test"]["auc"]["low"] <= change["test"]["auc"]["value"] <= change["test"]["auc"]["high"]
+    assert "can't tell" in result.stdout or not change["test"]["auc"]["low"] <= 0 <= change["test"]["auc"]["high"]
+    new, old = models.load(tmp_path / "l"), models.load(home)
+    assert new.info["made"]["from"] == str(home)
+    assert new.info["made"]["labels"] == 60
+    images = quiet_load(elsewhere / "there.csv", 32)
+    assert torch.isin(images.take(torch.arange(0, 120, 2)).pictures(), new.info["seen"]["train"]).all()
+    # the out-of-fold answers, again by hand: a fold's layer has not met its labels
+    args = parse(["--data", "x", "--views", "1"])
+    rows = torch.arange(0, 120, 2)
+    some = images.take(rows)
+    _, results = transfer.learn_labels(old, some, torch.arange(60), args)
+    seen = judge.look_at(old, some, torch.arange(60), keep=True).embeddings
+    for r in results:
+        known = torch.tensor([i for i in range(60) if i not in r["rows"].tolist()])
+        layer = transfer.refit(transfer.heads_of(old), seen, known, some.labels[known])
+        torch.testing.assert_close(r["opinions"], transfer.answers(layer, seen, r["rows"]), atol=1e-4, rtol=1e-3)
+        assert not set(some.groups[known].tolist()) & set(some.groups[r["rows"]].tolist())
+    out = tmp_path / "next"
+    result = call(al_loop, "suggest", "--model", tmp_path / "l", "--pool", elsewhere / "there.csv", "--query", "5", "--out", out, "--cache", tmp_path / "c")  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert f"learn --from {tmp_path / 'l'}" in result.stdout
+    asked = {int(Path(r["image"]).stem) for r in csv.DictReader((out / "to_label.csv").read_text().splitlines())}
+    assert not asked & set(range(0, 120, 2))
+
+
+def test_learning_from_answers_waits_for_enough_of_each_class(tmp_path, elsewhere):
+    where, home = ["--runs", tmp_path, "--cache", tmp_path / "c", "--name", "l"], elsewhere / "home"
+    truth = [r["label"] for r in csv.DictReader((elsewhere / "there.csv").read_text().splitlines())]
+    benign = [i for i in range(0, 120, 2) if truth[i] == "benign"][:3]
+    sheet = answer_sheet(tmp_path / "a.csv", elsewhere, benign)
+    said = error_of(call(al_loop, "learn", "--from", home, "--labels", sheet, *where))
+    assert "label 2 of benign and 5 of malignant more" in said
+    answer_sheet(sheet, elsewhere, range(0, 40, 2), **{"4": {"label": ""}})
+    assert "no label in 1 rows (4)" in error_of(call(al_loop, "learn", "--from", home, "--labels", sheet, *where))
+    answer_sheet(sheet, elsewhere, range(0, 40, 2), **{"4": {"label": "cyst"}})
+    assert "label 'cyst' is none of benign, malignant" in error_of(call(al_loop, "learn", "--from", home, "--labels", sheet, *where))  # fmt: skip
+    assert "leave them out" in error_of(
+        call(al_loop, "learn", "--from", home, "--labels", sheet, "--data", elsewhere, *where)
+    )
+    assert not (tmp_path / "l").exists()
+    shutil.copy(elsewhere / "0.png", tmp_path / "twin.png")
+    answer_sheet(sheet, elsewhere, range(0, 60, 2), **{"4": {"image": tmp_path / "twin.png"}})
+    result = call(al_loop, "learn", "--from", home, "--labels", sheet, *where)
+    assert re.search(r"0.png and .*twin.png look the same, but are of two patients", result.stdout), result.stdout
+    assert (tmp_path / "l" / "model.pt").exists()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -4750,7 +5036,7 @@ def test_answers_without_masks_cost_the_others_none_of_theirs(tmp_path, folders)
     picture(60, 40, 77).save(tmp_path / "a.png")
     entry = readers.Entry(str(tmp_path / "a.png"), "a.png", label=1, box=(5, 5, 30, 30))
     with contextlib.redirect_stdout(io.StringIO()):
-        both, rows = al_loop.add_answers(images, [entry], args)
+        both, rows = person.add_answers(images, [entry], args)
     assert torch.equal(both.masks[: len(images)], images.masks)
     assert rows.tolist() == [len(images)]
     assert (both.masks[-1].any(), both.outlined[-1], both.boxes[-1].isfinite().all()) == (False, True, True)
@@ -5109,7 +5395,7 @@ def test_a_bad_epoch_is_not_saved_slow(tmp_path, monkeypatch):  # 35
 # The house: what may import what, rooms of one sitting, files to copy whole, a README that runs
 
 FLOORS = [
-    ["augment", "losses", "query", "saliency", "metrics", "phantoms"],
+    ["augment", "heads", "losses", "query", "saliency", "metrics", "phantoms"],
     ["readers", "devices"],
     ["data", "files"],
     ["backbones"],
@@ -5118,8 +5404,10 @@ FLOORS = [
     ["plots"],
     ["options"],
     ["judge"],
+    ["transfer"],
     ["report"],
     ["train"],
+    ["person"],
     ["infer", "explain", "al_loop", "search", "pretrain"],
     ["bench"],
 ]

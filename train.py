@@ -299,24 +299,26 @@ def train_model(images, train, val, args, folder, seed, teacher=None, unlabelled
     device, spec = models.choose_device(args.device), fit_meta(images, train)
     pixels, masks = near(images.pixels, device), near(images.masks, device)
     images = dataclasses.replace(images, pixels=pixels, masks=masks, meta=meta_for(images, spec), meta_spec=spec)
-    info, start = model_info(images, args, seed), start or transfer.load_start(args)
+    info, start, histories = model_info(images, args, seed), start or transfer.load_start(args), []
     if args.learn == "head":
-        return transfer.learn_head(images, train, val, info, args, seed, start)
-    trunk = choose_trunk(images, train, val, args, start)
-    dnets, histories = train_dnet(images, train, val, info, args, folder, seed, start) if trunk == "own" else ([], [])
-    members, look, more = train_members(
-        images, train, val, trunk, dnets, info, args, folder, seed, teacher, unlabelled, start
-    )
-    model = models.Ensemble(members, dnets=dnets, **info)
+        model, look = transfer.learn_head(images, train, info, args, start)
+    else:
+        trunk, dnets = choose_trunk(images, train, val, args, start), []
+        if trunk == "own":
+            dnets, histories = train_dnet(images, train, val, info, args, folder, seed, start)
+        members, look, more = train_members(
+            images, train, val, trunk, dnets, info, args, folder, seed, teacher, unlabelled, start
+        )
+        model, histories = models.Ensemble(members, dnets=dnets, **info), histories + more
     if len(val):
         answer = look_at(model, images, val, look)
         model.info["lesion_threshold"] = lesion_threshold(answer.found and answer.found.scores(), images, val)
-        if members:
+        if len(model.members):
             calibrate(model, answer.opinions.mean(1), images.labels[val], args)
             some = train[:: math.ceil(len(train) / MOST_FAMILIAR)]
             known = look_at(model, images, some, look, views=1).traits
             model.info["familiar"] = models.familiar(known, answer.traits)
-    return model, look, histories + more
+    return model, look, histories
 
 
 MOST_FAMILIAR = 1000  # training images that tell what is familiar; of more every so manieth
@@ -541,16 +543,10 @@ def load_teacher(images, args, part, test):
             raise InputError(f"--teacher {path}: its {what} {found[what]} are not those of the data, {value}")
     if "seen" not in teacher.info:
         print(f"--teacher {path}: of an older version, which did not note what it learnt from; it may know test images")
-    elif not same_pictures(images, test, teacher.info["seen"]) and (known := met(teacher, images, test)):
+    elif not same_pictures(images, test, teacher.info["seen"]) and (known := transfer.met(teacher, images, test)):
         advice = "train it with the same --data, --folds and --seed, and give its run folder"
         raise InputError(f"--teacher {path}: it learnt from {known} of the {len(test)} test images; {advice}")
     return teacher
-
-
-def met(model, images, rows):
-    """How many of the images in `rows` show what the model learnt from, or was chosen by."""
-    seen = torch.cat([model.info["seen"][split] for split in ("train", "val")])
-    return int(torch.isin(images.take(rows).pictures(), seen).sum())
 
 
 def teach(images, args, part, test):
@@ -625,9 +621,13 @@ def prepare(args):
     """(images, the runs to make, the results to compare with or None). Whatever can be wrong is said here, before a run
     folder is made."""
     images, start = transfer.load_with_start(args)
+    if args.learn == "head" and (start is None or args.teacher):
+        raise InputError("--learn head: give the model whose trunk it is with --from, and no --teacher")
     runs = plan(images, args)
     if start is None:
         check_networks(images, args)
+    else:
+        transfer.check_unseen(start, images, torch.cat([run[3] for run in runs]), args)
     if "mask" in args.roi and images.boxes.isnan().all():
         raise InputError("--roi mask: this data has neither masks nor boxes")
     for run in runs if args.teacher else []:

@@ -9,14 +9,14 @@ What the fine-tuning of a whole network does in minutes, and with sixty labels w
 threshold can be cross-fitted, and a query strategy judged by fifty seeds."""
 
 import copy
-import math
 
 import torch
+import torch.nn.functional as F
 
 import heads
 import models
 from data import partition
-from judge import calibrate, judge_by, look_at, predict
+from judge import judge_by, look_at
 from options import load_images
 from readers import InputError
 
@@ -78,25 +78,29 @@ def learn_labels(model, images, rows, args):
     return new, results
 
 
-def distil(old, layers, teacher, embeddings, rows, labels, others, args):
-    """The last layers `layers` again, from the labels of `rows` and beside them a teacher's answers (N, K) on the `others`,
-    softened by --distill-temperature; these weigh (1 - alpha) / alpha times as much as the labels do, all together."""
+def distil(old, teacher, embeddings, rows, labels, others, args):
+    """As refit, from the labels of `rows` and a teacher's answers (N, K) on the `others`, softened by
+    --distill-temperature. The labels have --alpha of the weight, however many the others are."""
     classes = teacher.shape[1]
     soft = (teacher[others].clamp(min=1e-12).log() / args.distill_temperature).softmax(1)
-    targets = torch.cat([torch.nn.functional.one_hot(labels, classes).to(soft), soft])
-    share = (1 - args.alpha) / args.alpha * len(rows) / max(1, len(others)) if args.alpha else math.inf
-    weights = torch.cat([torch.ones(len(rows)), torch.full((len(others),), share)]).double()
+    targets = torch.cat([F.one_hot(labels, classes).to(soft), soft])
+    share = (1 - args.alpha) * len(rows) / max(1, len(others))
+    weights = torch.cat([torch.full((len(rows),), args.alpha), torch.full((len(others),), share)])
     return refit(old, embeddings, torch.cat([rows, others]), targets, classes, args.pull, weights)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# --from: what a run or a loop starts with
+# --from and --learn head: what a run or a loop starts with
 
 
 def load_start(args):
     """The Ensemble of --from, or None without it."""
-    path = vars(args).get("from")
-    return models.load_classifier(path, models.choose_device(args.device)) if path else None
+    path = vars(args)["from"]
+    if not path:
+        return None
+    start = models.load_classifier(path, models.choose_device(args.device))
+    start.info["views"] = args.views
+    return start
 
 
 def load_with_start(args):
@@ -107,10 +111,11 @@ def load_with_start(args):
     info, nets = start.info, [m.config for m in start.members]
     args.roi = ",".join(dict.fromkeys(net["roi"] for net in nets))
     args.ensemble = ",".join(net["model"] for net in nets[:: len(args.roi.split(","))])
-    args.model, args.dropout, args.attention = (nets[0][k] for k in ("model", "dropout", "attention"))
+    args.model, args.dropout, args.attention, args.normalise = (
+        nets[0][k] for k in ("model", "dropout", "attention", "normalise")
+    )
     args.size, args.clahe, args.channels, args.weights = info["size"], info["equalise"], info["channels"], "none"
-    args.margin, args.views = info["margin"], info["views"]
-    args.meta_columns = [s["column"] for s in info["meta_spec"]] or None
+    args.margin, args.meta_columns = info["margin"], [s["column"] for s in info["meta_spec"]] or None
     images = load_images(args, meta_spec=info["meta_spec"] or None)
     if not models.same_classes(info["classes"], images.classes):
         raise InputError(
@@ -121,14 +126,26 @@ def load_with_start(args):
     return images, start
 
 
-def learn_head(images, train, val, info, args, seed, start):
-    """As train_model, where the last layer alone is learnt; the rest is that of `start`, or of ImageNet."""
-    if start is None:
-        raise InputError("--learn head: give the model whose trunk it is with --from")
-    seen = look_at(start, images, train, keep=True)
-    layers = refit(heads_of(start), seen.embeddings, torch.arange(len(train)), images.labels[train], len(images.classes), args.pull)  # fmt: skip
-    model, look = with_heads(start, layers), images.boxes if start.needs_boxes else None
-    model.info |= {"made": info["made"] | {"from": vars(args)["from"]}}
-    if len(val):
-        calibrate(model, predict(model, images, val, look), images.labels[val], args)
-    return model, look, []
+def met(model, images, rows):
+    """How many of the images in `rows` show what the model learnt from, or was chosen by."""
+    seen = torch.cat([model.info["seen"][split] for split in ("train", "val")])
+    return int(torch.isin(images.take(rows).pictures(), seen).sum())
+
+
+def check_unseen(start, images, test, args):
+    """InputError where the model of --from has met images that are to test what it learns here."""
+    if "seen" not in start.info:
+        print(f"--from {vars(args)['from']}: of an older version, which did not note what it learnt from")
+    elif known := met(start, images, test):
+        raise InputError(
+            f"--from {vars(args)['from']}: it learnt from {known} of the {len(test)} test images; take other images to test"
+        )
+
+
+def learn_head(images, rows, info, args, start):
+    """(The model `start` with last layers learnt from the images in `rows`, the boxes that its crops are made from)."""
+    seen, labels = look_at(start, images, rows, keep=True), images.labels[rows]
+    layers = refit(heads_of(start), seen.embeddings, torch.arange(len(rows)), labels, len(images.classes), args.pull)
+    model = with_heads(start, layers)
+    model.info["made"] = info["made"] | {"from": vars(args)["from"]}
+    return model, images.boxes if start.needs_boxes else None
