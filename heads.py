@@ -22,40 +22,46 @@ def fit(embeddings, targets, start=None, classes=2, strength=STRENGTH, weights=N
     a mean square of 1, so that a strength means the same whatever the network. As it is fixed in total, few labels
     change little, and many as much as they want to.
 
-    embeddings: (N, D) float; targets: (N,) labels, or (N, K) soft ones; start: (weight (K', D), bias (K',)), None =
-    zeros; K' = 1 for two classes, else K. weights (N,): of the rows, 1 if None. Returns (weight, bias), float64.
-    ValueError where something does not fit.
+    embeddings: (..., N, D) float, of one network or of several, each with a fit of its own; targets: (N,) labels, or
+    (N, K) soft ones; start: (weight (..., K', D), bias (..., K')), None = zeros; K' = 1 for two classes, else K.
+    weights (N,): of the rows, 1 if None. Returns (weight, bias), float64. ValueError where something does not fit.
 
-    The change lies in the span of the N embeddings, so that it is sought there: N numbers a logit instead of D."""
+    The change lies in the span of the N embeddings: where they are fewer than D it is sought there."""
     x = torch.as_tensor(embeddings).detach().double()
-    t = torch.as_tensor(targets, device=x.device)
-    outputs = 1 if classes == 2 else classes
-    if x.dim() != 2 or len(t) != len(x) or not len(x) or (t.dim() == 2 and t.shape[1] != classes):
-        raise ValueError(
-            f"embeddings {tuple(x.shape)}, targets {tuple(t.shape)}: must be (N, D) and (N,) or (N, {classes})"
-        )
+    t, (n, d), outputs = torch.as_tensor(targets, device=x.device), x.shape[-2:], 1 if classes == 2 else classes
+    if len(t) != n or not n or (t.dim() == 2 and t.shape[1] != classes):
+        wanted = f"must be (N, D) and (N,) or (N, {classes})"
+        raise ValueError(f"embeddings {tuple(x.shape)}, targets {tuple(t.shape)}: {wanted}")
     if not strength > 0 or not x.isfinite().all():
         raise ValueError("strength must be above 0, and embeddings finite")
     t = (F.one_hot(t.long(), classes) if t.dim() == 1 else t).double()
-    w = x.new_ones(len(x)) if weights is None else torch.as_tensor(weights).to(x)
-    old, old_bias = start if start is not None else (x.new_zeros(outputs, x.shape[1]), x.new_zeros(outputs))
+    t = t if weights is None else t * torch.as_tensor(weights).to(x)[:, None]
+    old, old_bias = start or (x.new_zeros(*x.shape[:-2], outputs, d), x.new_zeros(*x.shape[:-2], outputs))
     old, old_bias = old.detach().to(x), old_bias.detach().to(x)
 
-    mean = x.mean(0)
-    scale = (x - mean).square().sum(1).mean().sqrt().clamp(min=1e-12)
-    features = torch.cat([(x - mean) / scale, x.new_ones(len(x), 1)], 1)  # the last: the bias, under the same prior
-    # L L' = F F' turns |F' a|^2 into |L' a|^2: the same problem in N coordinates
-    root = torch.linalg.cholesky(features @ features.T + 1e-6 * torch.eye(len(x), dtype=x.dtype, device=x.device))
-    base, change = x @ old.T + old_bias, x.new_zeros(len(x), outputs).requires_grad_()
+    mean = x.mean(-2, keepdim=True)
+    scale = (x - mean).square().sum(-1).mean(-1).sqrt().clamp(min=1e-12)[..., None, None]
+    features = torch.cat([(x - mean) / scale, torch.ones_like(x[..., :1])], -1)  # the last: the bias, pulled alike
+    root = features
+    if few := n <= d:  # R R' = F F' turns |F' a|^2 into |R' a|^2: the same problem in N coordinates
+        root = torch.linalg.cholesky(features @ features.mT + 1e-6 * torch.eye(n, dtype=x.dtype, device=x.device))
+    # of a logit's curvature only a bound is known, 1/4 (1/2 of several): in coordinates where it is 1 all bends alike
+    # (Böhning 1992), and a few steps suffice
+    bound = root.mT @ (root * t.sum(1, keepdim=True)) * (0.25 if classes == 2 else 0.5)
+    bound.diagonal(dim1=-2, dim2=-1).add_(strength)
+    back = torch.linalg.inv(torch.linalg.cholesky(bound)).mT
+    base, design = x @ old.mT + old_bias[..., None, :], root @ back
+    z = x.new_zeros(*x.shape[:-2], root.shape[-1], outputs).requires_grad_()
 
     def loss():
-        log_p = two_columns(base + root @ change).log_softmax(-1)
-        return -(w[:, None] * t * log_p).sum() + strength / 2 * change.square().sum()
+        cross_entropy = -(t * two_columns(base + design @ z).log_softmax(-1)).sum()
+        return cross_entropy + strength / 2 * (back @ z).square().sum()
 
-    minimise(loss, change)
-    moved = features.T @ torch.linalg.solve_triangular(root.T, change.detach(), upper=True)
-    weight = moved[:-1].T / scale
-    return old + weight, old_bias + moved[-1] - weight @ mean
+    minimise(loss, z)
+    moved = back @ z.detach()
+    moved = features.mT @ torch.linalg.solve_triangular(root.mT, moved, upper=True) if few else moved
+    weight = moved[..., :-1, :].mT / scale
+    return old + weight, old_bias + moved[..., -1, :] - (weight @ mean.mT)[..., 0]
 
 
 def minimise(loss, variable, steps=200):

@@ -4484,6 +4484,9 @@ def test_a_head_is_where_the_gradient_of_the_full_problem_is_zero(classes, n, d)
     free = [t.clone().requires_grad_() for t in head]
     gradients = torch.autograd.grad(penalised(free, start, x, targets, strength, weights), free)
     assert max(float(g.abs().max()) for g in gradients) < 1e-3 * n
+    other = torch.randn(n, d, dtype=torch.double)  # of another network, in the same call
+    both = heads.fit(torch.stack([other, x]), targets, [torch.stack([s, s]) for s in start], classes, strength, weights)
+    torch.testing.assert_close([part[1] for part in both], list(head), atol=1e-3, rtol=1e-3)
     best = float(penalised(head, start, x, targets, strength, weights))
     for _ in range(20):
         other = [t + 0.01 * torch.randn_like(t) for t in head]
@@ -4639,21 +4642,10 @@ def test_the_loop_of_heads_is_a_loop_of_fits_slow(tmp_path, elsewhere):
     soft = [*loop, "--repeats", "2", "--strategies", "random", "--distill", "pool", "--against", tmp_path / "a"]
     result = call(al_loop, *where, *soft, "--name", "b")
     assert "random: mean AUC against its own in the other run" in result.stdout
-    cold = [
-        "--learn",
-        "head",
-        "--model",
-        "small_cnn",
-        "--weights",
-        "none",
-        "--size",
-        "32",
-        "--start",
-        "4",
-        "--query",
-        "4",
-    ]
-    assert call(al_loop, *where, *cold, "--rounds", "1", "--repeats", "2", "--strategies", "random", "--name", "c").returncode == 0  # fmt: skip
+    cold = (
+        "--learn head --model small_cnn --weights none --size 32 --start 4 --query 4 --rounds 1 --repeats 2 --name cold"
+    )
+    assert call(al_loop, *where, *cold.split(), "--strategies", "random").returncode == 0
     for options, why in [
         (["--start", "0"], "--start 0 asks a model that comes from elsewhere"),
         (["--from", elsewhere / "home"], "it goes with --learn head"),

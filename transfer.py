@@ -41,8 +41,10 @@ def with_heads(model, layers):
 def refit(old, embeddings, rows, targets, classes=2, strength=heads.STRENGTH, weights=None):
     """The last layers, see heads.fit, of members with these embeddings [(V, N, D)], learnt from the images in `rows`, each
     by the mean of its views. targets: (len(rows),) or (len(rows), K)."""
-    some = zip(old, embeddings, strict=True)
-    return [heads.fit(e[:, rows].mean(0), targets, layer, classes, strength, weights) for layer, e in some]
+    means, how = [e[:, rows].mean(0) for e in embeddings], (classes, strength, weights)
+    if len({m.shape for m in means}) > 1:
+        return [heads.fit(m, targets, layer, *how) for m, layer in zip(means, old, strict=True)]
+    return list(zip(*heads.fit(torch.stack(means), targets, [torch.stack(part) for part in zip(*old, strict=True)], *how), strict=True))  # fmt: skip
 
 
 def answers(layers, embeddings, rows):
