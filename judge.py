@@ -89,11 +89,14 @@ def set_threshold(model, probabilities, labels, args):
     model.info["temperature"] = 1.0
     model.info["temperature"] = metrics.fit_temperature(model.combine(probabilities), labels)
     if len(model.info["classes"]) == 2:
-        scores = model.combine(probabilities)[:, 1]
-        if args.threshold_by == "balance":
-            model.info["threshold"] = metrics.threshold_for_balance(scores, labels)
-        else:
-            model.info["threshold"] = metrics.threshold_for_sensitivity(scores, labels, args.target_sensitivity)
+        model.info["threshold"] = choose_threshold(model.combine(probabilities)[:, 1], labels, args)
+
+
+def choose_threshold(scores, labels, args):
+    """As --threshold-by says: the largest that reaches --target-sensitivity, or that of the best balanced accuracy."""
+    if args.threshold_by == "balance":
+        return metrics.threshold_for_balance(scores, labels)
+    return metrics.threshold_for_sensitivity(scores, labels, args.target_sensitivity)
 
 
 def opinion(model, on_test, on_val, labels):
@@ -108,13 +111,13 @@ def opinion(model, on_test, on_val, labels):
 NO_LESION = 0.25  # the lesion threshold where no image is without a lesion: a cell has to be that sure
 
 
-def lesion_threshold(scores, images, rows):
-    """Above what score (N,) a lesion is said to be found: what tells images with one best from those without."""
+def lesion_threshold(scores, images, rows, args):
+    """Above what score (N,) a lesion is said to be found, see choose_threshold."""
     told = images.outlined[rows]
     there = images.boxes[rows, 0].isfinite()[told].long()
     if scores is None or there.all() or not there.any():
         return NO_LESION
-    return metrics.threshold_for_balance(scores[told], there)
+    return choose_threshold(scores[told], there, args)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -154,13 +157,24 @@ def fit_by_others(images, results, args):
 
 
 def judge_by(images, own, others, args):
-    """{"probabilities", "temperature", "threshold"} of the answers of `own`, as the answers of `others` set them."""
+    """{"probabilities", "temperature", "threshold", and "lesion_threshold" where a D-Net was trained} of the answers of
+    `own`, as the answers of `others` set them."""
     answers, rows = out_of_fold(others)
     judge = models.Ensemble([], [1.0], classes=images.classes)
     set_threshold(judge, answers[None], images.labels[rows], args)
     probabilities = judge.combine(out_of_fold(own)[0][None])
     threshold = judge.info["threshold"] if len(images.classes) == 2 else None
-    return {"probabilities": probabilities, "temperature": judge.info["temperature"], "threshold": threshold}
+    judged = {"probabilities": probabilities, "temperature": judge.info["temperature"], "threshold": threshold}
+    return judged | judge_lesions(images, others, args)
+
+
+def judge_lesions(images, results, args):
+    """{"lesion_threshold"} by the scores of all folds that have trained a D-Net; {} where none has."""
+    found = [r for r in results if "scores" in r]
+    if not found:
+        return {}
+    scores, rows = (torch.cat([r[key] for r in found]) for key in ("scores", "rows"))
+    return {"lesion_threshold": lesion_threshold(scores, images, rows, args)}
 
 
 def pool_folds(images, parts, results, args):
@@ -173,13 +187,9 @@ def pool_folds(images, parts, results, args):
     weights = torch.cat([part.weights / part.weights.sum() for part in parts]) / len(parts)
     info = parts[0].info | {"meta_spec": spec, "familiar": pool_familiar(parts)}
     model = models.Ensemble(members, weights.tolist(), [d for part in parts for d in part.dnets], **info)
-    if members:
-        judged = judge_by(images, results, results, args)
-        model.info |= {k: judged[k] for k in ("temperature", "threshold") if judged[k] is not None}
-    if model.finders:
-        found = [r for r in results if "scores" in r]  # a fold without boxes has trained no D-Net
-        scores, known = (torch.cat([r[key] for r in found]) for key in ("scores", "rows"))
-        model.info["lesion_threshold"] = lesion_threshold(scores, images, known)
+    judged = judge_by(images, results, results, args) if members else judge_lesions(images, results, args)
+    set_here = ("temperature", "threshold", "lesion_threshold")
+    model.info |= {key: judged[key] for key in set_here if judged.get(key) is not None}
     nothing = torch.zeros(0, dtype=torch.long)
     model.info["seen"] = {"train": images.pictures()[rows], "val": nothing, "test": nothing}
     return model

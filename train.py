@@ -312,7 +312,7 @@ def train_model(images, train, val, args, folder, seed, teacher=None, unlabelled
         model, histories = models.Ensemble(members, dnets=dnets, **info), histories + more
     if len(val):
         answer = look_at(model, images, val, look)
-        model.info["lesion_threshold"] = lesion_threshold(answer.found and answer.found.scores(), images, val)
+        model.info["lesion_threshold"] = lesion_threshold(answer.found and answer.found.scores(), images, val, args)
         if len(model.members):
             calibrate(model, answer.opinions.mean(1), images.labels[val], args)
             some = train[:: math.ceil(len(train) / MOST_FAMILIAR)]
