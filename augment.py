@@ -222,7 +222,9 @@ def base_matrices(images, regions):
 
 
 def inverse(matrices):
-    """Of matrices (N, 2, 2), in closed form: for torch.linalg.inv a GPU would be waited for."""
+    """Of matrices (N, 2, 2). For LAPACK's, whose last bits published results hang on, a GPU would be waited for."""
+    if matrices.device.type == "cpu":
+        return torch.linalg.inv_ex(matrices).inverse
     (a, b), (c, d) = (row.unbind(1) for row in matrices.unbind(1))
     return torch.stack([d, -b, -c, a], 1).view_as(matrices) / (a * d - b * c)[:, None, None]
 

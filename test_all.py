@@ -2341,8 +2341,15 @@ def test_boxes_are_held_together_as_torchvision_does():
     expected, found = 4 * near + torchvision.ops.generalized_box_iou_loss(a, b), losses.box_loss(a, b)
     close(found, expected)
     close(*(torch.autograd.grad(v[:100].sum(), a)[0] for v in (found, expected)), 1e-4)
+
+
+def test_off_the_cpu_matrices_are_inverted_in_closed_form():
+    class Elsewhere(torch.Tensor):
+        device = torch.device("cuda")
+
     m = torch.randn(50, 2, 2, dtype=torch.double, generator=seeded())
-    close(augment.inverse(m), torch.linalg.inv(m), 1e-8)
+    close(augment.inverse(m.as_subclass(Elsewhere)).as_subclass(torch.Tensor), torch.linalg.inv(m), 1e-8)
+    assert torch.equal(augment.inverse(m), torch.linalg.inv(m))
 
 
 def test_picks_that_nobody_looks_at_are_those_of_a_loop():
