@@ -268,7 +268,7 @@ def main(argv=None):
     if args.data:
         bench_data(args.data)
     on_gpu = device.type != "cpu"
-    epochs = ((128, 256, 5120), (28, 1024, 20480)) if on_gpu else ((128, 32, 128), (28, 128, 1024))
+    epochs = ((128, 256, 12800), (28, 1024, 51200)) if on_gpu else ((128, 32, 128), (28, 128, 1024))
     for amp in ("on", "off"):
         for size, batch, images in ((32, 8, 16),) if args.quick else epochs:
             bench_epoch(size, batch, images, args.runs, amp, device)

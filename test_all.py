@@ -2196,7 +2196,8 @@ class Waits(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         out = function(*args, **(kwargs or {}))
         tensors = [t for t in tree_leaves((args, kwargs, out)) if isinstance(t, torch.Tensor)]
-        name, places = function.overloadpacket.__name__, {t.device.type for t in tensors if t.dim()}
+        name = function.overloadpacket.__name__  # a number on the CPU goes along with a kernel's call, but for a copy
+        places = {t.device.type for t in tensors if t.dim() or name in ("_to_copy", "copy_")}
         picks = name.startswith("index") and any(getattr(t, "dtype", None) == torch.bool for t in tree_leaves(args[1]))
         if self.on and (len(places) > 1 or picks or name.startswith(self.ASKS)):
             self.found.append(name)
@@ -2435,8 +2436,8 @@ def test_cuda_learns_the_phantoms_and_the_cpu_gives_the_same_answers(tmp_path, a
     assert report["test"]["auc"]["value"] > 0.8
     images = data.phantom_set(20, 32, seed=5)
     there, here = (train.look_at(models.load(folder, d), images, torch.arange(20)) for d in ("cuda", "cpu"))
-    close(there.opinions, here.opinions, 1e-3)
-    close(there.found.outlines, here.found.outlines, 1e-2)
+    close(there.opinions, here.opinions, 0.02)  # convolutions in TF32
+    close(there.found.outlines, here.found.outlines, 0.05)
     said = call(infer, folder / "example.png", "--model", folder, "--device", "cuda", "--json")
     assert 0 <= json.loads(said.stdout)["probability"] <= 1
 
@@ -2513,25 +2514,17 @@ def test_cuda_serves_every_script(tmp_path, folders):
     options = "--positive malignant --folds 2 --workers 2 --name f --roi none,dnet --epochs 1 --device cuda"
     folder, _, _ = quick(tmp_path, options, data_folder=folders)
     cache = ["--cache", tmp_path / "cache", "--device", "cuda"]
-    suggest = ["suggest", "--model", folder, "--pool", folders / "normal", "--query", "3", "--out", tmp_path / "l"]
+    pool = class_folders(tmp_path / "pool", {"new": 6}, 70, 50)
+    suggest = ["suggest", "--model", folder, "--pool", pool, "--query", "3", "--out", tmp_path / "l"]
     image = next((folders / "benign").glob("*(2).png"))
+    drawn = ["--save-overlay", tmp_path / "o", "--save-mask", tmp_path / "m", "--device", "cuda"]
     for script, *options in (
         (explain, "--model", folder, *cache, "--evaluate", "--hotspots", "--most", "6", "--out", tmp_path / "out"),
         (explain, image, "--model", folder, "--method", "all", "--out", tmp_path / "all.png", "--device", "cuda"),
         (al_loop, *suggest, *cache),
         (infer, "--model", folder, "--evaluate", *cache),
-        (
-            infer,
-            image,
-            "--model",
-            folder,
-            "--save-overlay",
-            tmp_path / "o",
-            "--save-mask",
-            tmp_path / "m",
-            "--device",
-            "cuda",
-        ),
+        (infer, image, "--model", folder, *drawn),
+        (bench, "--quick", "--runs", "1", "--device", "cuda"),
     ):
         said = call(script, *options)
         assert said.returncode == 0, (options, said.stderr)
