@@ -37,6 +37,7 @@ import options
 import plots
 import train
 from augment import crop
+from devices import shared, world
 from query import COLD, STRATEGIES, Context, candidates
 from readers import COLUMNS, InputError, read_csv
 from report import clean, describe_model, print_change
@@ -59,15 +60,23 @@ def reveal(images, rows):
 def observe(model, images, rows, boxes=None, batch=64):
     """Embeddings (P, D) of the first member, on its device, and the members' probabilities (M, P, K), on the CPU, in one
     pass."""
-    embeddings, probabilities, patients = [], [], data.meta_for(images, model.info["meta_spec"])
-    for index in rows.split(batch):
-        pixels = images.pixels[index].to(model.device)
-        meta, around = (None if v is None else v[index].to(model.device) for v in (patients, boxes))
-        found = [m.embed(crop(pixels, model.regions(m, around), model.info["size"]), meta) for m in model.members]
-        embeddings.append(found[0].float())
-        heads = zip(model.members, found, strict=True)
-        probabilities.append(torch.stack([models.to_probabilities(m.classify(e)) for m, e in heads]))
-    return models.finite(torch.cat(embeddings)), models.finite(torch.cat(probabilities, 1).cpu())
+    patients = data.meta_for(images, model.info["meta_spec"])
+
+    def see(rows):
+        embeddings, probabilities = [], []
+        for index in rows.split(batch):
+            pixels = images.pixels[index].to(model.device)
+            meta, around = (None if v is None else v[index].to(model.device) for v in (patients, boxes))
+            found = [m.embed(crop(pixels, model.regions(m, around), model.info["size"]), meta) for m in model.members]
+            embeddings.append(found[0].float())
+            heads = zip(model.members, found, strict=True)
+            probabilities.append(torch.stack([models.to_probabilities(m.classify(e)) for m, e in heads]))
+        embeddings = torch.cat(embeddings)
+        return embeddings if world() == 1 else embeddings.cpu(), torch.cat(probabilities, 1).cpu()
+
+    embeddings, probabilities = zip(*shared(see, rows), strict=True)
+    embeddings = torch.cat([e.to(model.device) for e in embeddings])
+    return models.finite(embeddings), models.finite(torch.cat(probabilities, 1))
 
 
 @torch.no_grad()
