@@ -40,7 +40,7 @@ def augment(images, strength=1.0, boxes=None, regions=None, size=None, generator
     """Augment a whole batch: images (N, C, h, w) in [0, 1], boxes (N, 4) or None, masks (N, h, w) in [0, 1] or None.
 
     images (N, C, H, W), C = 1 or 3; boxes (N, 4) in [0, 1]; masks (N, H, W), bool or in [0, 1]; regions (N, 4): cropped
-    first (see crop_regions); size: (h, w); generator: of the images' device. strength 0 only crops and resizes.
+    first (see crop_regions); size: (h, w); generator: of the images' device, or see draw. strength 0 only crops and resizes.
     ValueError where something doesn't fit.
 
     Flip, rotation (of pixels, whatever the aspect ratio), zoom, shift, elastic deformation and the crop are ONE
@@ -56,9 +56,7 @@ def augment(images, strength=1.0, boxes=None, regions=None, size=None, generator
     base, colour = base_matrices(images, regions).float(), images.shape[1] == 3
     if strength == 0:
         return follow(images, boxes, masks, base, size)
-    u = torch.rand(
-        len(images), 20, generator=generator, device=images.device
-    )  # one draw for all parts: a column a parameter
+    u = draw(torch.rand, (len(images), 20), generator, images.device)  # one for all parts: a column a parameter
     tall = base[:, 1, 1] / base[:, 0, 0] * (height / width)  # height over width of the regions, in pixels
     tall = torch.where((tall - 1).abs() < 1e-3, 1.0, tall)  # a square whose corners were rounded is a square
     matrices = random_matrices(base, tall, u, strength, colour)
@@ -104,7 +102,7 @@ def random_matrices(base, tall, u, strength, colour):
 def random_displacement(base, ratio, size, strength, generator):
     """A smooth random displacement (N, h, w, 2) of the grid. ratio (N,): height over width of the region in [0, 1]."""
     down, across = (spline_basis(side, 5, base.device) for side in size)
-    lattice = torch.rand(len(base), 2, 5, 5, generator=generator, device=base.device)
+    lattice = draw(torch.rand, (len(base), 2, 5, 5), generator, base.device)
     lattice = (2 * lattice - 1) * (2 * ELASTIC * strength)  # times 2: the grid's side is 2
     half = base[:, 0, 0, None] * torch.stack([torch.ones_like(ratio), ratio], 1)
     return (down @ lattice @ across.T).permute(0, 2, 3, 1) * half[:, None, None]
@@ -116,7 +114,7 @@ def random_echo(x, u, strength, generator):
     depth = spline_basis(h, 4, x.device) @ signed[:, 8:12, None] * DEPTH_GAIN + signed[:, None, 5:6] * GAIN
     x = x.clamp_(min=1e-4).pow_(torch.exp(signed[:, 6] * GAMMA)[:, None, None, None]).mul_(depth.exp()[:, None])
     sigma = u[:, 7, None, None, None] * (SPECKLE * strength)
-    return x.addcmul_(x * torch.randn(n, 1, h, w, generator=generator, device=x.device), sigma).clamp_(0, 1)
+    return x.addcmul_(x * draw(torch.randn, (n, 1, h, w), generator, x.device), sigma).clamp_(0, 1)
 
 
 def random_blur(x, u, strength):
@@ -222,7 +220,9 @@ def base_matrices(images, regions):
 
 
 def inverse(matrices):
-    """Of matrices (N, 2, 2), in closed form: for torch.linalg.inv a GPU would be waited for."""
+    """Of matrices (N, 2, 2). For LAPACK's, whose last bits published results hang on, a GPU would be waited for."""
+    if matrices.device.type == "cpu":
+        return torch.linalg.inv_ex(matrices).inverse
     (a, b), (c, d) = (row.unbind(1) for row in matrices.unbind(1))
     return torch.stack([d, -b, -c, a], 1).view_as(matrices) / (a * d - b * c)[:, None, None]
 
@@ -337,6 +337,15 @@ def to_float(images):
 def precise(x):
     """Floats in float32 at least."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def draw(function, shape, generator, device):
+    """Random numbers, the first dimension the images. generator: one, or None, or (one, total, rows (N,)) where the
+    images are these rows of a batch of `total`, and get what they would get in there."""
+    if not isinstance(generator, tuple):
+        return function(shape, generator=generator, device=device)
+    generator, total, rows = generator
+    return function((total, *shape[1:]), generator=generator, device=device)[rows]
 
 
 @functools.lru_cache(64)

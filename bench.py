@@ -2,6 +2,7 @@
 
     python bench.py                       epochs, Grad-CAM, k-center and the start of infer.py: minutes on two cores
     python bench.py --device cuda         a GPU's size of epochs, Grad-CAM and k-center: under a minute
+    python bench.py --processes 2         an epoch that processes of one thread share, and nothing else
     python bench.py --data BUSI           also the first and the second start on real files
     python bench.py --models A.pt B.pt    model files alone: what they weigh, what an answer costs
 
@@ -12,6 +13,7 @@ that of `infer.py image.png` is `import torchvision`; that of an answer is the n
 
 import argparse
 import functools
+import os
 import resource
 import statistics
 import subprocess
@@ -28,6 +30,7 @@ from torch import nn
 import augment
 import backbones
 import data
+import devices
 import infer
 import losses
 import models
@@ -57,8 +60,9 @@ def compare(name, ours, floor, runs):
     )
 
 
-def bench_epoch(size, batch, images, runs, amp, device):
-    """One epoch of C-Net (resnet18) on phantoms, augmentation at full strength, against the bare steps."""
+def one_epoch(size, batch, images, amp, device):
+    """(a function that trains C-Net, resnet18, for one epoch on phantoms, augmentation at full strength; a function that
+    makes such a network and its optimizer; pixels and labels)."""
     argv = ["--model", "resnet18", "--weights", "none", "--size", str(size), "--batch", str(batch)]
     args = options.parse([*argv, "--augment", "1", "--amp", amp, "--device", str(device)])
     phantoms = data.phantom_set(min(images, 512), size)
@@ -75,12 +79,20 @@ def bench_epoch(size, batch, images, runs, amp, device):
     def loss_of(net, x, boxes, masks, index):
         return losses.classification_loss(net(x), labels[index])
 
+    net, loss_of = devices.together(net, loss_of)
+
     def ours():
         train.train_epoch(net, optimizer, scheduler, loss_of, inputs, rows, args, generator)
 
+    return ours, network, inputs[0], labels
+
+
+def bench_epoch(size, batch, images, runs, amp, device):
+    """One epoch, see one_epoch, against the bare steps."""
+    ours, network, pixels, labels = one_epoch(size, batch, images, amp, device)
     bare, bare_optimizer, _ = network()
     bare.train()
-    x = (inputs[0][:batch].float() / 255).contiguous(memory_format=torch.channels_last)
+    x = (pixels[:batch].float() / 255).contiguous(memory_format=torch.channels_last)
     y = labels[:batch].float()
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=models.choose_amp(amp, device))
 
@@ -95,6 +107,38 @@ def bench_epoch(size, batch, images, runs, amp, device):
 
     kind = "bfloat16" if models.choose_amp(amp, device) else "float32"
     compare(f"epoch, resnet18, {size} px, batch {batch}, {kind}", ours, floor, runs)
+
+
+def bench_processes(processes, runs, quick):
+    """An epoch shared by processes of one thread each, against one process of as many threads, and against the ideal: the
+    time of one thread, divided. Each in processes of its own, in turn; the least of two epochs counts."""
+    kinds, seconds = {"shared": (processes, 1), "threads": (1, processes), "one thread": (1, 1)}, {}
+    for _ in range(runs):
+        for kind, (count, threads) in kinds.items():
+            command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(count)]
+            command += [__file__, "--sharing", *(["--quick"] if quick else [])]
+            environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+            done = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
+            seconds.setdefault(kind, []).append(float(done.stdout.split()[-1]))
+    shared, threads, one = (statistics.median(seconds[kind]) for kind in kinds)
+    ideal = one / processes
+    print(
+        f"epoch, resnet18, {processes} processes of one thread {shared:.3f} s   one of {processes} threads {threads:.3f} s"
+        f"   ideal {ideal:.3f} s   efficiency {ideal / shared:.2f}, of threads {ideal / threads:.2f}"
+    )
+
+
+def time_epoch(quick):
+    """The seconds of an epoch in the processes that torchrun started, printed by the first."""
+    device, seconds = torch.device("cpu"), []
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        devices.start(device, 600)
+    ours, *_ = one_epoch(*((32, 8, 16) if quick else (128, 32, 128)), "off", device)
+    for _ in range(3):  # the first warms up
+        start = time.perf_counter()
+        ours()
+        seconds.append(time.perf_counter() - start)
+    print(min(seconds[1:]))
 
 
 def bench_grad_cam(runs, device, quick):
@@ -257,8 +301,14 @@ def main(argv=None):
     p.add_argument("--runs", type=int, default=5, help="counted runs of each (default: 5)")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda (default: auto)")
     p.add_argument("--quick", action="store_true", help="small sizes: only to see that it works")
+    p.add_argument("--processes", type=int, default=0, help="time an epoch shared by so many, and nothing else")
+    p.add_argument("--sharing", action="store_true", help=argparse.SUPPRESS)  # one of them
     p.add_argument("--models", nargs="+", default=[], metavar="FILE", help="time these model files, and nothing else")
     args = p.parse_args(argv)
+    if args.sharing:
+        return time_epoch(args.quick)
+    if args.processes:
+        return bench_processes(args.processes, args.runs, args.quick)
     device = models.choose_device(args.device)
     print(
         f"torch {torch.__version__}, {device}, {torch.get_num_threads()} threads, median of {args.runs} [least, most]"
@@ -268,7 +318,7 @@ def main(argv=None):
     if args.data:
         bench_data(args.data)
     on_gpu = device.type != "cpu"
-    epochs = ((128, 256, 5120), (28, 1024, 20480)) if on_gpu else ((128, 32, 128), (28, 128, 1024))
+    epochs = ((128, 256, 12800), (28, 1024, 51200)) if on_gpu else ((128, 32, 128), (28, 128, 1024))
     for amp in ("on", "off"):
         for size, batch, images in ((32, 8, 16),) if args.quick else epochs:
             bench_epoch(size, batch, images, args.runs, amp, device)

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 import metrics
 import models
 from data import fit_meta, meta_for
+from devices import shared
 
 EVAL_BATCH = 64  # images a step when nothing is learnt
 
@@ -25,17 +26,32 @@ EVAL_BATCH = 64  # images a step when nothing is learnt
 def look_at(model, images, rows, boxes=None, batch=EVAL_BATCH, views=None, scales=(1.0,), keep=False):
     """The models.Answer of the images in `rows`, on the CPU. boxes (all images, 4): what the crops are made around; None:
     what is found. views, scales and keep: see Ensemble.look."""
-    parts, patients = [], meta_for(images, model.info["meta_spec"])
-    for index in rows.cpu().split(batch):
-        x = images.pixels[index.to(images.pixels.device)].to(model.device)
-        meta, around = (None if v is None else v[index].to(model.device) for v in (patients, boxes))
-        parts.append(model.look(x, around, meta, views, scales, keep))
-    opinions = models.finite(torch.cat([p.opinions for p in parts], 2).cpu())
+    patients = meta_for(images, model.info["meta_spec"])
+
+    def look(rows):
+        parts = []
+        for index in rows.cpu().split(batch):
+            x = images.pixels[index.to(images.pixels.device)].to(model.device)
+            meta, around = (None if v is None else v[index].to(model.device) for v in (patients, boxes))
+            parts.append(model.look(x, around, meta, views, scales, keep))
+        return join(parts)
+
+    parts = shared(look, rows)
+    answer = parts[0] if len(parts) == 1 else join(parts)
+    models.finite(answer.opinions)
+    return answer
+
+
+def join(parts):
+    """The models.Answer of all images, on the CPU, from those of some, in order."""
+    opinions = torch.cat([p.opinions for p in parts], 2).cpu()
     boxes = None if parts[0].boxes is None else torch.cat([p.boxes for p in parts]).cpu()
     found = parts[0].found and models.Found(*(torch.cat(v).cpu() for v in zip(*(p.found for p in parts), strict=True)))
     kept = [torch.cat(column) for column in zip(*(p.traits for p in parts), strict=True)]
-    embeddings = keep and [torch.cat(some, 1) for some in zip(*(p.embeddings for p in parts), strict=True)]
-    return models.Answer(opinions, boxes, found, kept, embeddings or None)
+    embeddings = None
+    if parts[0].embeddings is not None:
+        embeddings = [torch.cat(some, 1) for some in zip(*(p.embeddings for p in parts), strict=True)]
+    return models.Answer(opinions, boxes, found, kept, embeddings)
 
 
 def predict(model, images, rows, boxes=None, batch=EVAL_BATCH):
@@ -46,11 +62,16 @@ def predict(model, images, rows, boxes=None, batch=EVAL_BATCH):
 @torch.no_grad()
 def locate(model, images, rows, batch=EVAL_BATCH):
     """The boxes (N, 4) of the images in `rows` that the model goes by, on the CPU, or None; see Ensemble.locate."""
-    found = []
-    for index in rows.cpu().split(batch):
-        x = images.pixels[index.to(images.pixels.device)].to(model.device)
-        found.append(model.locate(x, images.boxes[index].to(model.device)))
-    found = None if found[0] is None else torch.cat(found).cpu()
+
+    def find(rows):
+        found = []
+        for index in rows.cpu().split(batch):
+            x = images.pixels[index.to(images.pixels.device)].to(model.device)
+            found.append(model.locate(x, images.boxes[index].to(model.device)))
+        return None if found[0] is None else torch.cat(found).cpu()
+
+    found = shared(find, rows)
+    found = None if found[0] is None else torch.cat(found)
     return models.finite(found) if model.finders else found
 
 

@@ -23,6 +23,15 @@ def cell_centres(h, w, device=None):
     return (torch.arange(w, device=device)[None] + 0.5) / w, (torch.arange(h, device=device)[:, None] + 0.5) / h
 
 
+def pooled(count, least):
+    """What a sum is divided by to be a mean: the count (a tensor), `least` at least. Where torch.distributed trains in
+    several processes, whose losses and gradients are averaged: the mean count, so that it is one over all their rows."""
+    if not torch.distributed.is_available() or not torch.distributed.is_initialized():
+        return count.clamp(min=least)
+    torch.distributed.all_reduce(total := count.detach().clone())
+    return total.clamp(min=least) / torch.distributed.get_world_size()
+
+
 def classification_loss(logits, labels, weights=None, smoothing=0.0):
     """Mean cross-entropy: binary for one logit (N, 1), over classes for (N, K). labels (N,), -1 = not known: such a row
     has no part in the mean, and without any other it is 0.
@@ -35,7 +44,7 @@ def classification_loss(logits, labels, weights=None, smoothing=0.0):
     else:
         target = labels.float() * (1 - smoothing) + smoothing / 2
         loss = (F.binary_cross_entropy_with_logits(logits[:, 0], target, reduction="none") * share).sum()
-    return loss / share.sum().clamp(min=1e-12)
+    return loss / pooled(share.sum(), 1e-12)
 
 
 def class_weights(labels, classes, pos_weight):
@@ -60,7 +69,8 @@ def distillation_loss(logits, labels, teacher, alpha, temperature, weights=None,
     teacher = teacher.to(torch.promote_types(teacher.dtype, torch.float32))
     soft = ((teacher + 1e-12).log() / temperature).softmax(1)
     student = (two_logits(logits.float()) / temperature).log_softmax(1)
-    loss = (1 - alpha) * temperature**2 * F.kl_div(student, soft, reduction="batchmean")
+    apart = F.kl_div(student, soft, reduction="sum") / pooled(torch.full((), len(logits), device=logits.device), 1)
+    loss = (1 - alpha) * temperature**2 * apart
     return loss + alpha * classification_loss(logits, labels, weights, smoothing) if alpha > 0 else loss
 
 
@@ -100,14 +110,14 @@ def detection_loss(logits, cells, outlines, boxes):
     cross = F.binary_cross_entropy_with_logits(logits, target, reduction="none").mean((1, 2))
     p, area = logits.sigmoid(), target.sum((1, 2))
     dice = 1 - (2 * (p * target).sum((1, 2)) + 1) / (p.sum((1, 2)) + area + 1)
-    outline = ((cross + dice * (area > 0)) * known).sum() / known.sum().clamp(min=1)
+    outline = ((cross + dice * (area > 0)) * known).sum() / pooled(known.sum(), 1)
 
     n, _, h, w = cells.shape
     boxed = boxes[:, 0].isfinite() & known
     true = torch.where(boxed[:, None], boxes, 0.5)
     inside = target * boxed[:, None, None] / area[:, None, None].clamp(min=1e-6)
     each = box_loss(cells.flatten(2).mT.reshape(-1, 4), true.repeat_interleave(h * w, 0)).view(n, h, w)
-    return outline + (each * inside).sum() / boxed.sum().clamp(min=1)
+    return outline + (each * inside).sum() / pooled(boxed.sum(), 1)
 
 
 def ellipses(boxes, h, w):

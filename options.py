@@ -8,6 +8,7 @@ A line of a table is (name, default, kind, help). The kind says what may be give
 None a switch."""
 
 import argparse
+import atexit
 import contextlib
 import errno
 import importlib.util
@@ -20,16 +21,19 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, as_completed
 from pathlib import Path
 
 import torch
 
+import devices
 from augment import VIEWS
 from backbones import ATTENTION, BACKBONES
 from data import load
 from files import parts_of, reason, write_atomically
 from heads import STRENGTH
+from models import choose_device
 from readers import InputError
 
 MANY = 1e9
@@ -110,6 +114,7 @@ RUN = [
     ("resume", None, "DIR", "go on with a run that was stopped, with its own options; a --device beside it is followed"),
     ("device", "auto", "DEVICE", "auto, cpu, cuda, cuda:1 ..."),
     ("workers", 1, (1, 1000), "processes: of the folds and repeats of train.py, of search.py, of al_loop.py"),
+    ("timeout", 600.0, (1, MANY), "with torchrun: seconds after which a process that does not answer is given up"),
     ("tensorboard", False, None, "write what log.jsonl holds for TensorBoard too, into the run folder"),
     ("save-seconds", 30.0, (0, MANY), "least time between two saves of last.pt; 0 = every epoch"),
 ]
@@ -210,6 +215,8 @@ def parse(argv=None, parser=None):
         raise InputError("--roi dnet needs D-Net: leave out --nets cnet, or use --roi none")
     if "nets" in args and args.nets == "dnet" and args.roi != "none":
         raise InputError("--roi is what C-Net sees; with --nets dnet there is none")
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        devices.start(choose_device(args.device), args.timeout)
     return args
 
 
@@ -244,7 +251,10 @@ def load_images(args, log=print, **more):
     columns |= {"box": args.box_columns, "meta": args.meta_columns}
     same = {name: getattr(args, name) for name in ("positive", "channels", "cache", "skip_bad", "split_by_image", "seed", "dummy_boxes", "box_format")}  # fmt: skip
     size = args.size * (1 if args.roi == "none" else 2)
-    return load(args.data, size, drop=args.drop_class, equalise=args.clahe, columns=columns, log=log, **same, **more)
+    with devices.first_of_machine():
+        return load(
+            args.data, size, drop=args.drop_class, equalise=args.clahe, columns=columns, log=log, **same, **more
+        )
 
 
 def began_with(folder, images):
@@ -265,6 +275,19 @@ def check_against(folder, images):
 
 
 def prepare_folder(args, images, prefix=""):
+    """The run folder, see make_folder. Of several processes the first alone writes there: the others, which do the same
+    on their way, have a copy that nobody sees."""
+    folder = make_folder(args, images, prefix) if devices.rank() == 0 else None
+    folder = devices.gather(folder)[0]
+    if devices.rank():
+        own = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
+        atexit.register(own.cleanup)
+        folder = Path(shutil.copytree(folder, Path(own.name) / folder.name))
+    devices.gather(None)  # before the first one writes again
+    return folder
+
+
+def make_folder(args, images, prefix):
     """The run folder, with its config. An existing run is never written over; one that is resumed must find the images
     that it began with, as what it has learnt so far speaks of them by their number."""
     if args.resume:
@@ -329,6 +352,8 @@ def claim(folder, new=False):
 def run_jobs(function, jobs, images, args, workers):
     """Yield function(images, *job) of every job, as they finish: one after another, or in `workers` processes, which
     read the images by themselves and share the cores, or have a GPU each where there are several."""
+    if devices.world() > 1 and workers > 1:
+        raise InputError("--workers beside torchrun: give one of them")
     if workers <= 1:
         for job in jobs:
             yield function(images, *job)
@@ -379,6 +404,9 @@ class Interrupt:
 
     def handle(self, *_):
         Interrupt.asked = True
+        if devices.world() > 1:  # torchrun passes on what the terminal has sent already, and kills after 30 seconds
+            print("\nfinishing this epoch, then saving", flush=True)
+            return
         signal.signal(signal.SIGINT, signal.default_int_handler)
         print("\nfinishing this epoch, then saving (Ctrl-C again: stop at once)", flush=True)
 
@@ -406,5 +434,9 @@ def run_main(main):
         if e.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
             raise
         said, code = f"error: {e.filename or 'a file'} can't be written ({e.strerror})", 1
-    print(said, file=sys.stderr)
+    except RuntimeError as e:
+        if not (said := devices.lost(e)):
+            raise
+        said, code = f"error: {said}; --resume goes on from what was saved", 1
+    print(f"process {devices.rank()}: " * (devices.rank() > 0) + said, file=sys.stderr)
     sys.exit(code)

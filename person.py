@@ -25,28 +25,12 @@ import options
 import plots
 import train
 import transfer
-from augment import crop
 from query import STRATEGIES, Context, candidates
 from readers import COLUMNS, InputError, read_csv
 from report import clean, compare, print_change
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Asking a model which images it wants to know
-
-
-@torch.no_grad()
-def observe(model, images, rows, boxes=None, batch=64):
-    """Embeddings (P, D) of the first member, on its device, and the members' probabilities (M, P, K), on the CPU, in one
-    pass."""
-    embeddings, probabilities, patients = [], [], data.meta_for(images, model.info["meta_spec"])
-    for index in rows.split(batch):
-        pixels = images.pixels[index].to(model.device)
-        meta, around = (None if v is None else v[index].to(model.device) for v in (patients, boxes))
-        found = [m.embed(crop(pixels, model.regions(m, around), model.info["size"]), meta) for m in model.members]
-        embeddings.append(found[0].float())
-        heads = zip(model.members, found, strict=True)
-        probabilities.append(torch.stack([models.to_probabilities(m.classify(e)) for m, e in heads]))
-    return models.finite(torch.cat(embeddings)), models.finite(torch.cat(probabilities, 1).cpu())
 
 
 @torch.no_grad()
@@ -62,7 +46,9 @@ def sample_dropout(member, embeddings, generator, passes=20):
 
 def ask(strategy, model, images, pool, labelled, free, k, generator, boxes=None):
     """The k images, as indices into `pool`, that a strategy would have labelled next."""
-    return choose(strategy, model, *observe(model, images, pool, boxes), labelled, free, k, generator)
+    seen = judge.look_at(model, images, pool, boxes, views=1, keep=True)  # no augmentation
+    embeddings = seen.embeddings[0][0].to(model.device)
+    return choose(strategy, model, embeddings, seen.opinions[:, 0], labelled, free, k, generator)
 
 
 def choose(strategy, model, embeddings, members, labelled, free, k, generator, pull=1.0):

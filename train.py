@@ -33,7 +33,7 @@ import plots
 import transfer
 from augment import augment, crop_regions
 from data import fit_meta, meta_for, partition
-from devices import ahead, draw_batches, fetch, near
+from devices import ahead, draw_batches, fetch, gather, mean, merge, near, rank, share, smallest, together, world
 from judge import (
     EVAL_BATCH,
     calibrate,
@@ -140,16 +140,19 @@ def train_epoch(
     device = next(net.parameters()).device
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=models.choose_amp(args.amp, device))
 
-    def make(index, here):
+    def make(total, where, index, here):
         x, mask = (fetch(v, index, here, device) for v in (pixels, masks))
         box, region = (None if v is None else v[index] for v in (boxes, regions))
-        return index, *augment(x, args.augment, box, region, args.size, generator, mask)
+        draws = generator if world() == 1 else (generator, total, where)
+        return index, *augment(x, args.augment, box, region, args.size, draws, mask)
 
     net.train()
-    batches = [b.repeat(views) for b in draw_batches(rows, args.batch, generator, sample_weights, args.steps_per_epoch)]
-    sizes, values, bad = list(map(len, batches)), [], torch.zeros((), device=device)
-    on_cpu = torch.cat(batches).cpu().split(sizes)
-    for index, x, box, mask in ahead(make, list(zip(batches, on_cpu, strict=True)), device):
+    if world() > 1:  # each process drops out by itself, again so after a resume
+        torch.manual_seed(generator.initial_seed() + scheduler.last_epoch * world() + rank())
+    drawn = draw_batches(rows, args.batch, generator, sample_weights, args.steps_per_epoch)
+    sizes, places, batches = zip(*(share(batch, views) for batch in drawn), strict=True)
+    on_cpu, values, bad = torch.cat(batches).cpu().split(list(map(len, batches))), [], torch.zeros((), device=device)
+    for index, x, box, mask in ahead(make, list(zip(sizes, places, batches, on_cpu, strict=True)), device):
         with autocast:
             loss = loss_of(net, x.contiguous(memory_format=torch.channels_last), box, mask, index)
         optimizer.zero_grad(set_to_none=True)
@@ -162,7 +165,9 @@ def train_epoch(
         scheduler.step()
         if averaged is not None:
             update_average(averaged, net, min(args.ema, 1 - 1 / (1 + 0.2 * scheduler.last_epoch)))
-    *values, bad = torch.stack([*values, bad]).tolist()  # the only wait
+    merge(net)
+    merge(averaged)
+    *values, bad = mean(torch.stack([*values, bad])).tolist()  # the only wait
     if bad:
         raise FloatingPointError
     return sum(value * size for value, size in zip(values, sizes, strict=True)) / sum(sizes)
@@ -204,7 +209,9 @@ def fit(net, images, rows, loss_of, validate, args, *, name, folder, seed, regio
     have fewer before them, don't take part: their means scatter more, and the best of many would often be theirs.
     None: there is nothing to choose by, and the last epoch is kept."""
     device = models.choose_device(args.device)
-    net = net.to(device, memory_format=torch.channels_last)
+    if not smallest(len(rows), args.batch, args.steps_per_epoch):
+        raise InputError(f"--batch {args.batch}: too few of the {len(rows)} images for {world()} processes")
+    net, loss_of = together(net.to(device, memory_format=torch.channels_last), loss_of)
     steps = args.epochs * (args.steps_per_epoch or math.ceil(len(rows) / args.batch))
     optimizer, scheduler = build_optimizer(net, args, steps)
     averaged = copy.deepcopy(net).eval() if args.ema else None
@@ -238,9 +245,10 @@ def fit(net, images, rows, loss_of, validate, args, *, name, folder, seed, regio
         left = (time.time() - start) / (epoch - first) * (args.epochs - epoch)
         values = "  ".join(f"{k} {v:.3f}" for k, v in found.items()) + (" *" if better else "  ")
         print(f"{name:22s} epoch {epoch:3d}/{args.epochs}  loss {loss:.4f}  {values} {left:4.0f} s left", flush=True)
-        if time.time() - state.saved_at >= args.save_seconds or over() or Interrupt.asked:
+        asked = any(gather(Interrupt.asked))  # of one, and all stop
+        if time.time() - state.saved_at >= args.save_seconds or over() or asked:
             state.save()
-        if Interrupt.asked and not over():
+        if asked and not over():
             raise Stopped
     return state.best, state.history
 
@@ -365,7 +373,8 @@ def train_or_reload(build, images, rows, loss_of, validate, args, name, folder, 
     else:
         if start is not None:
             net.load_state_dict(start.state_dict())
-        check_size(net, args.size, images.meta, len(rows) == 1)
+        least = smallest(len(rows), args.batch, args.steps_per_epoch) if world() > 1 else len(rows)
+        check_size(net, args.size, images.meta, least == 1)
         best, history = fit(net, images, rows, loss_of, validate, args, name=name, folder=folder, seed=seed, **more)
         done = {"state": best, "history": history}
         files.save_checkpoint(path, done)
