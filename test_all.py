@@ -619,6 +619,124 @@ def test_k_center_needs_little_memory_slow():
     assert float(run("-c", code).stdout) < 60
 
 
+SHARDED = """
+import sys, torch, query
+import torch.distributed as dist
+
+def cases():
+    draw = torch.Generator().manual_seed(0)
+    gauss, some = torch.randn(4000, 128, generator=draw), torch.randint(2000, (4000,), generator=draw)
+    corners, same = torch.randint(0, 2, (3000, 64), generator=draw).float(), torch.ones(5000, 40)
+    far = torch.cat([gauss[:1000] + 100, gauss[:2000]])
+    few = torch.randint(0, 3, (40, 3), generator=draw).float()
+    for name, x, k, m in (
+        ("labelled", gauss[100:], 60, gauss[:100]), ("none labelled", gauss, 60, None), ("no pick", gauss, 0, None),
+        ("copies", gauss[some], 60, gauss[:7] + 0.1), ("ties", corners, 60, corners[:1]), ("all but one", few, 39, few[:2]),
+        ("all", few, 40, None), ("alike", same, 30, None), ("far", far, 50, None), ("large", gauss * 2.0**120, 40, gauss[:3]),
+        ("float64", gauss.double(), 40, None), ("half", gauss.half(), 40, gauss[:3]), ("two", few[:2], 2, None),
+    ):
+        yield name, x, k, m
+
+def work(rank, world, folder):
+    dist.init_process_group("gloo", init_method=f"file://{folder}/met{world}", rank=rank, world_size=world)
+    sent, gather = [], dist.all_gather
+    dist.all_gather = lambda table, own: sent.append(own.numel()) or gather(table, own)
+    for i, (name, x, k, m) in enumerate(cases()):
+        cut = [len(x) // 3, len(x) - 5 if len(x) > 5 else 1] if i % 3 else [0, 0]  # uneven; or all with the last
+        own = x.tensor_split(cut[-(world - 1):])[rank]
+        sent.clear()
+        picks, radius = query.k_center_greedy(own, k, m, sharded=True)
+        expected, there = query.k_center_greedy(x, k, m)
+        assert (picks.tolist(), radius) == (expected.tolist(), there), (name, rank, picks, expected)
+        assert sent[2:] == [x.shape[1] + 2] * (k + 1), name  # beside the counts and the sums, a row a pick
+    fine, bad = torch.rand(9, 4), torch.full((9, 4), torch.nan if rank else 1.0)
+    for why, x, k, m in (("NaN", bad, 1, None), ("same on every", fine, 1 + rank, None), ("k = 99", fine[:0], 99, None),
+        ("same on every", fine, 1, torch.ones(1, 4) * rank)):
+        try:
+            query.k_center_greedy(x, k, m, sharded=True)
+        except ValueError as e:
+            assert why in str(e), e
+        else:
+            raise AssertionError(why)
+
+if __name__ == "__main__":
+    for world in (2, 3):
+        torch.multiprocessing.start_processes(work, (world, sys.argv[1]), world, start_method="fork")
+    print("alike")
+"""
+
+
+def test_k_center_over_two_and_three_ranks_picks_what_one_does(tmp_path):
+    (tmp_path / "sharded.py").write_text(SHARDED)
+    done = run(tmp_path / "sharded.py", tmp_path)
+    assert done.stdout == "alike\n", done.stderr
+
+
+def test_k_center_on_a_file_in_memory_that_does_not_grow_with_it(tmp_path):
+    """120,000 x 256 of float16 (61 MB, 123 as floats): what is neither of the file nor of the O(N) bounds is a few MB."""
+    x = torch.randn(120_000, 256, generator=seeded()).half()
+    (tmp_path / "x.f16").write_bytes(x.numpy().tobytes())
+    code = (
+        "import torch, query; own = lambda: int(open('/proc/self/status').read().split('RssAnon:')[1].split()[0]) / 1024;"
+        f"x = torch.from_file({str(tmp_path / 'x.f16')!r}, size=120_000 * 256, dtype=torch.half).view(-1, 256);"
+        "query.k_center_greedy(x[:1000], 5); before = own(); most = [];"
+        "query.direct = lambda a, b, f=query.direct: most.append(own()) or f(a, b);"
+        "print(query.k_center_greedy(x, 30, x[:9].float() + 1)[0].tolist(), max(most) - before)"
+    )
+    picks, grown = run("-c", code).stdout.rsplit(" ", 1)
+    assert json.loads(picks) == k_center(x.float(), 30, x[:9].float() + 1)[0].tolist()
+    assert float(grown) < 60
+
+
+def test_typiclust_draws_from_a_cluster_that_is_too_large_and_takes_so_many_clusters_at_most(monkeypatch):
+    monkeypatch.setattr(query, "MOST_MEMBERS", 40)
+    monkeypatch.setattr(query, "MOST_CLUSTERS", 3)
+    x = torch.cat([0.1 * torch.randn(200, 8, generator=seeded(i)) + 9 * torch.eye(8)[i] for i in range(3)])
+    context = query.Context(x, None, torch.arange(150), torch.arange(150, 600), seeded())
+    picks = query.query_typiclust(context, 130)
+    assert len(picks.unique()) == 130
+    assert (picks // 200).bincount().tolist() == [0, 65, 65]  # the first has labels; of 40 drawn there are more to come
+    assert picks.min() >= 150
+    typical = torch.cdist(x[200:400], x[200:400]).topk(21, largest=False).values.mean(1)
+    assert (typical < typical[int(picks[picks // 200 == 1][0]) - 200]).double().mean() < 0.25
+
+
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+
+
+@needs_cuda
+def test_strategies_choose_on_the_tensors_own_device():
+    x, p = torch.randn(2000, 64, generator=seeded()), torch.rand(3, 2000, 4, generator=seeded(1)).softmax(2)
+    labelled, free = torch.arange(50), torch.arange(50, 2000)
+    for name, strategy in query.STRATEGIES.items():
+        here, there = (
+            strategy(query.Context(x.to(d), p[0].to(d), labelled, free, seeded(2), p.to(d), p.to(d)), 20)
+            for d in ("cpu", "cuda")
+        )
+        assert (there.device.type, len(there.unique())) == ("cpu", 20), name
+        if name not in ("badge", "typiclust"):  # which draw by other means there
+            assert torch.equal(here, there), name
+
+
+@needs_cuda
+def test_k_center_on_a_gpu_waits_for_no_pick(recwarn):
+    x = torch.randn(3000, 96, generator=seeded())
+    waits = []
+    for k in (5, 50):
+        expected, radius = k_center(x, k, x[:5] + 0.5)
+        given, centers = x.cuda(), x[:5].cuda() + 0.5
+        recwarn.clear()
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            picks, there = k_center(given, k, centers)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        waits.append(sum("synchronizing" in str(w.message) for w in recwarn.list))
+        assert picks.device.type == "cuda"
+        assert (picks.tolist(), there) == (expected.tolist(), pytest.approx(radius, rel=1e-5))
+    assert waits[0] == waits[1] > 0
+
+
 def test_each_strategy_chooses_what_it_should_on_a_toy_pool():
     """Six images: two near each other and labelled; one sure and far; two unsure; a copy of a labelled one."""
     embeddings = torch.tensor([[0.0, 1.0], [0.1, 1.0], [9.0, 0.0], [1.0, 2.0], [1.0, 2.5], [0.0, 1.0]])
