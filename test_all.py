@@ -40,6 +40,7 @@ import bench
 import data
 import explain
 import files
+import grouping
 import infer
 import judge
 import losses
@@ -851,6 +852,7 @@ REFUSED = {
     augment.place: [("region 1", GREY[:, 0].float(), second(0.4, 0.2, 0.4, 0.8), 8)],
     distil: [(r"\(2, 3\)", 2, 3, [[1.0, 0]] * 2), (r"\(2, 2\)", 2, 1, [[1.0], [1]]), (r"\(2, 2\)", 2, 2, [[1.0, 0]]),
         ("row 1", 2, 2, [[1.0, 0], [-1, 2]]), ("softmax", 2, 2, [[1.0, 1], [1, 1]]), ("nan", 1, 2, [[math.nan, 1]])],
+    grouping.near_duplicates: [(r"\(N, 1, T, T\)", torch.zeros(2, 1, 28, 32)), (r"\(N, 1, T, T\)", GREY[0])],
     k_center: [*[("of 4 points", torch.rand(4, 2), k) for k in (-1, 5)],
         *[("NaN", torch.tensor([[0.0], [bad]]), 1) for bad in BAD],
         *[("NaN", torch.rand(3, 1), 1, torch.tensor([[bad]])) for bad in BAD],
@@ -1201,6 +1203,25 @@ def test_the_second_start_reads_the_cache(tmp_path, monkeypatch):
     refused("--cache", quiet_load, source, 32, cache=changed)  # a file, no folder
 
 
+def test_a_cache_larger_than_the_memory_is_read(tmp_path):
+    """Sparse files, as if so many pictures had been decoded. The system lends no memory of its own for so large a map."""
+    picture().save(tmp_path / "a.png")
+    most = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    side, n = 4096, 1 + 2 * most // (3 * 4096**2)
+    entries = [readers.Entry(str(tmp_path / "a.png"), "a")] * n
+    folder = tmp_path / "cache" / data.cache_key(entries, side, 3, False)
+    folder.mkdir(parents=True)
+    for name, (kind, shape) in data.kept_files(entries, side, 3).items():
+        with open(folder / name, "wb") as file:
+            file.truncate(n * np.dtype(kind).itemsize * math.prod(shape))
+    (folder / "cache.json").write_text(json.dumps({"kept": list(range(n)), "bad": []}))
+    pixels, _, boxes, thumbnails, _ = data.decode(entries, side, 3, cache=tmp_path / "cache")
+    assert pixels.shape == (n, 3, side, side)
+    assert not pixels[n - 1, :, 9, 9].any()
+    boxes[0] = 1.0  # those of placeholder boxes are written, in memory
+    assert not (folder / "boxes.f32").read_bytes().strip(b"\0")
+
+
 def test_near_duplicates_are_found_and_named(tmp_path):
     for name, first in (("benign", 0), ("malignant", 50)):
         (tmp_path / name).mkdir()
@@ -1234,7 +1255,7 @@ def test_pictures_of_one_kind_are_no_near_duplicates_and_a_cut_one_is():  # 26
             cut = spot.crop((0, 4 + i % 3, 128 - i % 5, 88)).transpose(Image.Transpose.FLIP_LEFT_RIGHT)
             thumbs.append(data.thumbnail(cut))
     thumbs = torch.from_numpy(np.stack(thumbs))
-    assert len(data.look_alikes(thumbs)[0]) == 20 * 19 / 2
+    assert len(grouping.look_alikes(thumbs)[0]) == 20 * 19 / 2
     assert data.near_duplicates(thumbs).tolist() == [[i, i + 1] for i in range(0, 8, 2)]
     again = data.near_duplicates(thumbs.flip(0)).tolist()  # whichever comes first
     assert sorted([19 - j, 19 - i] for i, j in again) == [[i, i + 1] for i in range(0, 8, 2)]
@@ -1243,7 +1264,7 @@ def test_pictures_of_one_kind_are_no_near_duplicates_and_a_cut_one_is():  # 26
 def test_near_duplicates_against_brute_force_and_merged_transitively():
     thumbs = torch.randint(0, 256, (40, 1, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
     thumbs[7], thumbs[30] = thumbs[2], thumbs[5].flip(2)
-    pairs, mirrored = data.look_alikes(thumbs, threshold=0.3)
+    pairs, mirrored = grouping.look_alikes(thumbs, threshold=0.3)
     table = np.corrcoef(torch.cat([thumbs, thumbs.flip(3)]).double().flatten(1).numpy())[:40]
     straight, turned = table[:, :40], table[:, 40:]
     expected = np.argwhere(np.triu(np.maximum(straight, turned), 1) >= 0.3)
@@ -1251,6 +1272,72 @@ def test_near_duplicates_against_brute_force_and_merged_transitively():
     assert mirrored.tolist() == (turned > straight)[tuple(expected.T)].tolist()
     groups = data.merge_groups(torch.arange(6), torch.tensor([[0, 3], [3, 5], [1, 2]]))
     assert groups.tolist() == [0, 1, 1, 0, 2, 0]
+
+
+def altered_phantoms(n, copies, size=64):
+    """Thumbnails (n + copies): phantoms, and of the first of them a darker, cut, mirrored, coarse or noisy copy."""
+    pixels, rng, more = phantoms.phantoms(n, size)[0], np.random.default_rng(0), []
+    for i, image in enumerate(Image.fromarray(p[0].numpy()) for p in pixels[:copies]):
+        flipped, noise = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT), rng.normal(0, 8, (size, size))
+        more.append((
+            image.point(lambda v: v * 0.7), flipped.crop((0, 0, size - 2, size - i % 3)), flipped,
+            image.resize((20, 20)).resize((size, size)), Image.fromarray((np.asarray(flipped) + noise).clip(0, 255).astype(np.uint8)),
+        )[i % 5])  # fmt: skip
+    return torch.from_numpy(
+        np.stack([data.thumbnail(p) for p in [*(Image.fromarray(p[0].numpy()) for p in pixels), *more]])
+    )
+
+
+def test_near_duplicates_by_hashes_are_those_of_the_full_search(monkeypatch):
+    thumbs = altered_phantoms(900, 200)
+    order = torch.randperm(len(thumbs), generator=seeded())
+    thumbs = thumbs[order]
+    for found, full in zip(grouping.hashed_look_alikes(thumbs), grouping.look_alikes(thumbs), strict=True):
+        assert len(found) > 100
+        assert torch.equal(found, full)  # pairs in the same order, and which of them are mirrored
+    full = data.near_duplicates(thumbs)
+    monkeypatch.setattr(grouping, "MOST_COMPARED", 1000)
+    assert torch.equal(data.near_duplicates(thumbs), full)
+    planted = order[full].sort(1).values
+    assert (planted[:, 1] - planted[:, 0] == 900).all()
+    for few in (thumbs[:0], thumbs[:1], thumbs[:2], torch.full((300, 1, 28, 28), 9, dtype=torch.uint8)):  # blank
+        assert grouping.hashed_look_alikes(few)[0].shape == (0, 2)
+    same = torch.cat([thumbs[:50], thumbs[3:4].expand(2000, -1, -1, -1), thumbs[3:4].flip(3)])
+    pairs, mirrored = grouping.hashed_look_alikes(same, most=5)  # of thousands alike not all pairs, but a single group
+    groups = data.merge_groups(torch.arange(len(same)), pairs)
+    assert len(pairs) <= 5 * len(same)
+    assert (groups[50:] == groups[3]).all()
+    assert mirrored.tolist() == (pairs[:, 1] == len(same) - 1).tolist()
+
+
+def plain_partition(labels, groups, shares, seed):
+    """The same by a table of counts, an operation on all parts and classes a group."""
+    shares = torch.tensor(shares, dtype=torch.double) / sum(shares)
+    counts = torch.zeros(int(groups.max()) + 1, int(labels.max()) + 1, dtype=torch.double)
+    counts.index_put_((groups, labels), torch.ones(len(labels), dtype=torch.double), accumulate=True)
+    target, draw = shares[:, None] * counts.sum(0), torch.Generator().manual_seed(seed)
+    filled, part = torch.zeros_like(target), torch.zeros(len(counts), dtype=torch.long)
+    order, ties = torch.randperm(len(counts), generator=draw), 1e-6 * torch.rand(target.shape, generator=draw)
+    for g in order[torch.argsort(counts[order].sum(1).log2().floor(), descending=True, stable=True)].tolist():
+        part[g] = (((target - filled) / target.clamp(min=1e-9) + ties) * (counts[g] > 0)).sum(1).argmax()
+        filled[part[g]] += counts[g]
+    return part[groups]
+
+
+def test_partition_is_that_of_the_plain_table_to_the_image():
+    generator = seeded()
+    for trial in range(60):
+        n, classes, most = (
+            int(torch.randint(low, high, (1,), generator=generator)) for low, high in ((1, 400), (1, 8), (1, 400))
+        )
+        labels, groups = (
+            torch.randint(v, (n,), generator=generator).unique(return_inverse=True)[1] for v in (classes, most)
+        )
+        shares = ([0.7, 0.1, 0.2], [1] * 5, [7, 1], [0.25, 0.75])[trial % 4]
+        assert torch.equal(
+            data.partition(labels, groups, shares, trial), plain_partition(labels, groups, shares, trial)
+        )
+    assert not len(data.partition(labels[:0], groups[:0], [1, 1], 0))
 
 
 def test_no_option_that_changes_the_pixels_changes_the_splits(tmp_path):
@@ -4869,7 +4956,7 @@ def test_a_bad_epoch_is_not_saved_slow(tmp_path, monkeypatch):  # 35
 # The house: what may import what, rooms of one sitting, files to copy whole, a README that runs
 
 FLOORS = [
-    ["augment", "losses", "query", "saliency", "metrics", "phantoms"],
+    ["augment", "losses", "query", "saliency", "metrics", "phantoms", "grouping"],
     ["readers"],
     ["data", "files"],
     ["backbones"],
@@ -4929,6 +5016,7 @@ USES = {  # on a network that is none of ours, beside what each file's own docst
     "query": "assert len(set(k_center_greedy(net(images), 3)[0].tolist())) == 3",
     "saliency": "assert grad_cam(net, images).shape == rise(net, images, masks=4).shape == (4, 64, 96)",
     "metrics": "assert 0 <= with_intervals(net(images)[:, :2].softmax(1).tolist(), [0, 1, 1, 0])['auc']['value'] <= 1",
+    "grouping": "assert near_duplicates((255 * images[:, :1, :, :64]).byte()).shape == (0, 2)",
     "phantoms": "assert net(phantoms(4, 64)[0].float().expand(-1, 3, -1, -1)).shape == (4, 9)",
 }
 
@@ -5049,7 +5137,9 @@ def test_busi_masks_boxes_and_near_duplicates():
     assert int(images.boxes[:, 0].isfinite().sum()) == 515
     assert (images.masks.flatten(1).any(1) == images.boxes[:, 0].isfinite()).all()
     assert images.pixels.shape[1] == 1
-    assert len(data.near_duplicates(images.thumbnails)) > 160
+    pairs = data.near_duplicates(images.thumbnails)
+    assert len(pairs) > 160
+    assert torch.equal(grouping.hashed_look_alikes(images.thumbnails)[0], grouping.look_alikes(images.thumbnails)[0])
     assert sum("OPPOSITE LABELS" in line for line in said) >= 1
     for g in images.groups.unique():
         assert len({images.splits[i] for i in torch.nonzero(images.groups == g)[:, 0].tolist()}) == 1
@@ -5078,6 +5168,8 @@ def test_ham10000_lesions_and_metadata():
     assert float(images.meta[missing == 0, 0].std()) == pytest.approx(1, abs=0.01)
     pairs = data.near_duplicates(images.thumbnails)  # 26, as if the lesions were not known
     assert len(pairs) < 400
+    hashed = grouping.hashed_look_alikes(images.thumbnails)[0]  # where most pictures look alike, a few may be missed
+    assert len(torch.cat([pairs, hashed]).unique(dim=0)) - len(hashed) < 0.02 * len(pairs)
     assert (images.groups[pairs[:, 0]] == images.groups[pairs[:, 1]]).sum() > 100
     assert data.merge_groups(torch.arange(8028), pairs).bincount().max() < 100
 
