@@ -63,8 +63,8 @@ class ImageSet:
 
     def rows(self, split):
         """Indices (int64) of the LABELLED images in a split."""
-        rows = [i for i, s in enumerate(self.splits) if s == split and self.labels[i] >= 0]
-        return torch.tensor(rows, dtype=torch.long)
+        found = enumerate(zip(self.splits, self.labels.tolist(), strict=True))
+        return torch.tensor([i for i, (s, label) in found if s == split and label >= 0], dtype=torch.long)
 
     def take(self, rows):
         """The ImageSet of these rows (int64) alone."""
@@ -456,9 +456,10 @@ def decode(entries, size, channels, equalise=False, cache=None, skip_bad=False, 
     uint8 (N, 1, 28, 28), kept rows).
 
     With a `cache` folder the result is memory-mapped from there: the second start is immediate, and a set larger than
-    memory works. The key is the files' names, sizes and times, and the size. All bad files are reported at once."""
+    memory works. The key is the files' names, sizes and times (or the pixels, where there are no files), and the size. All
+    bad files are reported at once."""
     layout, work, folder = kept_files(entries, size, channels), (entries, size, channels, equalise), None
-    if cache and not isinstance(entries[0].image, np.ndarray):
+    if cache:
         folder = Path(cache) / cache_key(*work)
     files = {name: io.BytesIO() for name in layout}  # stay empty where there is a cache
     if folder and is_whole(folder, layout):
@@ -494,6 +495,9 @@ def cache_key(entries, size, channels, equalise):
     """Names the folder of a decoded data set: another file, size or time of a file is another folder."""
     key = hashlib.sha256(json.dumps(["v4", size, channels, equalise]).encode())
     for e in entries:
+        if isinstance(e.image, np.ndarray):
+            key.update(json.dumps([e.image.shape, e.box]).encode() + e.image.tobytes())
+            continue
         for p in [e.image, *e.masks]:
             stat = os.stat(p) if os.path.exists(p) else None
             key.update(json.dumps([os.path.abspath(p), stat and [stat.st_size, stat.st_mtime_ns], e.box]).encode())

@@ -30,11 +30,11 @@ def near_duplicates(thumbnails, progress=lambda items, what, total: items):
             f"thumbnails {tuple(thumbnails.shape)}: must be (N, 1, T, T), each picture squashed into a square"
         )
     pairs, mirrored = (look_alikes if len(thumbnails) <= MOST_COMPARED else hashed_look_alikes)(thumbnails)
-    fine, same = fine_features(thumbnails), [torch.zeros(0, dtype=torch.bool)]
+    same = [torch.zeros(0, dtype=torch.bool)]
     parts = list(zip(pairs.split(64), mirrored.split(64), strict=True))
     for part, turned in progress(parts, "comparing, 64 pairs each", len(parts)):
-        i, j = part.T
-        a, b = fine[i], torch.where(turned[:, None, None], fine[j].flip(2), fine[j])
+        a, b = (fine_features(thumbnails[rows]) for rows in part.T)
+        b = torch.where(turned[:, None, None], b.flip(2), b)
         same.append(torch.maximum(aligned_similarity(a, b), aligned_similarity(b, a)) >= 0.8)
     return pairs[torch.cat(same)]
 

@@ -1215,7 +1215,7 @@ def test_a_cache_larger_than_the_memory_is_read(tmp_path):
         with open(folder / name, "wb") as file:
             file.truncate(n * np.dtype(kind).itemsize * math.prod(shape))
     (folder / "cache.json").write_text(json.dumps({"kept": list(range(n)), "bad": []}))
-    pixels, _, boxes, thumbnails, _ = data.decode(entries, side, 3, cache=tmp_path / "cache")
+    pixels, _, boxes, *_ = data.decode(entries, side, 3, cache=tmp_path / "cache")
     assert pixels.shape == (n, 3, side, side)
     assert not pixels[n - 1, :, 9, 9].any()
     boxes[0] = 1.0  # those of placeholder boxes are written, in memory
