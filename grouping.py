@@ -74,12 +74,17 @@ def hashed_look_alikes(thumbnails, threshold=0.95, rounds=32, width=128, most=32
             value = torch.where(turned, columns[mirror[bit]], columns[bit])
             key = 2 * key + (value > value.median())
         order = key.argsort()
-        for start in range(0, n, width):
-            rows = order[start : start + 2 * width]
+        for start in range(0, n, 64 * width):  # so many at once: an operation has its price
+            rows = order[start : start + 65 * width]
             x = torch.where(turned[rows, None], blocks[rows][:, mirror], blocks[rows])
-            best = (x[:width] @ x.T).triu(1).topk(min(most, len(rows)))
-            i, place = torch.nonzero(best.values >= threshold - 0.02, as_tuple=True)  # coarse is more alike than fine
-            i, j = torch.stack([rows[i], rows[best.indices[i, place]]]).sort(0).values
+            x = F.pad(x, (0, 0, 0, 65 * width - len(rows)))
+            near = (x[:-width].view(64, width, 49) @ x.unfold(0, 2 * width, width)).triu(1).flatten(0, 1)
+            i, j = torch.nonzero(near >= threshold - 0.02, as_tuple=True)  # coarse is more alike than fine
+            if len(i) > most * len(rows):  # thousands alike
+                best = near.topk(most)
+                i, place = torch.nonzero(best.values >= threshold - 0.02, as_tuple=True)
+                j = best.indices[i, place]
+            i, j = torch.stack([rows[i], rows[i // width * width + j]]).sort(0).values
             parts.append(i * n + j)
         found = torch.cat(parts).unique()
     pairs, scores = torch.stack([found // n, found % n], 1), [torch.zeros(2, 0)]
