@@ -142,12 +142,12 @@ def k_center_greedy(embeddings, k, centers=None, sharded=False):
     if x.dim() != 2 or centers.dim() != 2 or centers.shape[1] != x.shape[1]:
         raise ValueError(f"embeddings {tuple(x.shape)}, centers {tuple(centers.shape)}: must be (N, D) and (M, D)")
     centers, (n, d) = centers.to(x.device, kind), x.shape
-    same = [k, d, len(centers), float(centers.cpu().double().mul(2.0**-60).sum())]
+    same = [k, d, torch.finfo(kind).bits, len(centers), float(centers.cpu().double().mul(2.0**-60).sum())]
     told = share([n, largest(x), largest(centers), *same], sharded, x.device)
     if not told.isfinite().all():
         raise ValueError("embeddings or centers hold NaN or infinity: leave those rows out")
     if (told[:, 3:] != told[0, 3:]).any():
-        raise ValueError("k, D and the centers: must be the same on every rank")
+        raise ValueError("k, D, the type and the centers: must be the same on every rank")
     counts, rank = told[:, 0].long(), dist.get_rank() if sharded else 0
     if not 0 <= k <= counts.sum():
         raise ValueError(f"k = {k} of {counts.sum()} points")
@@ -156,7 +156,7 @@ def k_center_greedy(embeddings, k, centers=None, sharded=False):
     scale = safe_scale(float(told[:, 1:3].max()), kind, d)
     wide = torch.float if x.device.type == "mps" else torch.double  # so that shards sum to the bits of the whole
     sums = sum((block.sum(0, dtype=wide) for block in blocks(x, scale)), x.new_zeros(d, dtype=wide))
-    mean = (share(sums, sharded, x.device).sum(0) / counts.sum()).to(x.device, kind)
+    mean = (share(sums.cpu(), sharded, x.device).sum(0) / counts.sum()).to(x.device, kind)
     if sharded or (x.device.type == "cpu" and n * d >= 2**17):  # of fewer, a pass costs less than choosing among them
         first = int(counts[:rank].sum())
         picks, radius = pick_lazily(x, k, centers * scale, mean, scale, first, sharded)

@@ -4312,6 +4312,18 @@ def test_the_benchmark_prints_ours_the_floor_and_the_ratio_slow(tmp_path):
         assert re.search(rf"{line}.*ours +\d+\.\d+ s   floor +\d+\.\d+ s   ratio \d+\.\d+", result.stdout)
 
 
+def test_the_benchmark_of_many_rows_and_pictures(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    said = call(bench, "--rows", "3000", "--pictures", "600", "--device", "cpu").stdout
+    assert re.search(
+        r"on a file, 3000 x 128, k = 200: ours \d+\.\d s   floor \d+ s   ratio \d+\.\d+   \(wall clock\)", said
+    )
+    assert re.search(r"\d+ MB beside the file of 1 MB", said)
+    for step in ("first load", "second load", "an epoch", "20 to label, coreset", "20 to label, typiclust"):
+        assert re.search(rf"600 pictures, {step} +\d+\.\d s of a core, +\d+\.\d s, +\d+ MB more", said), said
+    assert not list(tmp_path.iterdir())
+
+
 def test_the_benchmark_weighs_model_files(tmp_path):
     spec = [{"column": "age", "mean": 50.0, "sd": 10.0}]
     nets = [models.CNet("small_cnn", 3, 1, meta=2) for _ in range(2)]
