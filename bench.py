@@ -5,6 +5,8 @@
     python bench.py --processes 2         an epoch that processes of one thread share, and nothing else
     python bench.py --data BUSI           also the first and the second start on real files
     python bench.py --models A.pt B.pt    model files alone: what they weigh, what an answer costs
+    python bench.py --rows 10000000       k-center alone, on a file of so many embeddings (5 GB)
+    python bench.py --pictures 1000000    loading, splitting, an epoch and an answer alone, of so many pictures of 32 px
 
 The floor of an epoch is the bare forward, backward and AdamW step on one fixed batch, as often as the epoch has steps:
 no shuffling, no augmentation, no logging. The floor of Grad-CAM is one forward pass and a backward pass that stops at
@@ -19,14 +21,17 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 import torchvision
 from torch import nn
 
+import al_loop
 import augment
 import backbones
 import data
@@ -238,6 +243,100 @@ def bench_k_center(images, weights, runs, device, quick, most=300_000):
     print(f"k-center, 277524 x 512, 100 labelled, k = 200: {said}")
 
 
+class Memory(threading.Thread):
+    """The most memory of its own, in MB, that the process has while this runs: pages of mapped files are not counted."""
+
+    def __enter__(self):
+        self.most, self.over, self.before = 0.0, threading.Event(), self.now()
+        self.start()
+        return self
+
+    def __exit__(self, *_):
+        self.over.set()
+        self.join()
+
+    def run(self):
+        while not self.over.wait(0.02):
+            self.most = max(self.most, self.now() - self.before)
+
+    def now(self):
+        return int(Path("/proc/self/status").read_text().split("RssAnon:")[1].split()[0]) / 1024
+
+
+def bench_rows(n, k=200):
+    """k-center on n x 128 Gaussians in a file, 100 labelled, against k passes over the file: products with a vector."""
+    with tempfile.TemporaryDirectory(dir=".") as folder:
+        path, generator = Path(folder) / "rows.f32", torch.Generator().manual_seed(0)
+        with open(path, "wb") as file:
+            for start in range(0, n, 2**17):
+                file.write(torch.randn(min(2**17, n - start), 128, generator=generator).numpy())
+        x, centers = torch.from_file(str(path), True, n * 128).view(n, 128), torch.randn(100, 128, generator=generator)
+        query.k_center_greedy(x[:2000], 5)  # warms up
+        times = []
+        for turn in ("pass", "ours", "pass"):
+            with Memory() as memory:
+                wall, cpu = time.perf_counter(), time.process_time()
+                if turn == "ours":
+                    query.k_center_greedy(x, k, centers)
+                else:
+                    sum(float(torch.mv(part, centers[0]).amax()) for part in x.split(2**15))
+                times.append((time.perf_counter() - wall, time.process_time() - cpu))
+            if turn == "ours":
+                most = memory.most
+    for what, (a, b, c) in zip(("wall clock", "of a core"), zip(*times, strict=True), strict=True):
+        floor = k * (a + c) / 2
+        print(
+            f"k-center on a file, {n} x 128, k = {k}: ours {b:.1f} s   floor {floor:.0f} s   ratio {b / floor:.3f}   ({what})"
+        )
+    print(f"  {most:.0f} MB beside the file of {n * 512 / 2**20:.0f} MB")
+
+
+def bench_pictures(n, device):
+    """What n pictures of 32 px cost, step by step, in seconds of a core: phantoms that are darker, brighter and blotched."""
+    few, generator = data.phantom_set(min(n, 20_000), 32).pixels.int(), torch.Generator().manual_seed(0)
+    pictures = np.empty((n, 32, 32), np.uint8)
+    for start in range(0, n, len(few)):
+        blotches = torch.randint(-90, 90, (len(few), 1, 8, 8), generator=generator).repeat_interleave(4, 2)
+        made = (few + blotches.repeat_interleave(4, 3)).clamp(0, 255).byte()
+        pictures[start : start + len(few)] = made[: n - start, 0].numpy()
+    argv = ["--model", "small_cnn", "--weights", "none", "--size", "32", "--batch", "256", "--device", str(device)]
+    args, kept = options.parse(argv), {}
+
+    def load():
+        return data.load(Path(folder) / "pictures.npz", 32, cache=Path(folder) / "cache", log=lambda _: None)
+
+    def epoch():
+        images, net = kept["first load"], models.CNet("small_cnn", 2, 1).to(device)
+        inputs, labels = (images.pixels, None, images.boxes.to(device), None), images.labels.to(device)
+        optimizer, scheduler = train.build_optimizer(net, args, 10_000)
+
+        def loss_of(net, x, boxes, masks, index):
+            return losses.classification_loss(net(x), labels[index])
+
+        rows, generator = images.rows("train").to(device), torch.Generator(device).manual_seed(0)
+        train.train_epoch(net, optimizer, scheduler, loss_of, inputs, rows, args, generator)
+        return models.Ensemble([net.eval()], **train.model_info(images, args, 0))
+
+    def choose(strategy):
+        free = torch.arange(100, n)
+        return al_loop.ask(
+            strategy, kept["an epoch"], kept["first load"], torch.arange(n), torch.arange(100), free, 20, generator
+        )
+
+    with tempfile.TemporaryDirectory(dir=".") as folder:
+        np.savez(Path(folder) / "pictures.npz", train_images=pictures, train_labels=np.arange(n) % 2)
+        del pictures, few, made
+        steps = {"first load": load, "second load": load, "an epoch": epoch}
+        steps |= {f"20 to label, {name}": functools.partial(choose, name) for name in ("coreset", "badge", "typiclust")}
+        for name, step in steps.items():
+            with Memory() as memory:
+                wall, cpu = time.perf_counter(), time.process_time()
+                kept[name] = step()
+            times = f"{time.process_time() - cpu:8.1f} s of a core, {time.perf_counter() - wall:8.1f} s"
+            print(f"{n} pictures, {name:22s} {times}, {memory.most:6.0f} MB more", flush=True)
+        kept.clear()
+
+
 def bench_start(runs):
     """`python infer.py image.png` as a whole process, with a fresh small_cnn model and with mobilenet_v2."""
     with tempfile.TemporaryDirectory() as folder:
@@ -303,6 +402,8 @@ def main(argv=None):
     p.add_argument("--quick", action="store_true", help="small sizes: only to see that it works")
     p.add_argument("--processes", type=int, default=0, help="time an epoch shared by so many, and nothing else")
     p.add_argument("--sharing", action="store_true", help=argparse.SUPPRESS)  # one of them
+    p.add_argument("--rows", type=int, default=0, help="time k-center on a file of so many rows, and nothing else")
+    p.add_argument("--pictures", type=int, default=0, help="time the steps on so many pictures, and nothing else")
     p.add_argument("--models", nargs="+", default=[], metavar="FILE", help="time these model files, and nothing else")
     args = p.parse_args(argv)
     if args.sharing:
@@ -315,6 +416,12 @@ def main(argv=None):
     )
     if args.models:
         return bench_models(args.models, args.runs, device)
+    if args.rows:
+        bench_rows(args.rows)
+    if args.pictures:
+        bench_pictures(args.pictures, device)
+    if args.rows or args.pictures:
+        return None
     if args.data:
         bench_data(args.data)
     on_gpu = device.type != "cpu"

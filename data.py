@@ -27,10 +27,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image, ImageOps
 
 from augment import clahe
+from grouping import merge_groups, near_duplicates, partition
 from phantoms import phantoms
 from readers import InputError, find_entries, natural, one_line
 
@@ -55,7 +55,7 @@ class ImageSet:
     outlined: torch.Tensor | None = None  # bool (N,): it is known where the lesion is, or that there is none
     placeholder_boxes: bool = False  # the boxes are dummies: every report says so
     source: str = ""
-    thumbnails: torch.Tensor | None = None  # uint8 (N, 1, 28, 28): what near-duplicates are found by; None: too many
+    thumbnails: torch.Tensor | None = None  # uint8 (N, 1, 28, 28): what near-duplicates are found by; None: not known
     group_names: list[str] = dataclasses.field(default_factory=list)  # the source's words for patients, lesions; or ""
 
     def __len__(self):
@@ -63,8 +63,8 @@ class ImageSet:
 
     def rows(self, split):
         """Indices (int64) of the LABELLED images in a split."""
-        rows = [i for i, s in enumerate(self.splits) if s == split and self.labels[i] >= 0]
-        return torch.tensor(rows, dtype=torch.long)
+        found = enumerate(zip(self.splits, self.labels.tolist(), strict=True))
+        return torch.tensor([i for i, (s, label) in found if s == split and label >= 0], dtype=torch.long)
 
     def take(self, rows):
         """The ImageSet of these rows (int64) alone."""
@@ -318,108 +318,6 @@ def parse_meta(text):
 # ---------------------------------------------------------------------------------------------------------------------
 # Groups and splits
 
-MOST_COMPARED = 20_000  # images among which near-duplicates are looked for: the cost grows with the square
-
-
-def near_duplicates(thumbnails):
-    """Pairs (P, 2) of images that show the same picture, indices i < j. thumbnails: uint8 (N, 1, T, T), see thumbnail.
-
-    Two look alike if their thumbnails, one of them perhaps mirrored, correlate by 0.95, and are the same if their fine
-    features, laid upon each other, do so by 0.8. Measured on HAM10000, where most pictures are a dark spot on skin: of
-    2,737 pairs that look alike 124 are of one lesion; 278 have the same fine features, 113 of them of one lesion; the
-    largest group falls from 675 images to 60. On BUSI 4 of 166 pairs go: one of two patients, three of one lesion in
-    another moment. Features of larger thumbnails (32 and 48 px) did not tell the pairs apart any better."""
-    pairs, mirrored = look_alikes(thumbnails)
-    fine, same = fine_features(thumbnails), [torch.zeros(0, dtype=torch.bool)]
-    parts = list(zip(pairs.split(64), mirrored.split(64), strict=True))
-    for part, turned in progress(parts, "comparing, 64 pairs each", len(parts)):
-        i, j = part.T
-        a, b = fine[i], torch.where(turned[:, None, None], fine[j].flip(2), fine[j])
-        same.append(torch.maximum(aligned_similarity(a, b), aligned_similarity(b, a)) >= 0.8)
-    return pairs[torch.cat(same)]
-
-
-def look_alikes(thumbnails, threshold=0.95):
-    """Pairs (P, 2), i < j, whose thumbnails, one of them perhaps mirrored, correlate by `threshold`, and whether they do
-    so better mirrored (P,). Costs N^2 / 2 correlations, in blocks."""
-    thumbs = thumbnails.float() - thumbnails.float().mean((2, 3), keepdim=True)
-    flipped = F.normalize(thumbs.flip(3).flatten(1), dim=1)
-    thumbs = F.normalize(thumbs.flatten(1), dim=1)
-    pairs, mirrored = [], []
-    for start in range(0, len(thumbs), 2048):
-        block = thumbs[start : start + 2048]
-        straight, turned = block @ thumbs[start:].T, block @ flipped[start:].T
-        i, j = torch.nonzero(torch.maximum(straight, turned).triu(1) >= threshold, as_tuple=True)
-        pairs.append(torch.stack([i + start, j + start], 1))
-        mirrored.append((turned > straight)[i, j])
-    return torch.cat(pairs), torch.cat(mirrored)
-
-
-def fine_features(thumbnails):
-    """(N, T, T): each pixel less the mean of the 5 x 5 around it, over the spread there, so that what thousands of
-    pictures share (the rim of a lens, skin that darkens to the edge) counts no more than any other place."""
-
-    def around(x):
-        return F.avg_pool2d(x, 5, 1, 2, count_include_pad=False)
-
-    fine = thumbnails.float() - around(thumbnails.float())
-    return (fine / (around(fine.square()).sqrt() + 3))[:, 0]  # 3 grey levels: where nothing is, no noise is enlarged
-
-
-def aligned_similarity(a, b):
-    """Cosine (P,) of the images a (P, T, T) and of b, stretched and moved so that it fits best: of one picture that was
-    cut in two ways, a tenth at each side, all features lie elsewhere. Rows and columns are fitted in turns, twice."""
-    size, ends = a.shape[-1], torch.arange(-3, 4)
-    place, (low, high) = torch.arange(size), torch.cartesian_prod(ends, ends).T[:, :, None]
-    source = (low + place * (1 + (high - low) / (size - 1))).clamp(0, size - 1)  # low, high: what either end moves by
-    stretches = (1 - (source[..., None] - place).abs()).clamp(min=0)  # (49, T, T), of linear interpolation
-    for _ in range(4):
-        stretched = stretches @ b[:, None]
-        similarity, best = F.cosine_similarity(a[:, None].flatten(2), stretched.flatten(2), dim=2).max(1)
-        b = torch.gather(stretched, 1, best[:, None, None, None].expand(-1, 1, size, size))[:, 0]
-        a, b = a.transpose(1, 2), b.transpose(1, 2)
-    return similarity
-
-
-def merge_groups(groups, pairs):
-    """Give both images of every pair one group (union-find). groups: int64 (N,); returns the same, numbered from 0."""
-    parent = list(range(int(groups.max()) + 1)) if len(groups) else []
-
-    def root(g):
-        while parent[g] != g:
-            parent[g] = g = parent[parent[g]]
-        return g
-
-    groups = groups.tolist()
-    for i, j in pairs.tolist():
-        a, b = root(groups[i]), root(groups[j])
-        parent[max(a, b)] = min(a, b)
-    return torch.unique(torch.tensor([root(g) for g in groups], dtype=torch.long), return_inverse=True)[1]
-
-
-def partition(labels, groups, shares, seed):
-    """Divide images into parts of the given shares: int64 (N,), the part of each. Stratified, and no group is split.
-
-    Groups are dealt the largest first, each to the part that then lacks most of its classes; those whose sizes are alike
-    (to a factor of 2) in random order. By the very size, the seed would move hardly a group: the parts of two seeds
-    shared 41 % of the IDC images where chance gives 20 %."""
-    shares = torch.tensor(shares, dtype=torch.double) / sum(shares)
-    kinds, labels = torch.unique(labels, return_inverse=True)
-    names, groups = torch.unique(groups, return_inverse=True)
-    counts = torch.zeros(len(names), len(kinds), dtype=torch.double)
-    counts.index_put_((groups, labels), torch.ones(len(labels), dtype=torch.double), accumulate=True)
-    target = shares[:, None] * counts.sum(0)
-    filled = torch.zeros_like(target)
-    part = torch.zeros(len(counts), dtype=torch.long)
-    generator = torch.Generator().manual_seed(seed)
-    order, ties = torch.randperm(len(counts), generator=generator), 1e-6 * torch.rand(target.shape, generator=generator)
-    order = order[torch.argsort(counts[order].sum(1).log2().floor(), descending=True, stable=True)]
-    for g in order.tolist():
-        lack = (target - filled) / target.clamp(min=1e-9) + ties  # relative, so that small parts get theirs
-        part[g] = (lack * (counts[g] > 0)).sum(1).argmax()
-        filled[part[g]] += counts[g]
-    return part[groups]
-
 
 def find_groups(entries, labels, classes, thumbnails, split_by_image, log=print):
     """The group (N,) of each image: the source's patients or lesions, else the near-duplicates that the thumbnails show."""
@@ -430,10 +328,7 @@ def find_groups(entries, labels, classes, thumbnails, split_by_image, log=print)
     groups = torch.from_numpy(np.unique(words, return_inverse=True)[1])
     if all(e.group for e in entries):
         return groups  # a source that names patients or lesions knows better than a thumbnail
-    if thumbnails is None:
-        log(f"more than {MOST_COMPARED:,} images: near-duplicates are not looked for")
-        return groups
-    pairs = near_duplicates(thumbnails)
+    pairs = near_duplicates(thumbnails, progress)
     known = torch.tensor([bool(e.group) for e in entries])
     pairs = pairs[~known[pairs].all(1)]  # two patients that look alike are two patients
     groups = merge_groups(groups, pairs)
@@ -548,23 +443,23 @@ def progress(items, what, total):
 
 
 def kept_files(entries, size, channels):
-    """What is kept of each image, {file of the cache: (type, shape)}: masks and thumbnails only where they are used."""
+    """What is kept of each image, {file of the cache: (type, shape)}: masks only where there are any."""
     files = {"pixels.u8": (np.uint8, (channels, size, size)), "boxes.f32": (np.float32, (4,))}
+    files["thumbs.u8"] = (np.uint8, (1, 28, 28))
     if any(e.masks for e in entries):
         files["masks.u8"] = (bool, (size, size))
-    if len(entries) <= MOST_COMPARED:
-        files["thumbs.u8"] = (np.uint8, (1, 28, 28))
     return files
 
 
 def decode(entries, size, channels, equalise=False, cache=None, skip_bad=False, box_format="xyxy"):
     """Decode all entries in threads: (pixels uint8 (N, C, S, S), masks bool (N, S, S) or None, boxes (N, 4), thumbnails
-    uint8 (N, 1, 28, 28) or None where there are too many to compare, kept rows).
+    uint8 (N, 1, 28, 28), kept rows).
 
     With a `cache` folder the result is memory-mapped from there: the second start is immediate, and a set larger than
-    memory works. The key is the files' names, sizes and times, and the size. All bad files are reported at once."""
+    memory works. The key is the files' names, sizes and times (or the pixels, where there are no files), and the size. All
+    bad files are reported at once."""
     layout, work, folder = kept_files(entries, size, channels), (entries, size, channels, equalise), None
-    if cache and not isinstance(entries[0].image, np.ndarray):
+    if cache:
         folder = Path(cache) / cache_key(*work)
     files = {name: io.BytesIO() for name in layout}  # stay empty where there is a cache
     if folder and is_whole(folder, layout):
@@ -581,15 +476,28 @@ def decode(entries, size, channels, equalise=False, cache=None, skip_bad=False, 
         print(f"skipped {one_line(line)}")
     tensors = {}
     for name, (kind, shape) in layout.items():
-        source = np.memmap(folder / name, kind, "c") if folder else np.frombuffer(files[name].getbuffer(), kind)
-        tensors[name] = torch.from_numpy(source.reshape(-1, *shape))  # "c": the file is never written
+        source = map_file(folder / name, kind) if folder else np.frombuffer(files[name].getbuffer(), kind)
+        tensors[name] = torch.from_numpy(source.reshape(-1, *shape))
     return *map(tensors.get, ("pixels.u8", "masks.u8", "boxes.f32", "thumbs.u8")), kept
+
+
+def map_file(path, kind):
+    """A file as an array that takes no memory before it is read; what is written to it stays in memory, where that can
+    hold the whole, and else is not allowed."""
+    try:
+        return np.memmap(path, kind, "c")
+    except OSError:  # so large a map must not be one that could be written to
+        warnings.filterwarnings("ignore", "The given NumPy array is not writable")
+        return np.memmap(path, kind, "r")
 
 
 def cache_key(entries, size, channels, equalise):
     """Names the folder of a decoded data set: another file, size or time of a file is another folder."""
     key = hashlib.sha256(json.dumps(["v4", size, channels, equalise]).encode())
     for e in entries:
+        if isinstance(e.image, np.ndarray):
+            key.update(json.dumps([e.image.shape, e.box]).encode() + e.image.tobytes())
+            continue
         for p in [e.image, *e.masks]:
             stat = os.stat(p) if os.path.exists(p) else None
             key.update(json.dumps([os.path.abspath(p), stat and [stat.st_size, stat.st_mtime_ns], e.box]).encode())
@@ -720,8 +628,8 @@ def join(a, b):
     first, known = {}, torch.tensor([bool(word) for word in both["group_names"]], dtype=torch.bool)
     pairs = [(first.setdefault(word, i), i) for i, word in enumerate(both["group_names"]) if word]
     pairs = torch.tensor(pairs, dtype=torch.long).reshape(-1, 2)
-    if both["thumbnails"] is not None and len(a) + len(b) <= MOST_COMPARED:
-        alike = near_duplicates(both["thumbnails"])
+    if both["thumbnails"] is not None:
+        alike = near_duplicates(both["thumbnails"], progress)
         across = (alike < len(a)).sum(1) == 1  # within one set two patients that look alike are two, see find_groups
         pairs = torch.cat([pairs, alike[across | ~known[alike].all(1)]])
     both["groups"] = merge_groups(both["groups"], pairs)

@@ -43,7 +43,7 @@ def one_line(text):
     return text if len(text) <= 600 else f"{text[:400]} ... {text[-150:]}"
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(slots=True)
 class Entry:
     """One image as a reader found it."""
 
@@ -64,6 +64,7 @@ SPLIT_WORDS = {"": "", "train": "train", "training": "train", "test": "test", "t
 SPLIT_WORDS |= {"val": "val", "valid": "val", "validation": "val"}
 SPLIT_FOLDERS = {f"{word}{end}": split for word, split in SPLIT_WORDS.items() if word for end in ("", "_set")}
 BREASTMNIST = "https://zenodo.org/records/10519652/files/breastmnist.npz?download=1"
+BREASTMNIST_BYTES = 559_580
 BREASTMNIST_MD5 = "750601b1f35ba3300ea97c75c52ff8f6"
 
 
@@ -291,8 +292,9 @@ def finder(root):
 
 
 def is_breastmnist(path):
-    """Whether a file is the original one, by its MD5."""
-    return hashlib.md5(Path(path).read_bytes()).hexdigest() == BREASTMNIST_MD5
+    """Whether a file is the original one, by its MD5; one of another size, which may be large, is not read."""
+    path = Path(path)
+    return path.stat().st_size == BREASTMNIST_BYTES and hashlib.md5(path.read_bytes()).hexdigest() == BREASTMNIST_MD5
 
 
 def download_breastmnist(folder):

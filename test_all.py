@@ -44,6 +44,7 @@ import data
 import devices
 import explain
 import files
+import grouping
 import heads
 import infer
 import judge
@@ -626,6 +627,124 @@ def test_k_center_needs_little_memory_slow():
     assert float(run("-c", code).stdout) < 60
 
 
+SHARDED = """
+import sys, torch, query
+import torch.distributed as dist
+
+def cases():
+    draw = torch.Generator().manual_seed(0)
+    gauss, some = torch.randn(4000, 128, generator=draw), torch.randint(2000, (4000,), generator=draw)
+    corners, same = torch.randint(0, 2, (3000, 64), generator=draw).float(), torch.ones(5000, 40)
+    far = torch.cat([gauss[:1000] + 100, gauss[:2000]])
+    few = torch.randint(0, 3, (40, 3), generator=draw).float()
+    for name, x, k, m in (
+        ("labelled", gauss[100:], 60, gauss[:100]), ("none labelled", gauss, 60, None), ("no pick", gauss, 0, None),
+        ("copies", gauss[some], 60, gauss[:7] + 0.1), ("ties", corners, 60, corners[:1]), ("all but one", few, 39, few[:2]),
+        ("all", few, 40, None), ("alike", same, 30, None), ("far", far, 50, None), ("large", gauss * 2.0**120, 40, gauss[:3]),
+        ("float64", gauss.double(), 40, None), ("half", gauss.half(), 40, gauss[:3]), ("two", few[:2], 2, None),
+    ):
+        yield name, x, k, m
+
+def work(rank, world, folder):
+    dist.init_process_group("gloo", init_method=f"file://{folder}/met{world}", rank=rank, world_size=world)
+    sent, gather = [], dist.all_gather
+    dist.all_gather = lambda table, own: sent.append(own.numel()) or gather(table, own)
+    for i, (name, x, k, m) in enumerate(cases()):
+        cut = [len(x) // 3, len(x) - 5 if len(x) > 5 else 1] if i % 3 else [0, 0]  # uneven; or all with the last
+        own = x.tensor_split(cut[-(world - 1):])[rank]
+        sent.clear()
+        picks, radius = query.k_center_greedy(own, k, m, sharded=True)
+        expected, there = query.k_center_greedy(x, k, m)
+        assert (picks.tolist(), radius) == (expected.tolist(), there), (name, rank, picks, expected)
+        assert sent[2:] == [x.shape[1] + 2] * (k + 1), name  # beside the counts and the sums, a row a pick
+    fine, bad = torch.rand(9, 4), torch.full((9, 4), torch.nan if rank else 1.0)
+    for why, x, k, m in (("NaN", bad, 1, None), ("same on every", fine, 1 + rank, None), ("k = 99", fine[:0], 99, None),
+        ("same on every", fine, 1, torch.ones(1, 4) * rank)):
+        try:
+            query.k_center_greedy(x, k, m, sharded=True)
+        except ValueError as e:
+            assert why in str(e), e
+        else:
+            raise AssertionError(why)
+
+if __name__ == "__main__":
+    for world in (2, 3):
+        torch.multiprocessing.start_processes(work, (world, sys.argv[1]), world, start_method="fork")
+    print("alike")
+"""
+
+
+def test_k_center_over_two_and_three_ranks_picks_what_one_does(tmp_path):
+    (tmp_path / "sharded.py").write_text(SHARDED)
+    done = run(tmp_path / "sharded.py", tmp_path)
+    assert done.stdout == "alike\n", done.stderr
+
+
+def test_k_center_on_a_file_in_memory_that_does_not_grow_with_it(tmp_path):
+    """120,000 x 256 of float16 (61 MB, 123 as floats): what is neither of the file nor of the O(N) bounds is a few MB."""
+    x = torch.randn(120_000, 256, generator=seeded()).half()
+    (tmp_path / "x.f16").write_bytes(x.numpy().tobytes())
+    code = (
+        "import torch, query; own = lambda: int(open('/proc/self/status').read().split('RssAnon:')[1].split()[0]) / 1024;"
+        f"x = torch.from_file({str(tmp_path / 'x.f16')!r}, size=120_000 * 256, dtype=torch.half).view(-1, 256);"
+        "query.k_center_greedy(x[:1000], 5); before = own(); most = [];"
+        "query.direct = lambda a, b, f=query.direct: most.append(own()) or f(a, b);"
+        "print(query.k_center_greedy(x, 30, x[:9].float() + 1)[0].tolist(), max(most) - before)"
+    )
+    picks, grown = run("-c", code).stdout.rsplit(" ", 1)
+    assert json.loads(picks) == k_center(x.float(), 30, x[:9].float() + 1)[0].tolist()
+    assert float(grown) < 60
+
+
+def test_typiclust_draws_from_a_cluster_that_is_too_large_and_takes_so_many_clusters_at_most(monkeypatch):
+    monkeypatch.setattr(query, "MOST_MEMBERS", 40)
+    monkeypatch.setattr(query, "MOST_CLUSTERS", 3)
+    x = torch.cat([0.1 * torch.randn(200, 8, generator=seeded(i)) + 9 * torch.eye(8)[i] for i in range(3)])
+    context = query.Context(x, None, torch.arange(150), torch.arange(150, 600), seeded())
+    picks = query.query_typiclust(context, 130)
+    assert len(picks.unique()) == 130
+    assert (picks // 200).bincount().tolist() == [0, 65, 65]  # the first has labels; of 40 drawn there are more to come
+    assert picks.min() >= 150
+    typical = torch.cdist(x[200:400], x[200:400]).topk(21, largest=False).values.mean(1)
+    assert (typical < typical[int(picks[picks // 200 == 1][0]) - 200]).double().mean() < 0.25
+
+
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+
+
+@needs_cuda
+def test_strategies_choose_on_the_tensors_own_device():
+    x, p = torch.randn(2000, 64, generator=seeded()), torch.rand(3, 2000, 4, generator=seeded(1)).softmax(2)
+    labelled, free = torch.arange(50), torch.arange(50, 2000)
+    for name, strategy in query.STRATEGIES.items():
+        here, there = (
+            strategy(query.Context(x.to(d), p[0].to(d), labelled, free, seeded(2), p.to(d), p.to(d)), 20)
+            for d in ("cpu", "cuda")
+        )
+        assert (there.device.type, len(there.unique())) == ("cpu", 20), name
+        if name not in ("badge", "typiclust"):  # which draw by other means there
+            assert torch.equal(here, there), name
+
+
+@needs_cuda
+def test_k_center_on_a_gpu_waits_for_no_pick(recwarn):
+    x = torch.randn(3000, 96, generator=seeded())
+    waits = []
+    for k in (5, 50):
+        expected, radius = k_center(x, k, x[:5] + 0.5)
+        given, centers = x.cuda(), x[:5].cuda() + 0.5
+        recwarn.clear()
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            picks, there = k_center(given, k, centers)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        waits.append(sum("synchronizing" in str(w.message) for w in recwarn.list))
+        assert picks.device.type == "cuda"
+        assert (picks.tolist(), there) == (expected.tolist(), pytest.approx(radius, rel=1e-5))
+    assert waits[0] == waits[1] > 0
+
+
 def test_each_strategy_chooses_what_it_should_on_a_toy_pool():
     """Six images: two near each other and labelled; one sure and far; two unsure; a copy of a labelled one."""
     embeddings = torch.tensor([[0.0, 1.0], [0.1, 1.0], [9.0, 0.0], [1.0, 2.0], [1.0, 2.5], [0.0, 1.0]])
@@ -740,6 +859,7 @@ REFUSED = {
     augment.place: [("region 1", GREY[:, 0].float(), second(0.4, 0.2, 0.4, 0.8), 8)],
     distil: [(r"\(2, 3\)", 2, 3, [[1.0, 0]] * 2), (r"\(2, 2\)", 2, 1, [[1.0], [1]]), (r"\(2, 2\)", 2, 2, [[1.0, 0]]),
         ("row 1", 2, 2, [[1.0, 0], [-1, 2]]), ("softmax", 2, 2, [[1.0, 1], [1, 1]]), ("nan", 1, 2, [[math.nan, 1]])],
+    grouping.near_duplicates: [(r"\(N, 1, T, T\)", torch.zeros(2, 1, 28, 32)), (r"\(N, 1, T, T\)", GREY[0])],
     k_center: [*[("of 4 points", torch.rand(4, 2), k) for k in (-1, 5)],
         *[("NaN", torch.tensor([[0.0], [bad]]), 1) for bad in BAD],
         *[("NaN", torch.rand(3, 1), 1, torch.tensor([[bad]])) for bad in BAD],
@@ -1090,6 +1210,25 @@ def test_the_second_start_reads_the_cache(tmp_path, monkeypatch):
     refused("--cache", quiet_load, source, 32, cache=changed)  # a file, no folder
 
 
+def test_a_cache_larger_than_the_memory_is_read(tmp_path):
+    """Sparse files, as if so many pictures had been decoded. The system lends no memory of its own for so large a map."""
+    picture().save(tmp_path / "a.png")
+    most = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    side, n = 4096, 1 + 2 * most // (3 * 4096**2)
+    entries = [readers.Entry(str(tmp_path / "a.png"), "a")] * n
+    folder = tmp_path / "cache" / data.cache_key(entries, side, 3, False)
+    folder.mkdir(parents=True)
+    for name, (kind, shape) in data.kept_files(entries, side, 3).items():
+        with open(folder / name, "wb") as file:
+            file.truncate(n * np.dtype(kind).itemsize * math.prod(shape))
+    (folder / "cache.json").write_text(json.dumps({"kept": list(range(n)), "bad": []}))
+    pixels, _, boxes, *_ = data.decode(entries, side, 3, cache=tmp_path / "cache")
+    assert pixels.shape == (n, 3, side, side)
+    assert not pixels[n - 1, :, 9, 9].any()
+    boxes[0] = 1.0  # those of placeholder boxes are written, in memory
+    assert not (folder / "boxes.f32").read_bytes().strip(b"\0")
+
+
 def test_near_duplicates_are_found_and_named(tmp_path):
     for name, first in (("benign", 0), ("malignant", 50)):
         (tmp_path / name).mkdir()
@@ -1123,7 +1262,7 @@ def test_pictures_of_one_kind_are_no_near_duplicates_and_a_cut_one_is():  # 26
             cut = spot.crop((0, 4 + i % 3, 128 - i % 5, 88)).transpose(Image.Transpose.FLIP_LEFT_RIGHT)
             thumbs.append(data.thumbnail(cut))
     thumbs = torch.from_numpy(np.stack(thumbs))
-    assert len(data.look_alikes(thumbs)[0]) == 20 * 19 / 2
+    assert len(grouping.look_alikes(thumbs)[0]) == 20 * 19 / 2
     assert data.near_duplicates(thumbs).tolist() == [[i, i + 1] for i in range(0, 8, 2)]
     again = data.near_duplicates(thumbs.flip(0)).tolist()  # whichever comes first
     assert sorted([19 - j, 19 - i] for i, j in again) == [[i, i + 1] for i in range(0, 8, 2)]
@@ -1132,7 +1271,7 @@ def test_pictures_of_one_kind_are_no_near_duplicates_and_a_cut_one_is():  # 26
 def test_near_duplicates_against_brute_force_and_merged_transitively():
     thumbs = torch.randint(0, 256, (40, 1, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
     thumbs[7], thumbs[30] = thumbs[2], thumbs[5].flip(2)
-    pairs, mirrored = data.look_alikes(thumbs, threshold=0.3)
+    pairs, mirrored = grouping.look_alikes(thumbs, threshold=0.3)
     table = np.corrcoef(torch.cat([thumbs, thumbs.flip(3)]).double().flatten(1).numpy())[:40]
     straight, turned = table[:, :40], table[:, 40:]
     expected = np.argwhere(np.triu(np.maximum(straight, turned), 1) >= 0.3)
@@ -1140,6 +1279,72 @@ def test_near_duplicates_against_brute_force_and_merged_transitively():
     assert mirrored.tolist() == (turned > straight)[tuple(expected.T)].tolist()
     groups = data.merge_groups(torch.arange(6), torch.tensor([[0, 3], [3, 5], [1, 2]]))
     assert groups.tolist() == [0, 1, 1, 0, 2, 0]
+
+
+def altered_phantoms(n, copies, size=64):
+    """Thumbnails (n + copies): phantoms, and of the first of them a darker, cut, mirrored, coarse or noisy copy."""
+    pixels, rng, more = phantoms.phantoms(n, size)[0], np.random.default_rng(0), []
+    for i, image in enumerate(Image.fromarray(p[0].numpy()) for p in pixels[:copies]):
+        flipped, noise = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT), rng.normal(0, 8, (size, size))
+        more.append((
+            image.point(lambda v: v * 0.7), flipped.crop((0, 0, size - 2, size - i % 3)), flipped,
+            image.resize((20, 20)).resize((size, size)), Image.fromarray((np.asarray(flipped) + noise).clip(0, 255).astype(np.uint8)),
+        )[i % 5])  # fmt: skip
+    return torch.from_numpy(
+        np.stack([data.thumbnail(p) for p in [*(Image.fromarray(p[0].numpy()) for p in pixels), *more]])
+    )
+
+
+def test_near_duplicates_by_hashes_are_those_of_the_full_search(monkeypatch):
+    thumbs = altered_phantoms(900, 200)
+    order = torch.randperm(len(thumbs), generator=seeded())
+    thumbs = thumbs[order]
+    for found, full in zip(grouping.hashed_look_alikes(thumbs), grouping.look_alikes(thumbs), strict=True):
+        assert len(found) > 100
+        assert torch.equal(found, full)  # pairs in the same order, and which of them are mirrored
+    full = data.near_duplicates(thumbs)
+    monkeypatch.setattr(grouping, "MOST_COMPARED", 1000)
+    assert torch.equal(data.near_duplicates(thumbs), full)
+    planted = order[full].sort(1).values
+    assert (planted[:, 1] - planted[:, 0] == 900).all()
+    for few in (thumbs[:0], thumbs[:1], thumbs[:2], torch.full((300, 1, 28, 28), 9, dtype=torch.uint8)):  # blank
+        assert grouping.hashed_look_alikes(few)[0].shape == (0, 2)
+    same = torch.cat([thumbs[:50], thumbs[3:4].expand(2000, -1, -1, -1), thumbs[3:4].flip(3)])
+    pairs, mirrored = grouping.hashed_look_alikes(same, most=5)  # of thousands alike not all pairs, but a single group
+    groups = data.merge_groups(torch.arange(len(same)), pairs)
+    assert len(pairs) <= 5 * len(same)
+    assert (groups[50:] == groups[3]).all()
+    assert mirrored.tolist() == (pairs[:, 1] == len(same) - 1).tolist()
+
+
+def plain_partition(labels, groups, shares, seed):
+    """The same by a table of counts, an operation on all parts and classes a group."""
+    shares = torch.tensor(shares, dtype=torch.double) / sum(shares)
+    counts = torch.zeros(int(groups.max()) + 1, int(labels.max()) + 1, dtype=torch.double)
+    counts.index_put_((groups, labels), torch.ones(len(labels), dtype=torch.double), accumulate=True)
+    target, draw = shares[:, None] * counts.sum(0), torch.Generator().manual_seed(seed)
+    filled, part = torch.zeros_like(target), torch.zeros(len(counts), dtype=torch.long)
+    order, ties = torch.randperm(len(counts), generator=draw), 1e-6 * torch.rand(target.shape, generator=draw)
+    for g in order[torch.argsort(counts[order].sum(1).log2().floor(), descending=True, stable=True)].tolist():
+        part[g] = (((target - filled) / target.clamp(min=1e-9) + ties) * (counts[g] > 0)).sum(1).argmax()
+        filled[part[g]] += counts[g]
+    return part[groups]
+
+
+def test_partition_is_that_of_the_plain_table_to_the_image():
+    generator = seeded()
+    for trial in range(60):
+        n, classes, most = (
+            int(torch.randint(low, high, (1,), generator=generator)) for low, high in ((1, 400), (1, 8), (1, 400))
+        )
+        labels, groups = (
+            torch.randint(v, (n,), generator=generator).unique(return_inverse=True)[1] for v in (classes, most)
+        )
+        shares = ([0.7, 0.1, 0.2], [1] * 5, [7, 1], [0.25, 0.75])[trial % 4]
+        assert torch.equal(
+            data.partition(labels, groups, shares, trial), plain_partition(labels, groups, shares, trial)
+        )
+    assert not len(data.partition(labels[:0], groups[:0], [1, 1], 0))
 
 
 def test_no_option_that_changes_the_pixels_changes_the_splits(tmp_path):
@@ -4946,6 +5151,18 @@ def test_the_benchmark_prints_ours_the_floor_and_the_ratio_slow(tmp_path):
         assert re.search(rf"{line}.*ours +\d+\.\d+ s   floor +\d+\.\d+ s   ratio \d+\.\d+", result.stdout)
 
 
+def test_the_benchmark_of_many_rows_and_pictures(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    said = call(bench, "--rows", "3000", "--pictures", "600", "--device", "cpu").stdout
+    assert re.search(
+        r"on a file, 3000 x 128, k = 200: ours \d+\.\d s   floor \d+ s   ratio \d+\.\d+   \(wall clock\)", said
+    )
+    assert re.search(r"\d+ MB beside the file of 1 MB", said)
+    for step in ("first load", "second load", "an epoch", "20 to label, coreset", "20 to label, typiclust"):
+        assert re.search(rf"600 pictures, {step} +\d+\.\d s of a core, +\d+\.\d s, +\d+ MB more", said), said
+    assert not list(tmp_path.iterdir())
+
+
 def test_the_benchmark_weighs_model_files(tmp_path):
     spec = [{"column": "age", "mean": 50.0, "sd": 10.0}]
     nets = [models.CNet("small_cnn", 3, 1, meta=2) for _ in range(2)]
@@ -5590,7 +5807,7 @@ def test_a_bad_epoch_is_not_saved_slow(tmp_path, monkeypatch):  # 35
 # The house: what may import what, rooms of one sitting, files to copy whole, a README that runs
 
 FLOORS = [
-    ["augment", "heads", "losses", "query", "saliency", "metrics", "phantoms"],
+    ["augment", "heads", "losses", "query", "saliency", "metrics", "phantoms", "grouping"],
     ["readers", "devices"],
     ["data", "files"],
     ["backbones"],
@@ -5652,6 +5869,7 @@ USES = {  # on a network that is none of ours, beside what each file's own docst
     "query": "assert len(set(k_center_greedy(net(images), 3)[0].tolist())) == 3",
     "saliency": "assert grad_cam(net, images).shape == rise(net, images, masks=4).shape == (4, 64, 96)",
     "metrics": "assert 0 <= with_intervals(net(images)[:, :2].softmax(1).tolist(), [0, 1, 1, 0])['auc']['value'] <= 1",
+    "grouping": "assert near_duplicates((255 * images[:, :1, :, :64]).byte()).shape == (0, 2)",
     "phantoms": "assert net(phantoms(4, 64)[0].float().expand(-1, 3, -1, -1)).shape == (4, 9)",
 }
 
@@ -5772,7 +5990,9 @@ def test_busi_masks_boxes_and_near_duplicates():
     assert int(images.boxes[:, 0].isfinite().sum()) == 515
     assert (images.masks.flatten(1).any(1) == images.boxes[:, 0].isfinite()).all()
     assert images.pixels.shape[1] == 1
-    assert len(data.near_duplicates(images.thumbnails)) > 160
+    pairs = data.near_duplicates(images.thumbnails)
+    assert len(pairs) > 160
+    assert torch.equal(grouping.hashed_look_alikes(images.thumbnails)[0], grouping.look_alikes(images.thumbnails)[0])
     assert sum("OPPOSITE LABELS" in line for line in said) >= 1
     for g in images.groups.unique():
         assert len({images.splits[i] for i in torch.nonzero(images.groups == g)[:, 0].tolist()}) == 1
@@ -5801,6 +6021,8 @@ def test_ham10000_lesions_and_metadata():
     assert float(images.meta[missing == 0, 0].std()) == pytest.approx(1, abs=0.01)
     pairs = data.near_duplicates(images.thumbnails)  # 26, as if the lesions were not known
     assert len(pairs) < 400
+    hashed = grouping.hashed_look_alikes(images.thumbnails)[0]  # where most pictures look alike, a few may be missed
+    assert len(torch.cat([pairs, hashed]).unique(dim=0)) - len(hashed) < 0.02 * len(pairs)
     assert (images.groups[pairs[:, 0]] == images.groups[pairs[:, 1]]).sum() > 100
     assert data.merge_groups(torch.arange(8028), pairs).bincount().max() < 100
 
