@@ -51,6 +51,7 @@ import judge
 import losses
 import metrics
 import models
+import options as options_module
 import person
 import phantoms
 import plots
@@ -2907,6 +2908,27 @@ def test_processes_share_every_training_slow(tmp_path, folders):
     both = ended(processes("al_loop.py", *options))
     assert [code for code, *_ in both] == [0, 0], both
     assert len(json.loads((tmp_path / "l" / "al.json").read_text())["chains"]) == 3
+
+
+def test_a_run_that_was_stopped_before_an_epoch_took_part_goes_on(tmp_path, folders, monkeypatch):
+    """Of twenty epochs the first four are not chosen from: stopped there, there is no best state yet."""
+    options = ["--data", str(folders), *TINY, "--nets", "cnet", "--positive", "malignant", "--runs", str(tmp_path)]
+    options += ["--cache", str(tmp_path / "c"), "--epochs", "20", "--steps-per-epoch", "2", "--name"]
+    report, folder = train.main([*options, "whole"])
+    validate, seen = train.is_better, []
+
+    def stop_at_two(*args):
+        seen.append(1)
+        options_module.Interrupt.asked = len(seen) == 2
+        return validate(*args)
+
+    monkeypatch.setattr(train, "is_better", stop_at_two)
+    with pytest.raises(SystemExit):
+        train.main([*options, "halves"])
+    monkeypatch.undo()
+    report, folder = train.main(["--resume", str(tmp_path / "halves")])
+    one, two = (models.load(tmp_path / name).members[0].state_dict() for name in ("whole", "halves"))
+    assert all(torch.equal(one[k], two[k]) for k in one)
 
 
 @pytest.mark.parametrize("how", ["killed", "stopped", "ctrl-c", "nan", "few", "workers"])

@@ -83,7 +83,8 @@ class State:
     def take(self, saved):
         """Go on from what `save` kept. Raises what it likes where that does not fit."""
         models.check_tensors(saved["net"], self.parts["net"].state_dict())
-        models.check_tensors(saved["best"], self.parts["net"].state_dict())
+        if saved["best"] is not None:  # else stopped before the first epoch that took part
+            models.check_tensors(saved["best"], self.parts["net"].state_dict())
         for key, part in self.parts.items():
             if part is not None:
                 part.load_state_dict(saved[key])
@@ -93,7 +94,8 @@ class State:
         self.best, self.best_score, self.history = saved["best"], saved["best_score"], saved["history"]
         check_history(self.history)
         epochs = [h["epoch"] for h in self.history]
-        if not all(map(math.isfinite, self.best_score)) or epochs != list(range(1, len(epochs) + 1)):
+        whole = any(h["best"] for h in self.history) == (self.best is not None) == (self.best_score is not None)
+        if not whole or not all(map(math.isfinite, self.best_score or [])) or epochs != [*range(1, len(epochs) + 1)]:
             raise ValueError("the history is not whole")
         torch.set_rng_state(saved["torch_rng"])
         device, kind = self.generator.device, saved.get("device", "cuda" if saved["cuda_rng"] else "cpu")
