@@ -37,6 +37,7 @@ import options
 import plots
 import train
 from augment import crop
+from pictures import letterbox, origin, original_box, parse_window, read_image
 from query import COLD, STRATEGIES, Context, candidates
 from readers import COLUMNS, InputError, read_csv
 from report import clean, describe_model, print_change
@@ -516,7 +517,7 @@ def suggest(argv):
 def read_pool(args, info):
     """The pool and what is labelled as one ImageSet, as a model of this info sees it; the rows that need no label, which
     are the labelled ones and those that the model has met; and how many of the pool it has met."""
-    same = {k: info[k] for k in ("channels", "equalise")} | {"cache": args.cache, "skip_bad": True}
+    same = {k: info[k] for k in ("channels", "equalise", "window")} | {"cache": args.cache, "skip_bad": True}
     sources = [args.pool, *args.labelled]
     images, *more = (data.load(source, info["load_size"], **same, log=lambda _: None) for source in sources)
     count, spec = len(images), info["meta_spec"]
@@ -567,9 +568,9 @@ def read_guesses(model, images, picks, boxes):
     for i, answer, p, lesion in zip(picks.tolist(), answers.tolist(), probabilities, sure, strict=True):
         box, asked = "", 1 if len(p) == 2 else answer
         if lesion:
-            picture = data.read_image(images.names[i], info["channels"])
-            placement = data.letterbox(picture, info["load_size"])[1]
-            corners = data.original_box(boxes[i].tolist(), placement, info["load_size"], picture.size)
+            picture = read_image(images.names[i], info["channels"])
+            placement = letterbox(picture, info["load_size"])[1]
+            corners = original_box(boxes[i].tolist(), placement, info["load_size"], origin(picture))
             box = " ".join(f"{v:.0f}" for v in corners)
         guesses.append([info["classes"][answer], f"{p[asked]:.3f}", box])
     return guesses
@@ -602,7 +603,8 @@ def add_answers(images, entries, args):
     """The ImageSet with the answered images joined to it, and their rows. Those that show the same as an image of the
     validation or test split, or are of its group (patient, lesion), are left out: the test would be none any more."""
     _, channels, _, size = images.pixels.shape
-    pixels, masks, boxes, thumbnails, kept = data.decode(entries, size, channels, args.clahe, args.cache, args.skip_bad)
+    work = (entries, size, channels, args.clahe, args.cache, args.skip_bad)
+    pixels, masks, boxes, thumbnails, kept = data.decode(*work, window=parse_window(args.window))
     entries = [entries[i] for i in kept]
     if masks is None and images.masks is not None:  # so that the others keep theirs
         masks = torch.zeros(len(entries), size, size, dtype=torch.bool)

@@ -20,11 +20,12 @@ import torch
 
 import plots
 from augment import blur, crop, cut
-from data import meta_for, parse_meta, read_image
+from data import meta_for, parse_meta
 from files import write_atomically
 from metrics import interval_text, resample
 from models import DISCLAIMER, WithPatients, choose_device, finite, load_classifier, model_file
 from options import build_parser, run_main
+from pictures import read_image
 from readers import InputError
 from report import clean, describe_map, explain_picture, held_out, recommended_method
 from saliency import (
@@ -310,7 +311,7 @@ def draw(model, path, methods, meta=None, target=None, note=""):
         )
     wanted = range(len(classes)) if target == "all" else [None if target is None else classes.index(target)]
     try:
-        picture = read_image(path, model.info["channels"])
+        picture = read_image(path, model.info["channels"], model.info["window"])
     except InputError as e:
         raise InputError(f"{path}: {e}") from e
     found = [[explain_picture(model, picture, m, t, meta) for m in methods] for t in wanted]
