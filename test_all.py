@@ -34,6 +34,7 @@ import torchvision
 from PIL import Image, ImageDraw
 
 import al_loop
+import answers
 import augment
 import backbones
 import bench
@@ -55,6 +56,7 @@ import saliency
 import search
 import train
 from options import check_against, parse, prepare_folder, run_jobs, run_main
+from pictures import Origin
 from readers import InputError
 from report import clean
 
@@ -2404,13 +2406,13 @@ def test_an_own_trunk_trains_two_networks_as_before(tmp_path, folders):
 def test_an_outline_is_told_in_numbers_and_drawn_in_the_pictures_own_pixels(tmp_path, monkeypatch):
     y, x = np.indices((60, 120))
     disc = (y - 30) ** 2 + (x - 60) ** 2 < 400
-    told = infer.describe_outline(disc, (240, 60))  # of a picture that is twice as wide as the mask
+    told = answers.describe_outline(disc, (240, 60))  # of a picture that is twice as wide as the mask
     assert told["area"] == pytest.approx(math.pi * 400 / 7200, rel=0.02)
     assert told["width_over_height"] == pytest.approx(2, rel=0.02)
     assert told["irregularity"] < 0.03
     star = disc & ~((np.abs(y - 30) > 4) & (np.abs(x - 60) > 4))
-    assert infer.describe_outline(star, (120, 60))["irregularity"] > 0.4
-    assert infer.describe_outline(np.zeros((5, 5), bool), (5, 5)) is None
+    assert answers.describe_outline(star, (120, 60))["irregularity"] > 0.4
+    assert answers.describe_outline(np.zeros((5, 5), bool), (5, 5)) is None
     model = shared_model()
     outlines = torch.full((1, 16, 16), 0.01)
     outlines[0, 6:10, 2:6] = 0.9
@@ -2449,7 +2451,7 @@ def test_an_outline_is_told_in_numbers_and_drawn_in_the_pictures_own_pixels(tmp_
     faint = found._replace(outlines=outlines * 0.4 / 0.9)
     told = infer.describe_lesions(
         faint,
-        {"placement": (64 / 120, 32 / 60, 0, 16), "size": (120, 60)},
+        {"placement": (64 / 120, 32 / 60, 0, 16), "origin": Origin((120, 60), (120, 60))},
         {"load_size": 64, "lesion_threshold": 0.3},
         True,
     )
@@ -3344,7 +3346,7 @@ def detector(tmp_path_factory):
 
 
 KEYS = ["image", "prediction", "probability", "confidence", "probabilities"]
-KEYS += ["uncertainty", "box", "refer", "reason", "error", "lesion_score", "boxes", "outline"]
+KEYS += ["uncertainty", "box", "refer", "reason", "error", "lesion_score", "boxes", "outline", "window", "frame", "clip"]
 
 
 def test_what_is_no_image_is_refused_at_once(detector):
@@ -4752,12 +4754,15 @@ def test_a_bad_epoch_is_not_saved_slow(tmp_path, monkeypatch):  # 35
 
 FLOORS = [
     ["augment", "losses", "query", "saliency", "metrics", "phantoms"],
+    ["dicom"],
     ["readers"],
-    ["data", "files"],
+    ["pictures", "files"],
+    ["data"],
     ["backbones"],
     ["backbones"],
     ["models"],
-    ["plots"],
+    ["plots", "answers"],
+    ["clips"],
     ["options"],
     ["judge"],
     ["report"],
@@ -4792,6 +4797,7 @@ def test_a_file_imports_only_files_on_floors_below():
         ours = found & set(floor)
         assert all(floor[other] < floor[name] for other in ours), (name, ours)
         allowed = {"torch", "torchvision"} if name in FLOORS[0] else packages
+        allowed = allowed | {"pydicom"} if name == "dicom" else allowed
         foreign = {m for m in found - set(floor) if m not in sys.stdlib_module_names}
         assert foreign <= allowed, (name, foreign)
 
@@ -4899,7 +4905,7 @@ def test_what_is_no_phantom_is_referred_slow(phantom_run):  # 2
 
     def unlike(pixels):
         with torch.no_grad():
-            return (model.strangeness(model.look(pixels, views=1).traits) > infer.MOST_STRANGE).double().mean()
+            return (model.strangeness(model.look(pixels, views=1).traits) > answers.MOST_STRANGE).double().mean()
 
     fresh = data.phantom_set(200, 64, seed=99).pixels  # which no network has met
     assert unlike(fresh) < 0.05
