@@ -1,8 +1,8 @@
 """DICOM files: from a file to the pixels that a viewer would show, and of its header nothing but what is named here.
 
     header = read_header("clip.dcm")                          # rows, palette, regions ...: no name, no date, no address
-    for values, window in read_frames("clip.dcm", header):    # (rows, columns) or (rows, columns, 3)
-        print(values.dtype, window)                           # None: 8 bits as they are; else what is (black, white)
+    for values, ends, units in read_frames("clip.dcm", header):
+        print(values.shape, ends)                             # None: 8 bits as they are; else what is (black, white)
     print(patient(header))                                    # {"group": the hashed PatientID, "age": "45", "laterality": "L"}
 
 Needs pydicom (3 or newer), which brings what it can decode: uncompressed, RLE, JPEG and JPEG 2000 of 8 bits; the rest
@@ -91,7 +91,8 @@ def check_syntax(file):
     syntax = first.TransferSyntaxUID
     if syntax == DeflatedExplicitVRLittleEndian:
         raise Refused("a DICOM file that is deflated as a whole, refused; save it uncompressed")
-    with told_as("a DICOM file whose pixels are written in a way that pydicom does not know"):
+    how = "in a way" if syntax.name == syntax else f"as {syntax.name},"  # of its own words nothing is repeated
+    with told_as(f"a DICOM file written {how} that pydicom does not know; save it as JPEG or uncompressed"):
         decoder = get_decoder(syntax)
     if not decoder.is_available:
         raise Refused(f"a DICOM file compressed as {syntax.name}: {MORE}")
@@ -105,7 +106,7 @@ def check_claims(header):
     bits, kind = int(header.BitsAllocated), str(header.PhotometricInterpretation)
     if min(rows, columns) < 1 or count_frames(header) < 1:
         raise Refused(f"a DICOM file of {count_frames(header)} frames of {columns} x {rows} pixels")
-    if rows * columns > Image.MAX_IMAGE_PIXELS or rows * columns * samples * bits / 8 > 4 * Image.MAX_IMAGE_PIXELS:
+    if rows * columns > Image.MAX_IMAGE_PIXELS or rows * columns * samples * bits / 8 > 3 * Image.MAX_IMAGE_PIXELS:
         raise Refused(f"more than {Image.MAX_IMAGE_PIXELS / 1e6:.0f} million pixels, refused")
     if kind not in KINDS or samples != (1 if kind.startswith(("MONO", "PALETTE")) else 3):
         what = kind if kind in KINDS else "colours that are none of " + ", ".join(KINDS)
@@ -159,9 +160,10 @@ def region(header):
 
 
 def read_frames(file, header, numbers=None, window=None):
-    """Yield (values, (black, white) or None) of each frame, or of those of these numbers, counted from 0, one at a time:
-    values (rows, columns) or (rows, columns, 3), None where they are uint8 as they are to be shown. window: (low, high) in
-    the units after the modality transformation, in place of the file's own; what has 8 bits and no such units is left."""
+    """Yield (values, ends, units) of each frame, or of those of these numbers, counted from 0, one at a time: values
+    (rows, columns) or (rows, columns, 3); ends: those that are (black, white), None: they are uint8 as they are to be
+    shown; units: the same after the modality transformation. window: (low, high) in these units, in place of the file's
+    own; what has 8 bits and no such units has none."""
     from pydicom.pixels import iter_pixels
 
     with told_as(f"a DICOM file whose pixels are missing, cut off or damaged, or need another decoder: {MORE}"):
@@ -169,53 +171,62 @@ def read_frames(file, header, numbers=None, window=None):
             if header.PhotometricInterpretation.startswith("MONO"):
                 yield show_greys(values, header, window)
             else:
-                yield show_colours(values, header)
+                yield show_colours(values, header), None, None
 
 
 def show_colours(values, header):
     from pydicom.pixels import apply_color_lut
 
+    bits = int(header.get("BitsStored") or header.BitsAllocated)
     if header.PhotometricInterpretation == "PALETTE COLOR":
         values = apply_color_lut(values, header)
         bits = 8 * values.dtype.itemsize
-    else:
-        bits = int(header.get("BitsStored") or header.BitsAllocated)
-    return values[..., :3], None if bits == 8 and values.dtype == np.uint8 else (0, 2**bits - 1)
+    return in_bytes(values[..., :3], bits)
+
+
+def in_bytes(values, bits):
+    """Whole numbers from 0 to what these bits hold, as uint8."""
+    if bits == 8 and values.dtype == np.uint8:
+        return values
+    scaled = np.multiply(values, 255 / (2**bits - 1), dtype=np.float32)
+    return scaled.clip(0, 255, out=scaled).round(out=scaled).astype(np.uint8)
 
 
 def show_greys(values, header, window):
     """Stored values by the modality transformation, then the window, then white for black if that is how it is meant
-    (PS3.4 N.2). Without any window the values' own range is stretched, unless they have 8 bits, whose white is known."""
+    (PS3.4 N.2). Without any window the values' own range is taken, unless they have 8 bits, whose white is known. What is
+    linear is done to the ends and not to the values, which may be many."""
     from pydicom.pixels import apply_modality_lut, apply_voi
 
-    units, bits = values, int(header.get("BitsStored") or 8 * values.dtype.itemsize)
+    bits, inverted = header.get("BitsStored") or header.BitsAllocated, header.PhotometricInterpretation == "MONOCHROME1"
+    slope, intercept = number(header, "RescaleSlope", 1) or 1, number(header, "RescaleIntercept", 0)
+    plain = (slope, intercept) == (1, 0) and values.dtype.kind == "u" and bits <= 8
     if header.get("ModalityLUTSequence"):
-        units = apply_modality_lut(values, header)
-    elif (line := (number(header, "RescaleSlope", 1), number(header, "RescaleIntercept", 0))) != (1, 0):
-        units = values.astype(np.float32 if values.itemsize <= 2 else np.float64) * line[0] + line[1]
-    plain = units is values and values.dtype.kind == "u" and bits <= 8
+        values, slope, intercept, plain = apply_modality_lut(values, header), 1, 0, False
     centre, width = number(header, "WindowCenter"), number(header, "WindowWidth")
+    function, shown = header.get("VOILUTFunction") or "LINEAR", None
     if window and not plain:
         black, white = window
-    elif header.get("VOILUTSequence"):
-        units = apply_voi(units, header)
-        black, white = 0, 2 ** int(header.VOILUTSequence[0].LUTDescriptor[2]) - 1
-    elif width > 0 and math.isfinite(centre):
+    elif table := header.get("VOILUTSequence"):
+        shown = in_bytes(apply_voi((values * slope + intercept).astype(int), header), int(table[0].LUTDescriptor[2]))
+    elif width > 0 and function == "SIGMOID":
+        shown = in_bytes(255 / (1 + np.exp(((centre - intercept - values * slope) * 4 / width).clip(-99, 99))), 8)
+    elif width > 0:
         black, white = centre - width / 2, centre + width / 2
-        function = header.get("VOILUTFunction") or "LINEAR"
-        if function == "SIGMOID":
-            units, black, white = 1 / (1 + np.exp(-4 * (units - centre) / width)), 0, 1
-        elif function == "LINEAR":
-            white = max(white - 1, black)
+        white = white if function == "LINEAR_EXACT" else max(white - 1, black)
+    elif plain:
+        shown = in_bytes(values, bits)
     else:
-        black, white = (0, 2**bits - 1) if plain else (units.min().item(), units.max().item())
-    if header.PhotometricInterpretation == "MONOCHROME1":
-        black, white = white, black
-    return units, None if units.dtype == np.uint8 and (black, white) == (0, 255) else (black, white)
+        black, white = sorted(v.item() * slope + intercept for v in (values.min(), values.max()))
+    if shown is not None:
+        return 255 - shown if inverted else shown, None, None
+    units = (white, black) if inverted else (black, white)
+    return values, tuple((v - intercept) / slope for v in units), units
 
 
 def number(header, name, default=math.nan):
-    """A number of the header, the first where there are several."""
+    """A number of the header, the first where there are several; of one that no greys can have NaN."""
     value = header.get(name)
     value = value[0] if hasattr(value, "__len__") and not isinstance(value, str) and len(value) else value
-    return default if value in (None, "") or hasattr(value, "__len__") else float(value)
+    value = default if value in (None, "") or hasattr(value, "__len__") else float(value)
+    return value if abs(value) < 1e30 else math.nan

@@ -53,7 +53,7 @@ def parse_window(text):
         low, high = map(float, text.split(",") if isinstance(text, str) else text or (0, 1))
     except (ValueError, TypeError):
         low = high = math.nan
-    if not (low < high and math.isfinite(high - low)):
+    if not (-1e30 < low < high < 1e30):
         raise InputError(f"--window {text}: give the values that become black and white, as in --window=-160,240")
     return (low, high) if text else None
 
@@ -160,20 +160,22 @@ def dicom_frames(file, header, numbers, window):
     part, known = dicom.region(header), {"seconds": dicom.seconds(header)}
     left, top, right, bottom = part or (0, 0, header.Columns, header.Rows)
     known |= {"whole": (header.Columns, header.Rows), "corner": (left, top)}
-    for number, (values, seen) in zip(numbers, dicom.read_frames(file, header, numbers, window), strict=False):
+    for number, (values, ends, units) in zip(numbers, dicom.read_frames(file, header, numbers, window), strict=False):
         values = values[top:bottom, left:right]
-        values = values if seen is None else stretch(values, *seen)
-        yield number, Image.fromarray(np.ascontiguousarray(values)), known | {"window": seen}
+        values = values if ends is None else stretch(values, *ends)
+        yield number, Image.fromarray(np.ascontiguousarray(values)), known | {"window": units}
 
 
 def stretch(values, black, white):
     """Numbers of any kind and shape as uint8: what is `black` as 0, what is `white` as 255."""
-    if not np.isfinite(values).all():
+    if not np.isfinite([black, white]).all() or not np.isfinite(values).all():
         raise InputError("it holds NaN or infinity")
-    values = values.astype(np.float32 if values.dtype.itemsize <= 2 else np.float64)
-    values -= black  # in place: a picture may be large, and there is one in every thread
-    values *= 255 / ((white - black) or 1e-12)
-    return values.clip(0, 255, out=values).round(out=values).astype(np.uint8)
+    result, kind = np.empty(values.shape, np.uint8), np.float32 if values.dtype.itemsize <= 2 else np.float64
+    for start in range(0, len(values), 1024):  # a picture may be large, and there is one in every thread
+        part = np.subtract(values[start : start + 1024], black, dtype=kind)
+        part *= 255 / ((white - black) or 1e-12)
+        result[start : start + 1024] = part.clip(0, 255, out=part).round(out=part)
+    return result
 
 
 def to_mode(image, channels, window=None):

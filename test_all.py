@@ -3346,7 +3346,19 @@ def detector(tmp_path_factory):
 
 
 KEYS = ["image", "prediction", "probability", "confidence", "probabilities"]
-KEYS += ["uncertainty", "box", "refer", "reason", "error", "lesion_score", "boxes", "outline", "window", "frame", "clip"]
+KEYS += [
+    "uncertainty",
+    "box",
+    "refer",
+    "reason",
+    "error",
+    "lesion_score",
+    "boxes",
+    "outline",
+    "window",
+    "frame",
+    "clip",
+]
 
 
 def test_what_is_no_image_is_refused_at_once(detector):
