@@ -54,7 +54,7 @@ def panel(picture, answer, caption):
     """One frame of the animation: at most 480 px, with 256 colours."""
     sheet = plots.overlay(picture, answer["box"], f"{caption}\n{DISCLAIMER}")
     sheet.thumbnail((480, 480))
-    return sheet.quantize(256, Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE)
+    return sheet.quantize(256, dither=Image.Dither.NONE)
 
 
 def save_gif(panels, path, seconds):

@@ -67,7 +67,7 @@ def read_header(file):
         import pydicom
     except ImportError:
         raise Refused("a DICOM file, and pydicom is not installed: pip install pydicom") from None
-    logging.getLogger("pydicom").disabled = True  # see the warnings above
+    logging.getLogger("pydicom").propagate = False  # see the warnings above
     with told_as("a DICOM file whose header is damaged"):
         if not hasattr(file, "read"):
             with open(file, "rb") as opened:
@@ -167,7 +167,7 @@ def read_frames(file, header, numbers=None, window=None):
     from pydicom.pixels import iter_pixels
 
     with told_as(f"a DICOM file whose pixels are missing, cut off or damaged, or need another decoder: {MORE}"):
-        for values in iter_pixels(file, indices=numbers):
+        for values in iter_pixels(file, indices=numbers, raw=True):
             if header.PhotometricInterpretation.startswith("MONO"):
                 yield show_greys(values, header, window)
             else:
@@ -181,7 +181,12 @@ def show_colours(values, header):
     if header.PhotometricInterpretation == "PALETTE COLOR":
         values = apply_color_lut(values, header)
         bits = 8 * values.dtype.itemsize
-    return in_bytes(values[..., :3], bits)
+    values = in_bytes(values[..., :3], bits)
+    if header.PhotometricInterpretation.startswith(
+        "YBR_FULL"
+    ):  # as in JPEG; YBR_ICT and YBR_RCT are undone by decoders
+        values = np.asarray(Image.fromarray(values, "YCbCr").convert("RGB"))
+    return values
 
 
 def in_bytes(values, bits):

@@ -162,12 +162,16 @@ class BreastCancerDetector:
         good = [a for a in answers if a["error"] is None]
         if not good:
             return answers[0] | {"frame": None}
-        said = summary(good, self.info.get("threshold"))
+        said = summary(good, self.info["threshold"])
         best = good[said["best"]]
         reasons = best["reason"].split("; ") if best["reason"] else []
         if broken or len(good) < len(answers):
             reasons.append(f"only {len(good)} of its {count} frames could be read" + (f" ({broken})" if broken else ""))
         result = best | answer(said["probabilities"], said["uncertainty"], self.info, reasons)
+        own = sum(a["prediction"] == self.info["classes"][-1] for a in good)
+        if len(said["probabilities"]) == 2 and own and result["prediction"] == self.info["classes"][0]:
+            why = f"{own} of its frames reach the threshold, if only by themselves"
+            result |= {"refer": True, "reason": f"{result['reason']}; {why}" if result["reason"] else why}
         result["reason"] = "; ".join(dict.fromkeys((result["reason"] or "").split("; "))) or None  # each once
         stretch_seen = [good[said[end]]["frame"] for end in ("first", "last")]
         return result | {"clip": {"frames": count, "looked_at": len(answers), "stretch": stretch_seen}}
@@ -572,6 +576,7 @@ def save_overlay(result, detector, path, meta=None, mask=None, picture=None):
     picture = picture or read_image(result["image"], info["channels"], detector.window)
     heat, _, _, target = explain_picture(detector.model, picture, method, None, meta)
     lines = [*verdict(result, info), *(["refer"] if result["refer"] else [])]
+    lines += [f"frame {result['frame']} of {result['clip']['frames']}"] if result["clip"] else []
     lines += [f"{describe_map(method, info['classes'][target])}{note and '; '}{note}", DISCLAIMER]
     plots.save_png(plots.overlay(picture, result["box"], "\n".join(lines), heat, mask=mask), path)
 
