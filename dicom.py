@@ -166,8 +166,11 @@ def read_frames(file, header, numbers=None, window=None):
     own; what has 8 bits and no such units has none."""
     from pydicom.pixels import iter_pixels
 
+    numbers = range(count_frames(header)) if numbers is None else numbers
     with told_as(f"a DICOM file whose pixels are missing, cut off or damaged, or need another decoder: {MORE}"):
-        for values in iter_pixels(file, indices=numbers, raw=True):
+        frames = iter_pixels(file, indices=numbers, raw=True)
+        for _ in numbers:
+            values = next(frames)
             if header.PhotometricInterpretation.startswith("MONO"):
                 yield show_greys(values, header, window)
             else:

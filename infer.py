@@ -247,7 +247,7 @@ class BreastCancerDetector:
         return coded.to(self.device), strange
 
     def _open(self, image):
-        """One image as a dict: image (its name or None), pixels (letterboxed), placement, size, reasons, error."""
+        """One image as a dict: image (its name or None), pixels (letterboxed), placement, origin, reasons, error."""
         opened = {"image": str(image) if isinstance(image, (str, Path)) else None, "error": None}
         image = array_image(image, self.window) if isinstance(image, (np.ndarray, torch.Tensor)) else image
         try:

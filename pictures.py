@@ -160,7 +160,7 @@ def dicom_frames(file, header, numbers, window):
     part, known = dicom.region(header), {"seconds": dicom.seconds(header)}
     left, top, right, bottom = part or (0, 0, header.Columns, header.Rows)
     known |= {"whole": (header.Columns, header.Rows), "corner": (left, top)}
-    for number, (values, ends, units) in zip(numbers, dicom.read_frames(file, header, numbers, window), strict=False):
+    for number, (values, ends, units) in zip(numbers, dicom.read_frames(file, header, numbers, window), strict=True):
         values = values[top:bottom, left:right]
         values = values if ends is None else stretch(values, *ends)
         yield number, Image.fromarray(np.ascontiguousarray(values)), known | {"window": units}
