@@ -68,13 +68,15 @@ def log_odds(p):
 def oddities(picture, channels):
     """Why a picture (PIL, RGB) is none that a model of so many channels can judge: a list of reasons, mostly empty."""
     short, long = sorted(picture.size)
-    values = np.asarray(picture.reduce(max(1, long // 256)), np.float32)
+    values = np.stack(picture.reduce(max(1, long // 256)).split()).astype(
+        np.float32
+    )  # (3, h, w): over a last axis of 3 is slow
     checks = {
         f"it has only {picture.width} x {picture.height} pixels": short < LEAST_SIDE,
         f"it is {long / short:.0f} times as long as wide": long > MOST_ASPECT * short,
-        "it is blank": values.mean(2).std() < LEAST_SPREAD,
+        "it is blank": values.mean(0).std() < LEAST_SPREAD,
         "it is in colour, and the model has learnt from grey pictures": (
-            channels == 1 and np.ptp(values, axis=2).mean() > MOST_COLOUR
+            channels == 1 and np.ptp(values, axis=0).mean() > MOST_COLOUR
         ),
     }
     return [reason for reason, found in checks.items() if found]
