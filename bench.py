@@ -257,7 +257,8 @@ def bench_clip(file, paths, runs, device):
                     with torch.inference_mode():
                         for start in range(0, frames, 32):
                             for net in nets:
-                                net(x[: min(32, frames - start) * views]).mean().item()
+                                net(x[: min(32, frames - start) * views])
+                        x[0].mean().item()  # wait for the device
 
                 what = f"{frames} frames, {name}, {info['size']} px, views: {views}"
                 ours = functools.partial(detector.predict_clip, file)

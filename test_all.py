@@ -3580,13 +3580,15 @@ needs_pydicom = pytest.mark.skipif(importlib.util.find_spec("pydicom") is None, 
 SECRETS = ["Geheim^Nora", "PID-4711", "19700203", "Dr^Wer", "ACC-99", "Nowhere Clinic"]
 
 
-def dicom_bytes(frames, kind="MONOCHROME2", bits=None, compress=None, **header):
-    """A DICOM file of arrays (h, w) or (h, w, 3), with a header full of what is nobody's business."""
+def dicom_bytes(frames, kind="MONOCHROME2", bits=None, compress=None, streams=None, **header):
+    """A DICOM file of arrays (h, w) or (h, w, 3), with a header full of what is nobody's business. streams: the frames'
+    bytes, to stand there as JPEG."""
     import pydicom
 
     frames, ds = [np.asarray(f) for f in frames], pydicom.Dataset()
     ds.file_meta = pydicom.dataset.FileMetaDataset()
-    ds.file_meta.TransferSyntaxUID = pydicom.uid.ExplicitVRLittleEndian
+    ds.file_meta.TransferSyntaxUID = pydicom.uid.JPEGBaseline8Bit if streams else pydicom.uid.ExplicitVRLittleEndian
+    header |= {"PixelData": pydicom.encaps.encapsulate(streams)} if streams else {}
     ds.SOPClassUID, ds.SOPInstanceUID = "1.2.840.10008.5.1.4.1.1.3.1", "1.2.826.0.1.3680043.8.498.1"
     secret = zip(("PatientName", "PatientID", "PatientBirthDate", "ReferringPhysicianName"), SECRETS, strict=False)
     told = dict(secret) | {"AccessionNumber": "ACC-99", "InstitutionName": "Nowhere Clinic"}
@@ -3780,6 +3782,7 @@ def hostile_dicom():
     }  # fmt: skip
     video = whole.replace(b"1.2.840.10008.1.2.1\0", MPEG4HP41.encode()[:20])
     files["video"] = (video, "does not know")
+    files["no JPEG"] = (dicom_bytes([grey], streams=[b"Geheim 4711" * 9]), "cut off or damaged")
     files |= {
         f"cut {n}": (whole[:n], "damaged|without a picture|cut off") for n in (134, 140, 200, 300, 500, len(whole) - 40)
     }
@@ -3787,8 +3790,9 @@ def hostile_dicom():
 
 
 @needs_pydicom
-def test_hostile_dicom_is_one_line_and_takes_no_memory(tmp_path, detector):
+def test_hostile_dicom_is_one_line_and_takes_no_memory(tmp_path, detector, caplog):
     files = hostile_dicom()
+    caplog.set_level(0)
     tracemalloc.start()
     for name, (content, why) in files.items():
         (tmp_path / f"{name}.dcm").write_bytes(content)
@@ -3798,6 +3802,7 @@ def test_hostile_dicom_is_one_line_and_takes_no_memory(tmp_path, detector):
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 100e6
+    assert not [r for r in caplog.records if r.name.startswith("pydicom")]  # it would log what it can't decode
     answers = detector.predict(sorted(tmp_path.glob("*.dcm")))  # the others would have had theirs
     assert all(a["error"] and a["prediction"] is None for a in answers)
     many = dicom_bytes([np.zeros((8, 8), np.uint8)], NumberOfFrames=2**31 - 1)
@@ -4189,6 +4194,15 @@ def test_a_clip_that_breaks_off_is_judged_as_far_as_it_goes_and_referred(tmp_pat
     assert len(answers) == 5
     assert clip["refer"]
     assert "only 5 of its 8 frames could be read (a DICOM file whose pixels are missing, cut off" in clip["reason"]
+    streams = []
+    for frame in moving(3):
+        streams.append(io.BytesIO())
+        frame.save(streams[-1], "JPEG")
+    (tmp_path / "j.dcm").write_bytes(dicom_bytes(moving(6), streams=[s.getvalue() for s in streams]))
+    answers, clip = detector.predict_clip(tmp_path / "j.dcm")  # it claims 6
+    alone = detector.predict([Image.open(s) for s in streams])
+    assert [a["probability"] for a in answers] == [a["probability"] for a in alone]
+    assert "only 3 of its 6 frames" in clip["reason"]
     (tmp_path / "n.dcm").write_bytes(whole[: -60 * 40 * 8])
     said = call(infer, tmp_path / "n.dcm", "--json", "--model", detector.path)
     assert said.returncode == 1
@@ -4793,6 +4807,15 @@ def test_the_benchmark_weighs_model_files(tmp_path):
     size = (tmp_path / "m.pt").stat().st_size
     assert f"3 networks, {weights / 1e6:.1f} M weights, {size / 1e6:.1f} MB" in said
     assert re.search(r"32 answers .*ours +\d+\.\d+ s   floor", said)
+
+
+def test_the_benchmark_times_a_clip(tmp_path):
+    models.save(tmp_path / "m.pt", small_model())
+    clip = save_clip(tmp_path / "c.gif", moving())
+    said = call(bench, "--clip", clip, "--models", tmp_path / "m.pt", "--runs", "1", "--device", "cpu")
+    for views in (1, 5):
+        line = rf"12 frames, .*m.pt, 32 px, views: {views} .*ours +\d+\.\d+ s   floor.*\n +\d+\.\d frames a second"
+        assert re.search(line, said.stdout), said.stderr
 
 
 # ---------------------------------------------------------------------------------------------------------------------
