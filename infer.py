@@ -473,7 +473,7 @@ def predict_files(args):
 
 def is_clip(file):
     try:
-        return count_frames(file) > 1
+        return Path(file).is_file() and count_frames(file) > 1  # a pipe is read once
     except InputError:  # said when it is read
         return False
 
