@@ -3760,8 +3760,6 @@ def test_the_files_that_pydicom_ships_are_pictures_or_one_line():
 
 
 def hostile_dicom():
-    from pydicom.uid import MPEG4HP41
-
     grey, whole = np.full((8, 8), 7, np.uint8), dicom_bytes([np.full((8, 8), 7, np.uint8)])
     files = {
         "giga": (dicom_bytes([grey], Rows=60000, Columns=60000), "million pixels"),
@@ -3780,8 +3778,8 @@ def hostile_dicom():
         "unknown": (whole.replace(b"1.2.840.10008.1.2.1\0", b"1.2.826.4711.1.99.1\0"), "in a way that pydicom does not know"),
         "cut in the magic": (whole[:131], "not an image"),
     }  # fmt: skip
-    video = whole.replace(b"1.2.840.10008.1.2.1\0", MPEG4HP41.encode()[:20])
-    files["video"] = (video, "does not know")
+    jpip = dicom_bytes([grey], streams=[b"1234"]).replace(b"1.2.840.10008.1.2.4.50", b"1.2.840.10008.1.2.4.94")
+    files["JPIP"] = (jpip, "written as JPIP Referenced, that pydicom does not know")
     files["no JPEG"] = (dicom_bytes([grey], streams=[b"Geheim 4711" * 9]), "cut off or damaged")
     files |= {
         f"cut {n}": (whole[:n], "damaged|without a picture|cut off") for n in (134, 140, 200, 300, 500, len(whole) - 40)
