@@ -7,11 +7,13 @@
     python bench.py --models A.pt B.pt    model files alone: what they weigh, what an answer costs
     python bench.py --rows 10000000       k-center alone, on a file of so many embeddings (5 GB)
     python bench.py --pictures 1000000    loading, splitting, an epoch and an answer alone, of so many pictures of 32 px
+    python bench.py --clip clip.dcm       frames a second, with fresh networks or with those of --models
 
 The floor of an epoch is the bare forward, backward and AdamW step on one fixed batch, as often as the epoch has steps:
 no shuffling, no augmentation, no logging. The floor of Grad-CAM is one forward pass and a backward pass that stops at
 the last layer; that of the k-center greedy selection of k points is k products of the embedding matrix with a vector;
-that of `infer.py image.png` is `import torchvision`; that of an answer is the networks' bare forward passes."""
+that of `infer.py image.png` is `import torchvision`; that of an answer is the networks' bare forward passes, and so is
+that of a clip: as many, in batches of 32 frames; nothing is read, nothing letterboxed."""
 
 import argparse
 import functools
@@ -46,7 +48,8 @@ import train
 
 
 def compare(name, ours, floor, runs):
-    """Time two functions in turn and print their medians (seconds) and the median of the paired ratios."""
+    """Time two functions in turn and print their medians (seconds) and the median of the paired ratios. Returns the first
+    median."""
     pairs = []
     for i in range(runs + 1):  # the first pair warms up
         times = []
@@ -63,6 +66,7 @@ def compare(name, ours, floor, runs):
         f"   [{ratios[0]:.3f}, {ratios[-1]:.3f}]",
         flush=True,
     )
+    return a
 
 
 def one_epoch(size, batch, images, amp, device):
@@ -337,21 +341,21 @@ def bench_pictures(n, device):
         kept.clear()
 
 
+def fresh_models(folder):
+    """(name, file) of a small_cnn and a mobilenet_v2 that find and name, untrained."""
+    for name, size in (("small_cnn", 64), ("mobilenet_v2", 160)):
+        about = {"classes": ["benign", "malignant"], "size": size, "load_size": size, "channels": 1}
+        path = Path(folder) / f"{name}.pt"
+        models.save(path, models.Ensemble([models.CNet(name, trunk="shared")], **about))
+        yield name, path
+
+
 def bench_start(runs):
     """`python infer.py image.png` as a whole process, with a fresh small_cnn model and with mobilenet_v2."""
     with tempfile.TemporaryDirectory() as folder:
         image = Path(folder) / "image.png"
         data.Image.fromarray(data.phantom_set(1, 128).pixels[0, 0].numpy()).save(image)
-        for name, size in (("small_cnn", 64), ("mobilenet_v2", 160)):
-            model = models.Ensemble(
-                [models.CNet(name, trunk="shared")],
-                classes=["benign", "malignant"],
-                size=size,
-                load_size=size,
-                channels=1,
-            )
-            path = Path(folder) / f"{name}.pt"
-            models.save(path, model)
+        for name, path in fresh_models(folder):
 
             def process(*command):
                 return lambda: subprocess.run([sys.executable, *command], check=True, stdout=subprocess.DEVNULL)
@@ -382,6 +386,29 @@ def bench_models(paths, runs, device):
         compare("  32 answers", functools.partial(detector.predict, pictures), forward, runs)
 
 
+def bench_clip(file, paths, runs, device):
+    """A clip from the file to its answer, with one view of a frame and with five; 25 frames a second are as they are shown."""
+    with tempfile.TemporaryDirectory() as folder:
+        paths = [(path, path) for path in paths] or list(fresh_models(folder))
+        for name, path in paths:
+            for views in (1, 5):
+                detector = infer.BreastCancerDetector(path, device, tta=views)
+                frames, info = len(detector.predict_clip(file)[0]), detector.info
+                nets = [*detector.model.members, *detector.model.dnets]
+                x = torch.rand(32 * views, info["channels"], info["size"], info["size"], device=device)
+
+                def forward(nets=nets, x=x, views=views, frames=frames):
+                    with torch.inference_mode():
+                        for start in range(0, frames, 32):
+                            for net in nets:
+                                net(x[: min(32, frames - start) * views])
+                        x[0].mean().item()  # wait for the device
+
+                what = f"{frames} frames, {name}, {info['size']} px, views: {views}"
+                ours = functools.partial(detector.predict_clip, file)
+                print(f"  {frames / compare(what, ours, forward, runs):.1f} frames a second")
+
+
 def bench_data(source):
     """The first and the second start on real files, and the memory that it takes."""
     with tempfile.TemporaryDirectory() as cache:
@@ -405,6 +432,7 @@ def main(argv=None):
     p.add_argument("--rows", type=int, default=0, help="time k-center on a file of so many rows, and nothing else")
     p.add_argument("--pictures", type=int, default=0, help="time the steps on so many pictures, and nothing else")
     p.add_argument("--models", nargs="+", default=[], metavar="FILE", help="time these model files, and nothing else")
+    p.add_argument("--clip", metavar="FILE", help="time this clip, and nothing else")
     args = p.parse_args(argv)
     if args.sharing:
         return time_epoch(args.quick)
@@ -414,6 +442,8 @@ def main(argv=None):
     print(
         f"torch {torch.__version__}, {device}, {torch.get_num_threads()} threads, median of {args.runs} [least, most]"
     )
+    if args.clip:
+        return bench_clip(args.clip, args.models, args.runs, device)
     if args.models:
         return bench_models(args.models, args.runs, device)
     if args.rows:

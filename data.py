@@ -10,7 +10,6 @@ Images of one patient, one lesion, or near-duplicates of each other share a grou
 """
 
 import concurrent.futures
-import contextlib
 import dataclasses
 import hashlib
 import io
@@ -27,14 +26,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 
 from augment import clahe
 from grouping import merge_groups, near_duplicates, partition
 from phantoms import phantoms
+from pictures import box_of, fit, letterbox, open_image, origin, own_part, read_image, thumbnail
 from readers import InputError, find_entries, natural, one_line
-
-warnings.simplefilter("error", Image.DecompressionBombWarning)  # refused in read_image, instead of eating the memory
 
 
 @dataclasses.dataclass
@@ -100,111 +98,6 @@ class ImageSet:
         with_box = int(self.boxes[:, 0].isfinite().sum())
         lines.append(f"  boxes: {with_box}{' PLACEHOLDERS, not lesions' if self.placeholder_boxes else ''}")
         return "\n".join(lines)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# One image
-
-
-FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "GIF", "WEBP", "PPM", "JPEG2000")  # EPS, of any name, would start Ghostscript
-
-
-@contextlib.contextmanager
-def open_image(source):
-    """A file, or uint8 (H, W) or (H, W, 3), as a PIL image; of a file nothing but its header is read yet."""
-    if isinstance(source, np.ndarray):
-        yield Image.fromarray(source)
-    elif isinstance(source, (str, Path)):
-        with open(source, "rb") as file:  # a TIFF that Pillow opens by its name is mapped into memory, and that
-            yield Image.open(file, formats=FORMATS)  # scrambles what its EXIF turns by a quarter
-    else:
-        yield Image.open(source, formats=FORMATS)
-
-
-def read_image(path, channels):
-    """An image file of FORMATS, or array as open_image takes it, as an upright 8-bit PIL image: "L" for channels=1, "RGB" for 3.
-
-    EXIF rotation is applied, transparency is laid on black, 16-bit and float images are scaled by their own range.
-    Raises InputError (one line) when the file is missing, truncated, no image, or a decompression bomb."""
-    if isinstance(path, (str, Path)) and not os.path.exists(path):
-        raise InputError("no such file")
-    try:
-        with open_image(path) as image:
-            image.load()
-            return to_mode(image, channels)
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as e:
-        raise InputError(f"more than {Image.MAX_IMAGE_PIXELS / 1e6:.0f} million pixels, refused") from e
-    except Image.UnidentifiedImageError as e:
-        raise InputError(f"not an image, or none of {', '.join(FORMATS)}") from e
-    except InputError:
-        raise
-    except Exception as e:  # Pillow's decoders raise whatever comes to their mind on broken files
-        raise InputError(f"damaged: {str(e) or type(e).__name__}") from e
-
-
-def to_mode(image, channels):
-    """A PIL image of any mode, turned upright as its EXIF says, as 8-bit "L" (channels=1) or "RGB" (channels=3)."""
-    image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I") or image.mode == "F":  # 16-bit, 32-bit, float: no fixed white, so use their own range
-        if not np.isfinite(np.asarray(image)).all():
-            raise InputError("it holds NaN or infinity")
-        values = np.asarray(image, dtype=np.float64)
-        low, high = values.min(), values.max()
-        values -= low  # in place: a picture may be large, and there is one in every thread
-        values *= 255 / max(high - low, 1e-12)
-        image = Image.fromarray(values.astype(np.uint8))
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, (0, 0, 0, 255)), image)
-    image = image if image.mode in ("L", "RGB") else image.convert("RGB")  # greys by one way, whoever asks
-    return image.convert("L" if channels == 1 else "RGB")
-
-
-def letterbox(image, size):
-    """Fit a PIL image into a square, aspect ratio kept; the bars take the image's own mean.
-
-    With bars of the mean, an image standardised by its own mean has bars of 0, which is what a convolution pads with.
-    Returns uint8 (C, size, size) and the placement (scale_x, scale_y, left, top): x_square = x * scale_x + left."""
-    width, height = image.size
-    scale = size / max(width, height)
-    w, h = max(1, round(width * scale)), max(1, round(height * scale))
-    small = np.asarray(image.resize((w, h), Image.Resampling.BILINEAR, reducing_gap=3.0))  # antialiased
-    small = small.reshape(h, w, -1).transpose(2, 0, 1)
-    left, top = (size - w) // 2, (size - h) // 2
-    square = np.rint(small.mean((1, 2), keepdims=True)).astype(np.uint8).repeat(size, 1).repeat(size, 2)
-    square[:, top : top + h, left : left + w] = small
-    return square, (w / width, h / height, left, top)
-
-
-def thumbnail(image):
-    """What near-duplicates are found by: uint8 (1, 28, 28), grey, squashed into the square, so that one picture cut in
-    two ways still lies feature upon feature. Made of the file and nothing else: no option of a run may change its splits.
-    28 px are the smallest images that are published (MedMNIST), so nothing is enlarged."""
-    return np.asarray(image.convert("L").resize((28, 28), Image.Resampling.BILINEAR, reducing_gap=3.0))[None]
-
-
-def original_box(box, placement, side, size):
-    """A box in [0, 1] of a letterboxed square of `side` pixels, in the pixels of the original image of `size` (w, h)."""
-    sx, sy, left, top = placement
-    corners = (np.array(box) * side - [left, top, left, top]) / [sx, sy, sx, sy]
-    return corners.clip(0, [*size, *size]).tolist()
-
-
-def letterboxed_box(box, placement, side):
-    """The reverse: a box in an original image's pixels, in [0, 1] of the square. InputError if it is none."""
-    box = np.array(box, float)
-    if box.shape != (4,) or not ((box[:2] < box[2:]).all() and (box >= 0).all()):
-        raise InputError(f"box {box.tolist()}: give x_min, y_min, x_max, y_max in the image's pixels")
-    sx, sy, left, top = placement
-    return ((box * [sx, sy, sx, sy] + [left, top, left, top]) / side).clip(0, 1).tolist()
-
-
-def box_of(mask):
-    """Bounding box of a mask (H, W) as x_min, y_min, x_max, y_max in pixel edges; NaN where the mask is empty."""
-    ys, xs = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
-    if not len(ys):
-        return np.full(4, np.nan, np.float32)
-    return np.array([xs[0], ys[0], xs[-1] + 1, ys[-1] + 1], np.float32)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -369,31 +262,36 @@ def complete_splits(splits, labels, groups, seed):
 # Decoding, cached
 
 
-def decode_entry(entry, size, channels, equalise):
+def decode_entry(entry, size, channels, equalise, window=None):
     """What is kept of one entry, see kept_files. InputError: it can't be read, or its mask or box can't be its own."""
-    image = read_image(entry.image, channels)
-    pixels, (sx, sy, left, top) = letterbox(image, size)
+    image = read_image(entry.image, channels, window)
+    about, (pixels, (sx, sy, left, top)) = origin(image), letterbox(image, size)
     if equalise:
         pixels = clahe(torch.from_numpy(pixels)[None])[0].numpy()
     lesion, mask = np.zeros(image.size[::-1], bool), np.zeros((size, size), bool)
     for path in entry.masks:
         m = read_image(path, 1)
-        if m.size != image.size:
-            raise InputError(f"its mask {path} is {m.size[0]}x{m.size[1]}, the image {image.size[0]}x{image.size[1]}")
+        if m.size != about.whole:
+            raise InputError(f"its mask {path} is {m.width}x{m.height}, the image {about.whole[0]}x{about.whole[1]}")
         top_value = m.getextrema()[1]
         if top_value == 1:  # written as 0 and 1
             m = m.point(lambda v: 255 * v)
         elif 1 < top_value <= 127:
             raise InputError(f"its mask {path} goes from 0 to {top_value}; write 0 and 255, or 0 and 1")
-        lesion |= np.asarray(m) > 127
-        w, h = max(1, round(m.width * sx)), max(1, round(m.height * sy))
-        mask[top : top + h, left : left + w] |= np.asarray(m.resize((w, h), Image.Resampling.BILINEAR)) > 127
-    if entry.box is not None and not lies_inside(entry.box, image.size):
-        pixel_size = f"{image.width}x{image.height}"
-        raise InputError(f"its box {entry.box} is no x_min, y_min, x_max, y_max in its {pixel_size} pixels")
-    box = box_of(lesion) if entry.box is None else np.array(entry.box, np.float32)
+        values = own_part(np.asarray(m), about)
+        lesion |= values > 127
+        x, y, w, h = fit(image.size, size)
+        small = Image.fromarray(values).resize((w, h), Image.Resampling.BILINEAR)
+        mask[y : y + h, x : x + w] |= np.asarray(small) > 127
+    box = box_of(lesion) if entry.box is None else np.array(entry.box, np.float32) - about.corner * 2
+    if entry.box is not None and not lies_inside(box.tolist(), image.size):
+        seen = f"{about.whole[0]}x{about.whole[1]} pixels"
+        seen += f", of which {image.width}x{image.height} from {about.corner} are seen" if any(about.corner) else ""
+        raise InputError(f"its box {entry.box} is no x_min, y_min, x_max, y_max in its {seen}")
     box = np.clip((box * [sx, sy, sx, sy] + [left, top, left, top]) / size, 0, 1).astype(np.float32)
-    return {"pixels.u8": pixels, "masks.u8": mask, "boxes.f32": box, "thumbs.u8": thumbnail(image)}
+    notes = np.array([*(about.window or [math.nan] * 2), about.frames], np.float32)
+    plain = read_image(entry.image, channels) if window and about.window else image
+    return {"pixels.u8": pixels, "masks.u8": mask, "boxes.f32": box, "thumbs.u8": thumbnail(plain), "notes.f32": notes}
 
 
 def lies_inside(box, size):
@@ -448,17 +346,19 @@ def kept_files(entries, size, channels):
     files["thumbs.u8"] = (np.uint8, (1, 28, 28))
     if any(e.masks for e in entries):
         files["masks.u8"] = (bool, (size, size))
-    return files
+    return files | {"notes.f32": (np.float32, (3,))}  # the values that became black and white, or NaN; and the frames
 
 
-def decode(entries, size, channels, equalise=False, cache=None, skip_bad=False, box_format="xyxy"):
+def decode(
+    entries, size, channels, equalise=False, cache=None, skip_bad=False, box_format="xyxy", window=None, log=print
+):
     """Decode all entries in threads: (pixels uint8 (N, C, S, S), masks bool (N, S, S) or None, boxes (N, 4), thumbnails
     uint8 (N, 1, 28, 28), kept rows).
 
     With a `cache` folder the result is memory-mapped from there: the second start is immediate, and a set larger than
     memory works. The key is the files' names, sizes and times (or the pixels, where there are no files), and the size. All
     bad files are reported at once."""
-    layout, work, folder = kept_files(entries, size, channels), (entries, size, channels, equalise), None
+    layout, work, folder = kept_files(entries, size, channels), (entries, size, channels, equalise, window), None
     if cache:
         folder = Path(cache) / cache_key(*work)
     files = {name: io.BytesIO() for name in layout}  # stay empty where there is a cache
@@ -478,6 +378,14 @@ def decode(entries, size, channels, equalise=False, cache=None, skip_bad=False, 
     for name, (kind, shape) in layout.items():
         source = map_file(folder / name, kind) if folder else np.frombuffer(files[name].getbuffer(), kind)
         tensors[name] = torch.from_numpy(source.reshape(-1, *shape))
+    wide, clips = int(tensors["notes.f32"][:, 0].isfinite().sum()), int((tensors["notes.f32"][:, 2] > 1).sum())
+    if wide:
+        fixed = window and f"{window[0]:g} is black and {window[1]:g} white"
+        log(
+            f"{wide} images of more than 8 bits: {fixed or 'each by its own range or the window of its file'} (--window)"
+        )
+    if clips:
+        log(f"{clips} clips: of each the first frame is taken")
     return *map(tensors.get, ("pixels.u8", "masks.u8", "boxes.f32", "thumbs.u8")), kept
 
 
@@ -491,9 +399,9 @@ def map_file(path, kind):
         return np.memmap(path, kind, "r")
 
 
-def cache_key(entries, size, channels, equalise):
+def cache_key(entries, size, channels, equalise, window):
     """Names the folder of a decoded data set: another file, size or time of a file is another folder."""
-    key = hashlib.sha256(json.dumps(["v4", size, channels, equalise]).encode())
+    key = hashlib.sha256(json.dumps(["v5", size, channels, equalise, window]).encode())
     for e in entries:
         if isinstance(e.image, np.ndarray):
             key.update(json.dumps([e.image.shape, e.box]).encode() + e.image.tobytes())
@@ -537,12 +445,12 @@ def fill_cache(folder, layout, skip_bad, work):
     return kept, bad
 
 
-def decode_into(files, entries, size, channels, equalise):
+def decode_into(files, entries, size, channels, equalise, window):
     """Decode in threads, in pieces, so that a large set never waits in memory as a whole: (kept rows, bad files)."""
 
     def attempt(entry):
         try:
-            return decode_entry(entry, size, channels, equalise)
+            return decode_entry(entry, size, channels, equalise, window)
         except InputError as e:
             return f"{entry.name}: {e}"
 
@@ -561,7 +469,7 @@ def decode_into(files, entries, size, channels, equalise):
 
 def load(
     source=None, size=128, *, positive=None, drop=(), channels=None, equalise=False, columns=None, cache="runs/cache",
-    skip_bad=False, split_by_image=False, seed=0, dummy_boxes=False, box_format="xyxy", meta_spec=None, log=print,
+    skip_bad=False, split_by_image=False, seed=0, dummy_boxes=False, box_format="xyxy", meta_spec=None, window=None, log=print,
 ):  # fmt: skip
     """Any data set as an ImageSet, split and grouped. See readers.py for the layouts.
 
@@ -570,6 +478,7 @@ def load(
     split_by_image: every image is a group of its own, to show what that would wrongly claim.
     dummy_boxes: give every image without a box the central placeholder box. box_format: what the source's four numbers
     are, "xyxy" or "xywh" (x, y, width, height). meta_spec: of a model that is to read the patient data, see encode_meta.
+    window: (low, high), see pictures.read_frames.
     Raises InputError."""
     if source is None or source == "phantoms":
         images = phantom_set(size=size, seed=seed)
@@ -584,7 +493,8 @@ def load(
     if not entries:
         raise InputError(f"--data {source}: no image is left")
     channels = channels or (1 if looks_grey(entries) else 3)
-    pixels, masks, boxes, thumbnails, kept = decode(entries, size, channels, equalise, cache, skip_bad, box_format)
+    work = (entries, size, channels, equalise, cache, skip_bad, box_format, window, log)
+    pixels, masks, boxes, thumbnails, kept = decode(*work)
     entries = [entries[i] for i in kept]
     labels = torch.tensor([e.label for e in entries])
     native = max(entries[0].image.shape[:2]) if isinstance(entries[0].image, np.ndarray) else size

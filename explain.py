@@ -20,11 +20,12 @@ import torch
 
 import plots
 from augment import blur, crop, cut
-from data import meta_for, parse_meta, read_image
+from data import meta_for, parse_meta
 from files import write_atomically
 from metrics import interval_text, resample
 from models import DISCLAIMER, WithPatients, choose_device, finite, load_classifier, model_file
 from options import build_parser, run_main
+from pictures import origin, read_image
 from readers import InputError
 from report import clean, describe_map, explain_picture, held_out, recommended_method
 from saliency import (
@@ -315,16 +316,18 @@ def draw(model, path, methods, meta=None, target=None, note=""):
         )
     wanted = range(len(classes)) if target == "all" else [None if target is None else classes.index(target)]
     try:
-        picture = read_image(path, model.info["channels"])
+        picture = read_image(path, model.info["channels"], model.info["window"])
     except InputError as e:
         raise InputError(f"{path}: {e}") from e
+    frames = origin(picture).frames
+    name = Path(path).name + (f", frame 1 of {frames}" if frames > 1 else "")
     found = [[explain_picture(model, picture, m, t, meta) for m in methods] for t in wanted]
     tops = [max(float(row[i][0].max()) for row in found) for i in range(len(methods))]
     tiles = []
     for row in found:
         _, box, p, shown = row[0]
         k = len(p) - 1 if len(p) == 2 else shown
-        tiles.append(plots.overlay(picture, box, f"{Path(path).name}\np({classes[k]}) = {p[k]:.3f}"))
+        tiles.append(plots.overlay(picture, box, f"{name}\np({classes[k]}) = {p[k]:.3f}"))
         for method, top, (heat, *_) in zip(methods, tops, row, strict=True):
             tiles.append(
                 plots.overlay(picture, box, f"{describe_map(method, classes[shown])}{note and '; '}{note}", heat, top)

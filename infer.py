@@ -3,6 +3,7 @@
     python infer.py image.png                                   the newest model under runs/
     python infer.py scans/ more.png --model runs/busi/model.pt --save-overlay out/
     python infer.py scans/ --json > results.jsonl               one JSON object a line
+    python infer.py clip.dcm --every 2 --save-overlay out/      a clip: its most suspicious stretch, and an animation
     python infer.py --model runs/busi --evaluate                what more views are worth, on the held-out images
 
     from infer import BreastCancerDetector
@@ -13,7 +14,7 @@ views at once (test-time augmentation); the mean is calibrated and held against 
 the threshold, or where members and views disagree, is to be referred to a radiologist."""
 
 import argparse
-import csv
+import contextlib
 import io
 import itertools
 import json
@@ -27,139 +28,50 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image
 
-from augment import VIEWS, clahe
-from data import (
-    box_of,
-    encode_meta,
-    letterbox,
-    letterboxed_box,
-    meta_for,
-    original_box,
-    parse_meta,
-    read_image,
-    to_mode,
+from answers import (
+    KEYS,
+    MOST_SIGMA,
+    answer,
+    describe_lesions,
+    in_pixels,
+    oddities,
+    sentence,
+    unlike,
+    verdict,
+    write_answers,
 )
+from augment import VIEWS, clahe
+from data import encode_meta, meta_for, parse_meta
 from files import write_atomically
 from models import DISCLAIMER, choose_device, load_classifier, model_file, same_classes
 from options import DATA, build_parser, run_main
-from readers import COLUMNS, MASK, InputError, image_files, natural, one_line, read_csv, read_table, walk
-
-KEYS = (
-    "image", "prediction", "probability", "confidence", "probabilities", "uncertainty", "box", "refer", "reason", "error",
-    "lesion_score", "boxes", "outline",
-)  # fmt: skip
-DIGITS = 12  # of a probability in JSON and CSV: with fewer, large logits would all be 1.0 there
-REFER_ODDS = 2.0  # refer when the odds lie within this factor of the threshold's
-REFER_UNCERTAINTY = 0.15  # or when the opinions' standard deviation is above this
-LEAST_SIDE, MOST_ASPECT = 16, 8  # or when the picture has fewer pixels on a side, or is longer in shares of its width
-LEAST_SPREAD, MOST_COLOUR = 1.0, 16  # or its greys spread less, or its colours differ more, in levels of 255
-MOST_STRANGE = 1.05  # or it is so much farther from those of training than 99 % of the validation images are
-MOST_SIGMA = 5  # or when a patient's number is so many standard deviations from the mean of training
-
-
-def answer(probabilities, uncertainty, info, reasons=()):
-    """One image's K probabilities and uncertainty in words: the dict's part that needs no picture. reasons: why to refer
-    that are known already. What is not finite is an error, and is referred."""
-    classes, p, reasons = info["classes"], probabilities[-1], list(reasons)
-    if not np.isfinite([*probabilities, uncertainty]).all():
-        why = "the network's answer is not a finite number"
-        return {"refer": True, "reason": why, "error": f"{why}: the model is damaged, or its patient data are extreme"}
-    if len(classes) == 2:
-        predicted = int(p >= info["threshold"])
-        near = abs(log_odds(p) - log_odds(info["threshold"])) < math.log(REFER_ODDS)
-    else:
-        predicted = int(np.argmax(probabilities))
-        best, second = sorted(probabilities)[:-3:-1]
-        near = best < REFER_ODDS * second
-    if near:
-        reasons.append("the probability is near the threshold" if len(classes) == 2 else "two classes are near")
-    if uncertainty > REFER_UNCERTAINTY:
-        reasons.append("its views or members differ")
-    return {
-        "prediction": classes[predicted],
-        "probability": round(p if len(classes) == 2 else probabilities[predicted], DIGITS),
-        "confidence": round(probabilities[predicted], DIGITS),
-        "probabilities": {c: round(v, DIGITS) for c, v in zip(classes, probabilities, strict=True)},
-        "uncertainty": round(uncertainty, 6),
-        "refer": bool(reasons),
-        "reason": "; ".join(reasons) or None,
-    }
-
-
-def in_pixels(box, opened, side):
-    """A box (4,) in [0, 1] of the square of `side` pixels, in a picture's own; opened: see BreastCancerDetector._open."""
-    return [round(v, 1) for v in original_box(box.tolist(), opened["placement"], side, opened["size"])]
-
-
-def describe_lesions(found, opened, info, masks):
-    """What there is to say of the lesions of one picture: the dict's keys box, boxes, lesion_score, outline, and with
-    masks the key mask. found: models.Found of it alone; opened: see BreastCancerDetector._open."""
-    score, side = float(found.scores()), info["load_size"]
-    told, sure = {"lesion_score": round(score, 6), "boxes": []}, score >= info["lesion_threshold"]
-    whole, likeliest = outlines_on(found, opened["placement"], opened["size"], side)
-    if sure:
-        lesions = [found.boxes()[0], *found.lesions(info["lesion_threshold"])[1:]]
-        told["boxes"] = [in_pixels(box, opened, side) for box in lesions]
-        told |= {"box": told["boxes"][0], "outline": describe_outline(likeliest, opened["size"])}
-    if masks:
-        told["mask"] = np.asarray(Image.fromarray(whole & sure).resize(opened["size"]))
-    return told
-
-
-def outlines_on(found, placement, size, side):
-    """What is lesion in a picture, bool (h, w), as large as it lies in the square of `side` pixels, without the bars: all
-    lesions, and the likeliest alone. placement and size (w, h): of the picture, see data.letterbox. The edge is where the
-    outline falls to a half, or to half of its largest, if that is less than a half: what was found is drawn."""
-    sx, sy, left, top = placement
-    part = np.s_[top : top + max(1, round(size[1] * sy)), left : left + max(1, round(size[0] * sx))]
-    most = float(found.outlines.max())
-    near = F.max_pool2d(found.likeliest()[:, None].float(), 3, 1, 1)  # its own cells and those around
-    smooth = F.interpolate(found.outlines[:, None], size=(side, side), mode="bilinear")[0, 0]
-    smooth, near = smooth >= (0.5 if most > 0.5 else most / 2), F.interpolate(near, size=(side, side))[0, 0] > 0
-    return smooth[part].cpu().numpy(), (smooth & near)[part].cpu().numpy()
-
-
-def describe_outline(mask, picture):
-    """What a radiologist reads off an outline (h, w), or None for an empty one: its area as a share of the picture's, its
-    width over its height (below 1 it is taller than wide), and how irregular it is: 1 - IoU with the ellipse that has
-    its second moments."""
-    y, x = np.nonzero(mask)
-    if len(x) < 4:
-        return None
-    points = np.stack([x, y]).astype(float)
-    grid = np.indices(mask.shape)[::-1].reshape(2, -1) - points.mean(1, keepdims=True)
-    spread = np.linalg.inv(np.cov(points) + 0.1 * np.eye(2))  # 0.1: pixels are squares, not points
-    ellipse = ((spread @ grid) * grid).sum(0).reshape(mask.shape) <= 4  # a filled ellipse's axes: two deviations
-    box = box_of(mask) * np.tile([picture[0] / mask.shape[1], picture[1] / mask.shape[0]], 2)
-    return {
-        "area": round(float(mask.mean()), 4),
-        "width_over_height": round(float((box[2] - box[0]) / (box[3] - box[1])), 3),
-        "irregularity": round(float(1 - (mask & ellipse).sum() / (mask | ellipse).sum()), 3),
-    }
-
-
-def oddities(picture, channels):
-    """Why a picture (PIL, RGB) is none that a model of so many channels can judge: a list of reasons, mostly empty."""
-    short, long = sorted(picture.size)
-    values = np.asarray(picture.reduce(max(1, long // 256)), np.float32)
-    checks = {
-        f"it has only {picture.width} x {picture.height} pixels": short < LEAST_SIDE,
-        f"it is {long / short:.0f} times as long as wide": long > MOST_ASPECT * short,
-        "it is blank": values.mean(2).std() < LEAST_SPREAD,
-        "it is in colour, and the model has learnt from grey pictures": (
-            channels == 1 and np.ptp(values, axis=2).mean() > MOST_COLOUR
-        ),
-    }
-    return [reason for reason, found in checks.items() if found]
-
-
-def unlike(strangeness, info):
-    """The reason to refer a picture that is so far from those of training, see Ensemble.strangeness: a list, mostly empty."""
-    what = "it, or its patient's data, is" if info["meta_spec"] else "it is"
-    return [f"{what} unlike the pictures that the model has learnt from"] if strangeness > MOST_STRANGE else []
+from pictures import (
+    Origin,
+    count_frames,
+    letterbox,
+    letterboxed_box,
+    origin,
+    parse_window,
+    read_frames,
+    read_image,
+    stretch,
+    to_mode,
+)
+from readers import (
+    COLUMNS,
+    MASK,
+    InputError,
+    header_data,
+    image_files,
+    natural,
+    one_line,
+    read_csv,
+    read_table,
+    stem,
+    walk,
+)
 
 
 def check_views(views, scales):
@@ -172,23 +84,20 @@ def check_views(views, scales):
     return views, scales
 
 
-def log_odds(p):
-    p = min(max(p, 1e-12), 1 - 1e-12)
-    return math.log(p / (1 - p))
-
-
 class BreastCancerDetector:
     """A model file, ready to predict. model: path, or None for the newest under runs/. device: auto, cpu, cuda.
     tta: number of views, 1 to 8, None = as many as the model was calibrated for. scales: of the resolution that C-Net
-    sees, every view at each (multi-scale inference).
+    sees, every view at each (multi-scale inference). window: (low, high), the values that become black and white in
+    pictures of more than 8 bits; None: those of training, see pictures.read_frames.
     Raises InputError if the file is missing, damaged, or no model."""
 
-    def __init__(self, model=None, device="auto", tta=None, scales=(1.0,)):
+    def __init__(self, model=None, device="auto", tta=None, scales=(1.0,), window=None):
         self.path = model_file(model)
         self.device = choose_device(device)
         self.model = load_classifier(self.path, self.device)
         self.info = self.model.info
         self.tta, self.scales = check_views(self.info["views"] if tta is None else tta, scales)
+        self.window = parse_window(window or self.info["window"])
 
     def predict(self, images, meta=None, boxes=None, masks=False):
         """A dict for one image, a list of dicts for several. An image is a path, bytes, an open file, a PIL image, an
@@ -203,7 +112,9 @@ class BreastCancerDetector:
         (standard deviation over members and views), box (x_min, y_min, x_max, y_max in the image's own pixels, or None),
         refer, reason (why to refer, or None), lesion_score (how sure it is that there is a lesion at all: below the model's
         threshold box is None), boxes (of all lesions, the likeliest first), outline (area, width_over_height and
-        irregularity of the likeliest, see describe_outline), error (None, or one line of why there is no answer, and the rest None)."""
+        irregularity of the likeliest, see describe_outline), window (the values that became black and white where the picture
+        has more than 8 bits, or None), frame and clip (None: see predict_clip; of a file with several frames the first is
+        looked at, and referred), error (None, or one line of why there is no answer, and the rest None)."""
         images, alone = one_by_one(images)
         metas = meta if isinstance(meta, (list, tuple)) else [meta] * len(images)
         boxes = [None] * len(images) if boxes is None else [boxes] if alone else list(boxes)
@@ -211,10 +122,65 @@ class BreastCancerDetector:
             raise InputError(f"{len(metas)} patients' data and {len(boxes)} boxes for {len(images)} images")
         if 0 < sum(box is None for box in boxes) < len(boxes):
             raise InputError("boxes: give one for every image, or none at all")
-        results = []
+        metas, results = list(map(self.patient, images, metas)), []
         for start in range(0, len(images), 32):  # a batch on the device while memory stays bounded
             results += self._predict_batch(*(v[start : start + 32] for v in (images, metas, boxes)), masks)
         return results[0] if alone else results
+
+    def predict_clip(self, file, meta=None, every=1, watch=None):
+        """(answers to every so many-th frame, answer to the clip) of a file, see predict. The clip's answer is that of its
+        best frame, but for what the smoothed probabilities say, see clips.summary; "frame" is a frame's number, from 1, and
+        the best one's; "clip" is None in a frame's answer, else {"frames": in the file, "looked_at", "stretch": [first,
+        last]}. watch(answer, picture) is called with each frame as it comes. InputError where there is no frame at all."""
+        answers, broken, count = [], None, 0
+        with contextlib.closing(read_frames(file, 3, self.window, every=every)) as frames:
+            while broken is None:
+                batch = []
+                try:
+                    for number, picture in itertools.islice(frames, 32):
+                        batch.append((number, picture))
+                except InputError as e:
+                    broken = str(e)
+                if not batch:
+                    break
+                count = origin(batch[0][1]).frames
+                if count > MOST_FRAMES * every:
+                    enough = math.ceil(count / MOST_FRAMES)
+                    raise InputError(f"{file}: {count} frames; look at fewer with --every {enough}")
+                for (number, picture), said in zip(batch, self.predict([p for _, p in batch], meta), strict=True):
+                    answers.append(said | {"image": str(file), "frame": number})
+                    if watch:
+                        watch(answers[-1], picture)
+        if not answers:
+            raise InputError(f"{file}: {broken}")
+        return answers, self._conclude(answers, count, broken)
+
+    def _conclude(self, answers, count, broken):
+        """The answer to a clip of `count` frames from those to its frames. broken: why it ended too early, or None."""
+        from clips import summary  # here and not above: a plain prediction starts without it
+
+        good = [a for a in answers if a["error"] is None]
+        if not good:
+            return answers[0] | {"frame": None}
+        said = summary(good, self.info["threshold"])
+        best = good[said["best"]]
+        reasons = best["reason"].split("; ") if best["reason"] else []
+        if broken or len(good) < len(answers):
+            reasons.append(f"only {len(good)} of its {count} frames could be read" + (f" ({broken})" if broken else ""))
+        result = best | answer(said["probabilities"], said["uncertainty"], self.info, reasons)
+        own = sum(a["prediction"] == self.info["classes"][-1] for a in good)
+        if len(said["probabilities"]) == 2 and own and result["prediction"] == self.info["classes"][0]:
+            why = f"{own} of its frames reach the threshold, if only by themselves"
+            result |= {"refer": True, "reason": f"{result['reason']}; {why}" if result["reason"] else why}
+        result["reason"] = "; ".join(dict.fromkeys((result["reason"] or "").split("; "))) or None  # each once
+        stretch_seen = [good[said[end]]["frame"] for end in ("first", "last")]
+        return result | {"clip": {"frames": count, "looked_at": len(answers), "stretch": stretch_seen}}
+
+    def patient(self, image, meta=None):
+        """What is known of a picture's patient: what a DICOM file tells, if the model asks for it, and over it `meta`."""
+        asked = {s["column"] for s in self.info["meta_spec"]} & {"age", "laterality"}
+        told = header_data(image) if asked else {}
+        return {c: told[c] for c in asked if told.get(c)} | dict(meta or {})
 
     def adapt(self, images, metas=None):
         """Take BatchNorm's means and spreads from these images, and their patients' data where the model reads them, see
@@ -242,7 +208,8 @@ class BreastCancerDetector:
         pixels = clahe(pixels) if info["equalise"] else pixels
         given = boxes[0] is not None
         if given:
-            boxes = [letterboxed_box(boxes[i], opened[i]["placement"], info["load_size"]) for i in good]
+            where = [(opened[i]["placement"], info["load_size"], opened[i]["origin"]) for i in good]
+            boxes = [letterboxed_box(boxes[i], *place) for i, place in zip(good, where, strict=True)]
             boxes = torch.tensor(boxes, device=self.device)
         patients = None if patients is None else patients[good]
         said = self.model.look(pixels, boxes if given else None, patients, self.tta, self.scales)
@@ -253,6 +220,7 @@ class BreastCancerDetector:
             if said.boxes is not None and not said.boxes[k].isfinite().all():
                 doubt = math.nan  # a D-Net that answers NaN is damaged, whatever C-Net says
             results[i] |= answer(probabilities[k].tolist(), doubt, info, reasons)
+            results[i]["window"] = opened[i]["origin"].window
             if results[i]["error"] is not None:
                 continue
             if said.found is not None and not given and self.model.tells_outlines:
@@ -279,16 +247,20 @@ class BreastCancerDetector:
         return coded.to(self.device), strange
 
     def _open(self, image):
-        """One image as a dict: image (its name or None), pixels (letterboxed), placement, size, reasons, error."""
+        """One image as a dict: image (its name or None), pixels (letterboxed), placement, origin, reasons, error."""
         opened = {"image": str(image) if isinstance(image, (str, Path)) else None, "error": None}
-        image = array_image(image) if isinstance(image, (np.ndarray, torch.Tensor)) else image
+        image = array_image(image, self.window) if isinstance(image, (np.ndarray, torch.Tensor)) else image
         try:
             if isinstance(image, Image.Image):
-                picture = to_mode(image, 3)
+                picture = to_mode(image, 3, self.window)
             else:
-                picture = read_image(io.BytesIO(image) if isinstance(image, bytes) else image, 3)
-            channels = self.info["channels"]
-            opened |= {"size": picture.size, "reasons": oddities(picture, channels)}
+                picture = read_image(io.BytesIO(image) if isinstance(image, bytes) else image, 3, self.window)
+            about, channels = origin(picture), self.info["channels"]
+            opened |= {"origin": about, "reasons": oddities(picture, channels)}
+            if about.frames > 1 and not isinstance(image, Image.Image):
+                opened["reasons"].append(
+                    f"it is a clip of {about.frames} frames, of which only the first was looked at"
+                )
             picture = picture.convert("L") if channels == 1 else picture  # greys come back as they were
             opened["pixels"], opened["placement"] = letterbox(picture, self.info["load_size"])
         except InputError as e:
@@ -307,6 +279,8 @@ class BreastCancerDetector:
         if (self.tta, self.scales) != (self.info["views"], (1.0,)):
             calibrated = f"{self.info['views']} view{'s' if self.info['views'] > 1 else ''} at scale 1"
             warning += f"; temperature and threshold were set for {calibrated}, with others they mean something else"
+        if self.window != parse_window(self.info["window"]):
+            warning += "; the --window is another than in training"
         warning += "; PLACEHOLDER BOXES" if made.get("placeholder_boxes") else ""
         return f"model {self.path}: {members} of {made.get('data')}, {self.info['size']} px{warning}"
 
@@ -329,9 +303,10 @@ def one_by_one(images):
     return images, False
 
 
-def array_image(array):
+def array_image(array, window=None):
     """An array (H, W), (H, W, C) or a tensor (C, H, W) as a PIL image. Integers in 0 ... 255 are taken as they are, floats
-    in [0, 1] and bools are scaled; anything else goes by its own range."""
+    in [0, 1] and bools are scaled; anything else goes by its own range. With a window (low, high) only bytes and bools are
+    taken as they are."""
     if isinstance(array, torch.Tensor):  # channels first
         array = array.detach().cpu().float() if array.dtype == torch.bfloat16 else array.detach().cpu()
         array = array.permute(1, 2, 0) if array.dim() == 3 else array
@@ -341,13 +316,18 @@ def array_image(array):
     kind = array.dtype.kind
     if kind not in "buif" or not np.isfinite(array).all():
         raise InputError(f"an array of {array.dtype} is no image" if kind not in "buif" else "it holds NaN or infinity")
-    low, high = float(array.min()), float(array.max())
-    if kind == "b" or (kind == "f" and low >= 0 and high <= 1):
+    low, high, seen = float(array.min()), float(array.max()), None
+    if kind == "b" or (kind == "f" and low >= 0 and high <= 1 and not window):
         low, high = 0.0, 1.0
-    elif kind in "ui" and low >= 0 and high <= 255:
+    elif array.dtype == np.uint8 or (kind in "ui" and low >= 0 and high <= 255 and not window):
         low, high = 0.0, 255.0
-    array = ((array.astype(np.float64) - low) * (255 / max(high - low, 1e-12))).round().astype(np.uint8)
-    return Image.fromarray(array[:, :, 0] if array.ndim == 3 and array.shape[2] == 1 else np.ascontiguousarray(array))
+    else:
+        low, high = seen = window or (low, high)
+    array = stretch(array, low, high)
+    array = array[:, :, 0] if array.ndim == 3 and array.shape[2] == 1 else np.ascontiguousarray(array)
+    image = Image.fromarray(array)
+    image.info[Origin] = Origin(image.size, image.size, window=seen)
+    return image
 
 
 def collect(paths, columns=(), image_column=None):
@@ -365,8 +345,8 @@ def collect(paths, columns=(), image_column=None):
         found = [path]
         if path.is_dir():
             found = [p for folder, _ in walk(path) for p in image_files(folder)]
-            stems = {(p.parent, p.stem) for p in found}
-            found = [p for p in found if not ((m := MASK.match(p.stem)) and (p.parent, m[1]) in stems)]
+            stems = {(p.parent, stem(p)) for p in found}
+            found = [p for p in found if not ((m := MASK.match(stem(p))) and (p.parent, m[1]) in stems)]
             if not found:
                 raise InputError(f"{path}: no image in this folder")
         files += [(str(p), None) for p in sorted(found, key=natural)]
@@ -382,7 +362,9 @@ INFER = [
     ("image-column", None, "NAME", "of a .csv of images and their patients' data; default: 'image'"),
     ("json", False, None, "one JSON object a line on stdout, nothing else"),
     ("csv", None, "FILE", "write the answers as a table too"),
-    ("save-overlay", None, "DIR", "write each picture with its box and answer into DIR"),
+    ("save-overlay", None, "DIR", "write each picture with its box and answer into DIR; of a clip its best frame, and an animation"),
+    ("every", 1, (1, 1e9), "of a clip (DICOM, GIF, TIFF ...) look at every so many-th frame"),
+    ("window", None, "LOW,HIGH", "the values that become black and white in pictures of more than 8 bits; default: as in training"),
     ("save-mask", None, "DIR", "write the outline of the lesions of each picture into DIR, white on black"),
     ("device", "auto", "DEVICE", "auto, cpu, cuda"),
     ("evaluate", False, None, "what --tta and --scales are worth on the held-out images of a run folder"),
@@ -397,6 +379,7 @@ THEIRS = [line for line in DATA if line[0] in THEIRS]
 # fmt: on
 
 
+MOST_FRAMES = 10_000  # of a clip that are looked at: their answers are kept until its own is told
 LEAST_ADAPTED = 32  # pictures: of fewer the means and spreads are luck
 
 
@@ -435,6 +418,7 @@ def test(args):
     model.info = info | {"views": check_views(args.tta or info["views"], args.scales)[0]}
     told = {"data": args.test, "size": info["load_size"], "clahe": info["equalise"], "channels": info["channels"]}
     told |= {"roi": "none", "split_by_image": False, "seed": 0, "dummy_boxes": False, "split_column": None}
+    told["window"] = args.window or info["window"]
     told["meta_columns"] = [s["column"] for s in info["meta_spec"]]
     images = load_images(argparse.Namespace(**vars(args) | told), meta_spec=info["meta_spec"] or None)
     if not same_classes(known := info["classes"], images.classes):
@@ -455,14 +439,14 @@ def test(args):
 def predict_files(args):
     """The answers to all pictures that the command line names, told and drawn one by one as they come."""
     meta = parse_meta(args.meta)
-    detector = BreastCancerDetector(args.model, args.device, args.tta, args.scales)
+    detector = BreastCancerDetector(args.model, args.device, args.tta, args.scales, args.window)
     if args.save_mask and not detector.model.tells_outlines:
         raise InputError(
             f"--save-mask: {detector.path} tells no outlines; train with masks or boxes, and without --nets cnet"
         )
     known = [s["column"] for s in detector.info["meta_spec"]]
     files = collect(args.images, known, args.image_column)
-    patients = [(meta or {}) | (own or {}) for _, own in files]
+    patients = [detector.patient(file, (meta or {}) | (own or {})) for file, own in files]
     if args.adapt:
         detector.adapt([file for file, _ in files], patients)
     names, results = overlay_names([file for file, _ in files]), []
@@ -471,22 +455,67 @@ def predict_files(args):
         if missing := [c for c in known if not any(c in p for p in patients)]:
             print(f"not given, so counted as missing: {', '.join(missing)}")
     drawn = bool(args.save_mask or args.save_overlay)
-    for start in range(0, len(files), 32):
-        batch = slice(start, start + 32)
-        for result in detector.predict([file for file, _ in files[batch]], patients[batch], masks=drawn):
-            mask = result.pop("mask", None)
-            print(json.dumps(result) if args.json else sentence(result, detector.info), flush=True)
-            name = names[len(results)]
-            if args.save_overlay and result["error"] is None:
-                save_overlay(
-                    result, detector, Path(args.save_overlay) / f"{name}_overlay.png", patients[len(results)], mask
-                )
-            if args.save_mask and mask is not None:
-                import plots
-
-                plots.save_png(Image.fromarray(mask), Path(args.save_mask) / f"{name}_mask.png")
-            results.append(result)
+    for clip, rows in itertools.groupby(range(len(files)), lambda i: is_clip(files[i][0])):
+        while batch := list(itertools.islice(rows, 1 if clip else 32)):
+            parts = [[v[i] for i in batch] for v in ([file for file, _ in files], patients, names)]
+            if clip:
+                results += watch_clip(detector, *(part[0] for part in parts), args)
+                continue
+            for result, patient, name in zip(detector.predict(*parts[:2], masks=drawn), *parts[1:], strict=True):
+                tell(result, detector, name, args, patient)
+                results.append(result)
     return results
+
+
+def is_clip(file):
+    try:
+        return Path(file).is_file() and count_frames(file) > 1  # a pipe is read once
+    except InputError:  # said when it is read
+        return False
+
+
+def tell(result, detector, name, args, patient, picture=None):
+    """Print and draw an answer as the command line asks for. picture: see save_overlay."""
+    mask = result.pop("mask", None)
+    print(json.dumps(result) if args.json else sentence(result, detector.info), flush=True)
+    if args.save_overlay and result["error"] is None:
+        save_overlay(result, detector, Path(args.save_overlay) / f"{name}_overlay.png", patient, mask, picture)
+    if args.save_mask and mask is not None:
+        import plots
+
+        plots.save_png(Image.fromarray(mask), Path(args.save_mask) / f"{name}_mask.png")
+
+
+def watch_clip(detector, file, patient, name, args):
+    """The answers to a clip's frames, told as they come where it is --json, and the clip's, told and drawn: its best
+    frame, and an animation of all."""
+    import clips
+
+    panels, pace = [], clips.SECONDS
+
+    def watch(result, picture):
+        nonlocal pace
+        about = origin(picture)
+        step = math.ceil(about.frames / args.every / clips.MOST_DRAWN)
+        if args.json:
+            print(json.dumps(result), flush=True)
+        if args.save_overlay and result["error"] is None and (result["frame"] - 1) // args.every % step == 0:
+            said = f"frame {result['frame']} of {about.frames}: {verdict(result, detector.info)[0]}"
+            panels.append(clips.panel(picture, result, said))
+            pace = (about.seconds or clips.SECONDS) * args.every * step
+
+    try:
+        answers, clip = detector.predict_clip(file, patient, args.every, watch)
+    except InputError as e:
+        answers, clip = [], dict.fromkeys(KEYS) | {"image": file, "error": str(e)}
+    picture = None
+    if clip["error"] is None and (args.save_overlay or args.save_mask):
+        _, picture = next(read_frames(file, detector.info["channels"], detector.window, first=clip["frame"]))
+        clip["mask"] = detector.predict(picture, patient, masks=True)["mask"]
+    tell(clip, detector, name, args, patient, picture)
+    if panels:
+        clips.save_gif(panels, Path(args.save_overlay) / f"{name}_overlay.gif", pace)
+    return [*answers, clip]
 
 
 def main(argv=None):
@@ -520,40 +549,6 @@ def main(argv=None):
         raise SystemExit(1)
 
 
-def write_answers(path, results):
-    """The answers as a CSV, the box as four columns, the outline as three."""
-    told = [k for k in KEYS if k not in ("probabilities", "box", "boxes", "outline")]
-    corners, shape = ["x_min", "y_min", "x_max", "y_max"], ["area", "width_over_height", "irregularity"]
-    lines = [[*told, *corners, *shape]]
-    for r in results:
-        outline = r["outline"] or {}
-        lines.append([r[k] for k in told] + list(r["box"] or [None] * 4) + [outline.get(k) for k in shape])
-    text = io.StringIO()
-    csv.writer(text).writerows(lines)
-    write_atomically(path, text.getvalue().encode(errors="surrogateescape"))  # names as their bytes are
-
-
-def sentence(result, info):
-    """One line for a person."""
-    image = one_line(str(result["image"]))
-    if result["error"]:
-        return f"{image}: error: {result['error']}"
-    box = f", box {' '.join(f'{v:.0f}' for v in result['box'])}" if result["box"] else ""
-    refer = f"  -> refer to a radiologist: {result['reason']}" if result["refer"] else ""
-    return f"{image}: {', '.join(verdict(result, info))}, uncertainty {result['uncertainty']:.3f}{box}{refer}"
-
-
-def verdict(result, info):
-    """As in ["malignant, p(malignant) = 0.705", "at or above the threshold 0.662"]."""
-    if len(info["classes"]) > 2:
-        return [f"{result['prediction']}, p({result['prediction']}) = {result['probability']:.3f}"]
-    positive, p, threshold = info["classes"][1], result["probability"], info["threshold"]
-    side = "at or above" if result["prediction"] == positive else "below"
-    digits = 3 if f"{p:.3f}" != f"{threshold:.3f}" else 6
-    said = f"{result['prediction']}, p({positive}) = {p:.{digits}f}"
-    return [said, f"{side} the threshold {threshold:.{digits}f}"]
-
-
 def overlay_names(files):
     """A file name for each picture: its path below the folder that all share, so that A/1.png, A/1.bmp and B/1.png stay
     three; a number where two would still be one."""
@@ -567,15 +562,17 @@ def overlay_names(files):
     return names
 
 
-def save_overlay(result, detector, path, meta=None, mask=None):
-    """The picture with its box, its answer, and the map of what spoke for it, by the method recommended for the model."""
+def save_overlay(result, detector, path, meta=None, mask=None, picture=None):
+    """The picture with its box, its answer, and the map of what spoke for it, by the method recommended for the model.
+    picture: as of read_frames, of the model's channels, if it is not the file's first."""
     import plots  # here and not above: a plain prediction starts without them
     from report import describe_map, explain_picture, recommended_method
 
     info, (method, note) = detector.info, recommended_method(detector.path)
-    picture = read_image(result["image"], info["channels"])
+    picture = picture or read_image(result["image"], info["channels"], detector.window)
     heat, _, _, target = explain_picture(detector.model, picture, method, None, meta)
     lines = [*verdict(result, info), *(["refer"] if result["refer"] else [])]
+    lines += [f"frame {result['frame']} of {result['clip']['frames']}"] if result["clip"] else []
     lines += [f"{describe_map(method, info['classes'][target])}{note and '; '}{note}", DISCLAIMER]
     plots.save_png(plots.overlay(picture, result["box"], "\n".join(lines), heat, mask=mask), path)
 

@@ -316,7 +316,7 @@ class Ensemble(nn.Module):
     dnets: the detectors that stand by themselves; members with a shared trunk bring their own.
 
     info: "classes", "size" (what C-Net and D-Net see), "load_size" (what the file is letterboxed to), "channels",
-    "equalise" (CLAHE), "margin" of the crops, "meta_spec", "temperature", "threshold" and the "views" of an image that
+    "equalise" (CLAHE), "window" (see pictures.read_frames) or None, "margin" of the crops, "meta_spec", "temperature", "threshold" and the "views" of an image that
     both were set for, "lesion_threshold" (of the outline's largest probability: below it no lesion is said to be found),
     "made", and "familiar", see familiar, where it is known."""
 
@@ -325,7 +325,7 @@ class Ensemble(nn.Module):
         self.members, self.dnets = nn.ModuleList(members), nn.ModuleList(dnets)
         self.weights = torch.tensor([1.0] * len(members) if weights is None else weights, dtype=torch.float32)
         usual = {"temperature": 1.0, "threshold": 0.5, "views": 1, "margin": 0.25, "equalise": False}
-        usual |= {"lesion_threshold": 0.0}
+        usual |= {"lesion_threshold": 0.0, "window": None}
         self.info = usual | {"meta_spec": [], "made": {}} | info
 
     @property
@@ -550,6 +550,7 @@ def check_info(content):
         "channels": lambda v: type(v) is int and v in (1, 3),
         "views": lambda v: type(v) is int and 1 <= v <= len(VIEWS),
         "equalise": lambda v: type(v) is bool,
+        "window": lambda v: v is None or (len(v) == 2 and -math.inf < v[0] < v[1] < math.inf),
         "temperature": lambda v: type(v) in (int, float) and 0 < v < math.inf,
         **dict.fromkeys(("threshold", "margin", "lesion_threshold"), lambda v: type(v) in (int, float) and 0 <= v < math.inf),
         "meta_spec": lambda v: type(v) is list and all(map(encodes, v)),

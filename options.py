@@ -34,6 +34,7 @@ from data import load
 from files import parts_of, reason, write_atomically
 from heads import STRENGTH
 from models import choose_device
+from pictures import parse_window
 from readers import InputError
 
 MANY = 1e9
@@ -45,6 +46,7 @@ DATA = [
     ("drop-class", [], "A ...", "leave these classes out"),
     ("channels", None, [1, 3], "grey or colour; default: look"),
     ("clahe", False, None, "even out the contrast of every image (CLAHE) when it is read"),
+    ("window", None, "LOW,HIGH", "the values that become black and white in images of more than 8 bits; default: a DICOM file's own window, else each image's own range"),
     ("split-by-image", False, None, "forget patients, lesions and near-duplicates: to show what such a split would wrongly claim"),
     ("skip-bad", False, None, "go on without images that can't be read"),
     ("dummy-boxes", False, None, "give images without a box a central placeholder; every report then says so"),
@@ -251,10 +253,9 @@ def load_images(args, log=print, **more):
     columns |= {"box": args.box_columns, "meta": args.meta_columns}
     same = {name: getattr(args, name) for name in ("positive", "channels", "cache", "skip_bad", "split_by_image", "seed", "dummy_boxes", "box_format")}  # fmt: skip
     size = args.size * (1 if args.roi == "none" else 2)
+    how = {"equalise": args.clahe, "window": parse_window(args.window)}
     with devices.first_of_machine():
-        return load(
-            args.data, size, drop=args.drop_class, equalise=args.clahe, columns=columns, log=log, **same, **more
-        )
+        return load(args.data, size, drop=args.drop_class, columns=columns, log=log, **how, **same, **more)
 
 
 def began_with(folder, images):

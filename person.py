@@ -25,6 +25,7 @@ import options
 import plots
 import train
 import transfer
+from pictures import letterbox, origin, original_box, parse_window, read_image
 from query import STRATEGIES, Context, candidates
 from readers import COLUMNS, InputError, read_csv
 from report import clean, compare, print_change
@@ -122,7 +123,7 @@ def suggest(argv):
 def read_pool(args, info):
     """The pool and what is labelled as one ImageSet, as a model of this info sees it; the rows that need no label, which
     are the labelled ones and those that the model has met; and how many of the pool it has met."""
-    same = {k: info[k] for k in ("channels", "equalise")} | {"cache": args.cache, "skip_bad": True}
+    same = {k: info[k] for k in ("channels", "equalise", "window")} | {"cache": args.cache, "skip_bad": True}
     sources = [args.pool, *args.labelled]
     images, *more = (data.load(source, info["load_size"], **same, log=lambda _: None) for source in sources)
     count, spec = len(images), info["meta_spec"]
@@ -173,9 +174,9 @@ def read_guesses(model, images, picks, boxes):
     for i, answer, p, lesion in zip(picks.tolist(), answers.tolist(), probabilities, sure, strict=True):
         box, asked = "", 1 if len(p) == 2 else answer
         if lesion:
-            picture = data.read_image(images.names[i], info["channels"])
-            placement = data.letterbox(picture, info["load_size"])[1]
-            corners = data.original_box(boxes[i].tolist(), placement, info["load_size"], picture.size)
+            picture = read_image(images.names[i], info["channels"])
+            placement = letterbox(picture, info["load_size"])[1]
+            corners = original_box(boxes[i].tolist(), placement, info["load_size"], origin(picture))
             box = " ".join(f"{v:.0f}" for v in corners)
         guesses.append([info["classes"][answer], f"{p[asked]:.3f}", box])
     return guesses
@@ -207,7 +208,7 @@ def read_answers(path, classes, partial=False):
 def answered(entries, info, args):
     """What read_answers gave as an ImageSet, as a model of this info sees it, every image a group; and its entries."""
     how = (info["load_size"], info["channels"], info["equalise"], args.cache, args.skip_bad)
-    pixels, masks, boxes, thumbnails, kept = data.decode(entries, *how)
+    pixels, masks, boxes, thumbnails, kept = data.decode(entries, *how, window=info["window"])
     entries = [entries[i] for i in kept]
     meta = data.encode_meta([{}] * len(entries), None, info["meta_spec"])[0] if info["meta_spec"] else None
     return data.ImageSet(
@@ -221,7 +222,11 @@ def add_answers(images, entries, args):
     """The ImageSet with the answered images joined to it, and their rows. Those that show the same as an image of the
     validation or test split, or are of its group (patient, lesion), are left out: the test would be none any more."""
     info = {"classes": images.classes, "load_size": images.pixels.shape[-1], "channels": images.pixels.shape[1]}
-    info |= {"equalise": args.clahe, "meta_spec": images.meta_spec if images.meta is not None else []}
+    info |= {
+        "equalise": args.clahe,
+        "window": parse_window(args.window),
+        "meta_spec": images.meta_spec if images.meta is not None else [],
+    }
     new, entries = answered(entries, info, args)
     if new.masks is None and images.masks is not None:  # so that the others keep theirs
         new.masks = torch.zeros(len(new), *images.masks.shape[1:], dtype=torch.bool)

@@ -13,6 +13,7 @@ from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageFont
 
 from files import write_atomically
 from models import DISCLAIMER
+from pictures import origin, own_part
 
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F3C8D"]
 GREY, LIGHT = "#555555", "#DDDDDD"
@@ -296,13 +297,13 @@ def colour_bar(height, top):
 
 
 def overlay(image, box=None, caption="", heat=None, top=None, mask=None):
-    """A PIL image with a box (its own pixels) and a caption below, drawn so that the shorter side has 320 px, as far as
+    """A PIL image with a box (in pixels of the frame it is a part of, see pictures.Origin) and a caption below, drawn so that the shorter side has 320 px, as far as
     the longer one then has no more than 960; smaller ones are enlarged, larger ones stay.
 
     heat: (h, w) of any size, raw; laid over the picture, opaque where it is strong, with a colour bar that tells its
     numbers, from 0 to `top` (default: its own largest). Negative values are not drawn, and a map without positive ones
-    is said to hold no evidence. mask: bool (h, w), whose edge is drawn. The sheet is as wide without a heat map, so that both lie in one page."""
-    scale = max(1.0, min(320 / min(image.size), 960 / max(image.size)))
+    is said to hold no evidence. mask: bool (h, w) of the whole frame, whose edge is drawn. The sheet is as wide without a heat map, so that both lie in one page."""
+    scale, about = max(1.0, min(320 / min(image.size), 960 / max(image.size))), origin(image)
     w, h = max(1, round(image.width * scale)), max(1, round(image.height * scale))
     picture, bar = image.convert("RGB").resize((w, h)), None
     high = 0.0 if heat is None else float(np.max(heat))
@@ -313,9 +314,16 @@ def overlay(image, box=None, caption="", heat=None, top=None, mask=None):
         opacity = Image.fromarray((strength**0.7 * 190).astype(np.uint8))
         picture.paste(Image.fromarray(colour_map(strength)), (0, 0), opacity)
         bar = colour_bar(max(h, 80), top)
-    draw_box(picture, None if box is None else np.asarray(box, float) * scale, "#56B4E9", max(2, w // 200))
+    draw_box(
+        picture,
+        None if box is None else (np.asarray(box, float) - about.corner * 2) * scale,
+        "#56B4E9",
+        max(2, w // 200),
+    )
     if mask is not None:
-        inside = Image.fromarray(np.asarray(mask)).convert("L").resize((w, h), Image.Resampling.BILINEAR)
+        inside = (
+            Image.fromarray(own_part(np.asarray(mask), about)).convert("L").resize((w, h), Image.Resampling.BILINEAR)
+        )
         inside = inside.point(lambda v: 255 * (v > 127))
         edge = ImageChops.subtract(inside, inside.filter(ImageFilter.MinFilter(3)))
         picture.paste("#F0E442", (0, 0), edge)

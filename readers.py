@@ -12,8 +12,11 @@ What lies there decides which reader is taken:
     FOLDER/PATIENT/0/*, FOLDER/PATIENT/1/*                    (IDC histopathology; a patient is never split)
     FILE.csv              one row an image; flags name the columns
     FOLDER/*.png          no labels: a pool to predict on
-"""
 
+Where *.png stands any image may lie, DICOM files too, also under names without an ending. The patient that a DICOM file
+names (hashed) is its group, where the source tells no other."""
+
+import contextlib
 import csv
 import dataclasses
 import functools
@@ -26,6 +29,8 @@ import urllib.request
 from pathlib import Path
 
 import numpy as np
+
+import dicom
 
 
 class InputError(ValueError):
@@ -58,7 +63,8 @@ class Entry:
     line: int = 0  # where a CSV names it
 
 
-IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".gif", ".ppm", ".pgm"}
+DICOM_SUFFIXES = {".dcm", ".dicom"}
+IMAGE_SUFFIXES = DICOM_SUFFIXES | {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".gif", ".ppm", ".pgm"}
 MASK = re.compile(r"(.*)_mask(_\d+)?$")
 SPLIT_WORDS = {"": "", "train": "train", "training": "train", "test": "test", "testing": "test"}
 SPLIT_WORDS |= {"val": "val", "valid": "val", "validation": "val"}
@@ -74,9 +80,33 @@ def natural(text):
     return [(len(part.lstrip("0")), part.lstrip("0")) if i % 2 else part.lower() for i, part in parts]
 
 
+def is_image(path):
+    """Whether a file's name has the ending of an image, or has none, or a number's (1.2.840.1), and it is DICOM inside. The
+    list of contents of a medium is no image."""
+    suffix = path.suffix.lower()
+    if suffix in IMAGE_SUFFIXES:
+        return path.is_file()
+    unnamed = not suffix or suffix[1:].isdecimal()
+    return unnamed and path.name.upper() != "DICOMDIR" and path.is_file() and dicom.is_dicom(path)
+
+
 def image_files(folder):
-    found = (p for p in Path(folder).iterdir() if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
-    return sorted(found, key=natural)
+    return sorted(filter(is_image, Path(folder).iterdir()), key=natural)
+
+
+def stem(path):
+    """The name without its ending, if that is one."""
+    return path.stem if path.suffix.lower() in IMAGE_SUFFIXES else path.name
+
+
+def header_data(image):
+    """{"group", "age", "laterality"} of what a DICOM file tells of its patient, see dicom.patient; {} for any other image,
+    and for a file that can't be read: that is said when it is decoded."""
+    if not isinstance(image, (str, Path)) or Path(image).suffix.lower() in IMAGE_SUFFIXES - DICOM_SUFFIXES:
+        return {}
+    with contextlib.suppress(dicom.Refused):
+        return dicom.patient(dicom.read_header(image)) if dicom.is_dicom(image) else {}
+    return {}
 
 
 def walk(folder):
@@ -98,13 +128,13 @@ def subfolders(folder):
 def read_images(folder, **known):
     """The images of one folder, with their masks. NAME_mask.png belongs to NAME.png and is no image of its own."""
     files = image_files(folder)
-    stems = {p.stem for p in files}
+    stems = {stem(p) for p in files}
     masks = {}
     for p in files:
-        if (m := MASK.match(p.stem)) and m[1] in stems:
+        if (m := MASK.match(stem(p))) and m[1] in stems:
             masks.setdefault(m[1], []).append(str(p))
     taken = {m for found in masks.values() for m in found}
-    return [Entry(str(p), str(p), masks=masks.get(p.stem, []), **known) for p in files if str(p) not in taken]
+    return [Entry(str(p), str(p), masks=masks.get(stem(p), []), **known) for p in files if str(p) not in taken]
 
 
 def read_class_folders(folder, split=""):
@@ -269,8 +299,8 @@ def finder(root):
         """{name, or name without its ending: files} of the root and below, or of another folder by itself."""
         found = {}
         for path, files in walk(folder) if folder == root else [(folder, os.listdir(folder))]:
-            for file in (Path(path) / f for f in files if Path(f).suffix.lower() in IMAGE_SUFFIXES):
-                for key in {file.name, file.stem}:
+            for file in filter(is_image, (Path(path) / f for f in files)):
+                for key in {file.name, stem(file)}:
                     found.setdefault(key, []).append(file)
         return found
 
@@ -282,7 +312,7 @@ def finder(root):
         if os.path.isfile(path):  # Path.is_file raises an OSError on a name that is too long
             return str(path)
         files = index(path.parent).get(path.name, []) if os.path.isdir(path.parent) else []
-        fit = [p for p in sorted(files) if bool(MASK.match(p.stem) or of_masks(p.parent)) == mask]
+        fit = [p for p in sorted(files) if bool(MASK.match(stem(p)) or of_masks(p.parent)) == mask]
         fit = fit or (files if mask else [])
         if len(fit) > 1:
             raise InputError(f"{where}: {value!r} may be {fit[0]} or {fit[1]}; name it with its folder and ending")
@@ -317,6 +347,23 @@ def download_breastmnist(folder):
 
 
 def find_entries(source, columns, folder):
+    """The entries of a source, with what DICOM files tell of their patients where the source itself does not: the group,
+    and in folders the patient data that columns["meta"] asks for."""
+    entries, wanted = read_source(source, columns, folder), columns.get("meta") or []
+    told = [header_data(e.image) for e in entries]
+    for entry, known in zip(entries, told, strict=True):
+        entry.group = entry.group or known.get("group", "")
+    if wanted and Path(source).is_dir():
+        if unknown := [c for c in wanted if c not in ("age", "laterality") or not any(told)]:
+            raise InputError(
+                f"--meta-columns {unknown[0]}: in a folder only DICOM files tell patient data, age and laterality"
+            )
+        for entry, known in zip(entries, told, strict=True):
+            entry.row = {column: known.get(column, "") for column in wanted}
+    return entries
+
+
+def read_source(source, columns, folder):
     """Choose the reader by what lies there."""
     if source == "breastmnist":
         source = download_breastmnist(folder)

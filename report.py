@@ -19,11 +19,12 @@ import torch
 import metrics
 import plots
 from augment import blur, clahe
-from data import encode_meta, letterbox, original_box
+from data import encode_meta
 from files import parts_of, read_checkpoint, write_atomically
 from judge import cross_fit, judge_found, look_at
 from models import finite, load_classifier
 from options import check_against, load_images, saved_args, train_parser
+from pictures import fit, letterbox, origin, original_box
 from readers import InputError, natural
 from saliency import CLASSLESS, METHODS, UNITS
 
@@ -390,10 +391,10 @@ SPARSE = ("ig", "smoothgrad")  # single pixels: smoothed, so that they can be se
 
 
 def explain_picture(model, picture, method, target=None, meta=None):
-    """(map on the picture (h, w), box in pixels or None, probabilities (K,), the class explained) of a PIL image of
+    """(map on the picture (h, w), box in the whole frame's pixels or None, probabilities (K,), the class explained) of a PIL image of
     the model's channels. target: index of a class, None = the predicted one."""
     info = model.info
-    pixels, (sx, sy, left, top) = letterbox(picture, info["load_size"])
+    pixels, placement = letterbox(picture, info["load_size"])
     x = torch.from_numpy(pixels)[None].to(model.device)
     x = clahe(x) if info["equalise"] else x
     patient = encode_meta([meta or {}], None, info["meta_spec"])[0].to(x.device) if info["meta_spec"] else None
@@ -407,8 +408,8 @@ def explain_picture(model, picture, method, target=None, meta=None):
         heat = blur(heat[None], torch.full((1,), info["load_size"] / 40, device=x.device))[0]
     box = None
     if boxes is not None:
-        box = original_box(boxes[0].tolist(), (sx, sy, left, top), info["load_size"], picture.size)
-    w, h = max(1, round(picture.width * sx)), max(1, round(picture.height * sy))  # without the bars
+        box = original_box(boxes[0].tolist(), placement, info["load_size"], origin(picture))
+    left, top, w, h = fit(picture.size, info["load_size"])  # without the bars
     return heat[0, top : top + h, left : left + w].cpu().numpy(), box, p, target
 
 

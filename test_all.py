@@ -10,6 +10,7 @@ import contextlib
 import copy
 import csv
 import dataclasses
+import importlib.util
 import io
 import itertools
 import json
@@ -22,6 +23,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tracemalloc
 import zipfile
 from pathlib import Path
 
@@ -37,9 +39,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import al_loop
+import answers
 import augment
 import backbones
 import bench
+import clips
 import data
 import devices
 import explain
@@ -64,6 +68,7 @@ import search
 import train
 import transfer
 from options import check_against, parse, prepare_folder, run_jobs, run_main
+from pictures import Origin, origin, read_frames
 from readers import InputError
 from report import clean
 
@@ -2914,7 +2919,7 @@ def test_a_run_that_was_stopped_before_an_epoch_took_part_goes_on(tmp_path, fold
     """Of twenty epochs the first four are not chosen from: stopped there, there is no best state yet."""
     options = ["--data", str(folders), *TINY, "--nets", "cnet", "--positive", "malignant", "--runs", str(tmp_path)]
     options += ["--cache", str(tmp_path / "c"), "--epochs", "20", "--steps-per-epoch", "2", "--name"]
-    report, folder = train.main([*options, "whole"])
+    train.main([*options, "whole"])
     validate, seen = train.is_better, []
 
     def stop_at_two(*args):
@@ -2926,7 +2931,7 @@ def test_a_run_that_was_stopped_before_an_epoch_took_part_goes_on(tmp_path, fold
     with pytest.raises(SystemExit):
         train.main([*options, "halves"])
     monkeypatch.undo()
-    report, folder = train.main(["--resume", str(tmp_path / "halves")])
+    train.main(["--resume", str(tmp_path / "halves")])
     one, two = (models.load(tmp_path / name).members[0].state_dict() for name in ("whole", "halves"))
     assert all(torch.equal(one[k], two[k]) for k in one)
 
@@ -3194,13 +3199,13 @@ def test_an_own_trunk_trains_two_networks_as_before(tmp_path, folders):
 def test_an_outline_is_told_in_numbers_and_drawn_in_the_pictures_own_pixels(tmp_path, monkeypatch):
     y, x = np.indices((60, 120))
     disc = (y - 30) ** 2 + (x - 60) ** 2 < 400
-    told = infer.describe_outline(disc, (240, 60))  # of a picture that is twice as wide as the mask
+    told = answers.describe_outline(disc, (240, 60))  # of a picture that is twice as wide as the mask
     assert told["area"] == pytest.approx(math.pi * 400 / 7200, rel=0.02)
     assert told["width_over_height"] == pytest.approx(2, rel=0.02)
     assert told["irregularity"] < 0.03
     star = disc & ~((np.abs(y - 30) > 4) & (np.abs(x - 60) > 4))
-    assert infer.describe_outline(star, (120, 60))["irregularity"] > 0.4
-    assert infer.describe_outline(np.zeros((5, 5), bool), (5, 5)) is None
+    assert answers.describe_outline(star, (120, 60))["irregularity"] > 0.4
+    assert answers.describe_outline(np.zeros((5, 5), bool), (5, 5)) is None
     model = shared_model()
     outlines = torch.full((1, 16, 16), 0.01)
     outlines[0, 6:10, 2:6] = 0.9
@@ -3239,7 +3244,7 @@ def test_an_outline_is_told_in_numbers_and_drawn_in_the_pictures_own_pixels(tmp_
     faint = found._replace(outlines=outlines * 0.4 / 0.9)
     told = infer.describe_lesions(
         faint,
-        {"placement": (64 / 120, 32 / 60, 0, 16), "size": (120, 60)},
+        {"placement": (64 / 120, 32 / 60, 0, 16), "origin": Origin((120, 60), (120, 60))},
         {"load_size": 64, "lesion_threshold": 0.3},
         True,
     )
@@ -4134,7 +4139,19 @@ def detector(tmp_path_factory):
 
 
 KEYS = ["image", "prediction", "probability", "confidence", "probabilities"]
-KEYS += ["uncertainty", "box", "refer", "reason", "error", "lesion_score", "boxes", "outline"]
+KEYS += [
+    "uncertainty",
+    "box",
+    "refer",
+    "reason",
+    "error",
+    "lesion_score",
+    "boxes",
+    "outline",
+    "window",
+    "frame",
+    "clip",
+]
 
 
 def test_what_is_no_image_is_refused_at_once(detector):
@@ -4344,6 +4361,676 @@ def test_prediction_imports_no_more_than_it_needs_slow(tmp_path, detector):
     assert "'infer'" in loaded
     for name in ("'train'", "'plots'", "'metrics'", "'torchvision'", "'PIL.ImageDraw'"):
         assert name not in loaded, name
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Pictures as hospitals keep them: dicom.py, pictures.py, clips.py
+
+needs_pydicom = pytest.mark.skipif(importlib.util.find_spec("pydicom") is None, reason="pip install pydicom")
+SECRETS = ["Geheim^Nora", "PID-4711", "19700203", "Dr^Wer", "ACC-99", "Nowhere Clinic"]
+
+
+def dicom_bytes(frames, kind="MONOCHROME2", bits=None, compress=None, streams=None, **header):
+    """A DICOM file of arrays (h, w) or (h, w, 3), with a header full of what is nobody's business. streams: the frames'
+    bytes, to stand there as JPEG."""
+    import pydicom
+
+    frames, ds = [np.asarray(f) for f in frames], pydicom.Dataset()
+    ds.file_meta = pydicom.dataset.FileMetaDataset()
+    ds.file_meta.TransferSyntaxUID = pydicom.uid.JPEGBaseline8Bit if streams else pydicom.uid.ExplicitVRLittleEndian
+    header |= {"PixelData": pydicom.encaps.encapsulate(streams)} if streams else {}
+    ds.SOPClassUID, ds.SOPInstanceUID = "1.2.840.10008.5.1.4.1.1.3.1", "1.2.826.0.1.3680043.8.498.1"
+    secret = zip(("PatientName", "PatientID", "PatientBirthDate", "ReferringPhysicianName"), SECRETS, strict=False)
+    told = dict(secret) | {"AccessionNumber": "ACC-99", "InstitutionName": "Nowhere Clinic"}
+    bits, samples = bits or 8 * frames[0].itemsize, frames[0].shape[2:] or (1,)
+    told |= {"Rows": frames[0].shape[0], "Columns": frames[0].shape[1], "SamplesPerPixel": samples[0]}
+    told |= {"BitsAllocated": 8 * frames[0].itemsize, "BitsStored": bits, "HighBit": bits - 1}
+    told |= {"PhotometricInterpretation": kind, "PixelRepresentation": int(frames[0].dtype.kind == "i")}
+    told |= {"NumberOfFrames": len(frames)} if len(frames) > 1 else {}
+    told |= {"PlanarConfiguration": 0} if samples[0] > 1 else {}
+    for key, value in (told | {"PixelData": b"".join(f.tobytes() for f in frames)} | header).items():
+        if value is not None:
+            setattr(ds, key, value)
+    if compress:
+        ds.compress(compress)
+    elif len(ds.get("PixelData", b"")) % 2:
+        ds.PixelData += b"\0"
+    file = io.BytesIO()
+    pydicom.dcmwrite(file, ds, enforce_file_format=True)
+    return file.getvalue()
+
+
+def regions(*boxes, form=1):
+    """SequenceOfUltrasoundRegions; a box is x0, y0, x1, y1, which belong to it."""
+    import pydicom
+
+    found = []
+    for box in boxes:
+        part = pydicom.Dataset()
+        part.RegionSpatialFormat, part.RegionDataType = form, 1
+        part.RegionLocationMinX0, part.RegionLocationMinY0, part.RegionLocationMaxX1, part.RegionLocationMaxY1 = box
+        found.append(part)
+    return pydicom.Sequence(found)
+
+
+def lut(first, bits, values):
+    """A lookup table as an item of a sequence."""
+    import pydicom
+
+    item = pydicom.Dataset()
+    item.add_new("LUTDescriptor", "US", [len(values), first, bits])
+    item.add_new("LUTData", "OW", np.array(values, np.uint16).tobytes())
+    return pydicom.Sequence([item])
+
+
+def seen(content, channels=1, window=None):
+    image = data.read_image(io.BytesIO(content), channels, window)
+    return np.asarray(image), origin(image)
+
+
+def by_the_standard(x, c, w, function):
+    """One value by PS3.3 C.11.2.1.2 and C.11.2.1.3, as 0 ... 255."""
+    if function == "SIGMOID":
+        return 255 / (1 + math.exp(-4 * (x - c) / w))
+    if function == "LINEAR":
+        c, w = c - 0.5, w - 1
+    return 0 if x <= c - w / 2 else 255 if x > c + w / 2 else ((x - c) / w + 0.5) * 255
+
+
+@needs_pydicom
+def test_dicom_greys_are_shown_as_the_standard_says():
+    rng = np.random.default_rng(0)
+    grey = rng.integers(0, 256, (6, 9), dtype=np.uint8)
+    pixels, about = seen(dicom_bytes([grey]))
+    assert np.array_equal(pixels, grey)
+    assert about == Origin((9, 6), (9, 6))
+    assert np.array_equal(seen(dicom_bytes([grey], "MONOCHROME1"))[0], 255 - grey)
+    assert np.array_equal(seen(dicom_bytes([grey % 16], bits=4))[0], grey % 16 * 17)
+    assert np.array_equal(seen(dicom_bytes([grey.astype(np.uint16)], bits=8))[0], grey)
+    wide = rng.integers(-900, 1200, (6, 9), dtype=np.int16)
+    line = {"RescaleSlope": "1.5", "RescaleIntercept": "-20"}
+    for function in ("LINEAR", "LINEAR_EXACT", "SIGMOID", None):
+        header = {**line, "WindowCenter": ["40", "1"], "WindowWidth": ["400", "2"]}
+        header |= {"VOILUTFunction": function} if function else {}
+        expected = [
+            [by_the_standard(1.5 * v - 20, 40, 400, function or "LINEAR") for v in row] for row in wide.tolist()
+        ]
+        pixels, about = seen(dicom_bytes([wide], **header))
+        np.testing.assert_allclose(pixels, expected, atol=0.51)
+        assert about.window == {"SIGMOID": None, "LINEAR_EXACT": (-160, 240)}.get(function, (-160, 239))
+        np.testing.assert_allclose(
+            seen(dicom_bytes([wide], "MONOCHROME1", **header))[0], 255 - np.array(expected), atol=0.51
+        )
+    units = wide * 1.5 - 20
+    pixels, about = seen(dicom_bytes([wide], **line))  # no window: its own range
+    np.testing.assert_allclose(pixels, (units - units.min()) / np.ptp(units) * 255, atol=0.51)
+    assert about.window == (units.min(), units.max())
+    pixels, about = seen(dicom_bytes([wide], **header), window=(-100, 300))  # one that is given goes before the file's
+    np.testing.assert_allclose(pixels, (units + 100).clip(0, 400) / 400 * 255, atol=0.51)
+    assert about.window == (-100, 300)
+    assert np.array_equal(seen(dicom_bytes([grey]), window=(0, 4000))[0], grey)  # 8 bits have a white of their own
+    down = seen(dicom_bytes([wide], RescaleSlope="-2", RescaleIntercept="0"))[0]
+    np.testing.assert_allclose(down, (wide.max() - wide.astype(float)) / np.ptp(wide.astype(float)) * 255, atol=0.51)
+    table = [7, 100, 900, 1023, 0]
+    pixels = seen(
+        dicom_bytes([np.array([[0, 10, 11, 12, 13, 14, 200]], np.uint16)], bits=12, VOILUTSequence=lut(10, 10, table))
+    )[0]
+    np.testing.assert_allclose(pixels, np.array([[7, 7, 100, 900, 1023, 0, 0]]) / 1023 * 255, atol=0.51)
+    modality = {
+        "ModalityLUTSequence": lut(0, 16, [5, 3, 9, 1]),
+        "WindowCenter": "5",
+        "WindowWidth": "8",
+        "VOILUTFunction": "LINEAR_EXACT",
+    }
+    pixels = seen(dicom_bytes([np.array([[0, 1, 2, 3]], np.uint16)], bits=2, **modality))[0]
+    np.testing.assert_allclose(pixels, np.array([[4, 2, 8, 0]]) / 8 * 255, atol=0.51)
+
+
+@needs_pydicom
+def test_dicom_colours_and_compressions_are_those_that_were_written():
+    from pydicom.uid import RLELossless
+
+    rgb = np.asarray(picture(20, 14, 3, "RGB"))
+    planar = np.ascontiguousarray(rgb.transpose(2, 0, 1)).tobytes()
+    ybr = np.asarray(Image.fromarray(rgb).convert("YCbCr"))
+    for content in (
+        dicom_bytes([rgb], "RGB"),
+        dicom_bytes([rgb], "RGB", PixelData=planar, PlanarConfiguration=1),
+        dicom_bytes([rgb.astype(np.uint16) * 257], "RGB"),
+        dicom_bytes([rgb], "RGB", compress=RLELossless),
+        dicom_bytes([ybr], "YBR_FULL"),
+    ):
+        np.testing.assert_allclose(seen(content, 3)[0].astype(int), rgb, atol=4)
+    colours = np.random.default_rng(1).integers(0, 256, (3, 8), dtype=np.uint8)
+    index = np.random.default_rng(2).integers(0, 12, (5, 6), dtype=np.uint8)
+    palette = {"PixelData": index.tobytes()}
+    for name, row in zip(("Red", "Green", "Blue"), colours, strict=True):
+        palette |= {
+            f"{name}PaletteColorLookupTableDescriptor": [8, 2, 8],
+            f"{name}PaletteColorLookupTableData": row.tobytes(),
+        }
+    shown = seen(dicom_bytes([index], "PALETTE COLOR", **palette), 3)[0]
+    expected = [[colours[:, min(max(v - 2, 0), 7)].tolist() for v in row] for row in index.tolist()]
+    assert np.array_equal(shown, expected)
+
+
+@needs_pydicom
+def test_the_files_that_pydicom_ships_are_pictures_or_one_line():
+    import pydicom
+
+    folder, read = Path(pydicom.__file__).parent / "data/test_files", {}
+    for path in sorted(folder.glob("*.dcm")):
+        with contextlib.suppress(InputError):  # its message is a line, or it would be none
+            image = data.read_image(path, 3)
+            read[path.name] = np.asarray(image), origin(image)
+    assert len(read) > 40  # what Pillow and numpy alone decode
+    small = [pixels for name, (pixels, _) in read.items() if name.startswith("MR_small")]
+    assert len(small) >= 6
+    assert all(np.array_equal(pixels, small[0]) for pixels in small)  # one picture in many encodings
+    ds = pydicom.dcmread(folder / "MR_small.dcm")
+    c, w = float(ds.WindowCenter), float(ds.WindowWidth)
+    expected = [[by_the_standard(v, c, w, "LINEAR") for v in row] for row in ds.pixel_array.tolist()]
+    np.testing.assert_allclose(small[0][:, :, 0], expected, atol=0.51)
+    same = [pixels for name, (pixels, _) in read.items() if name.startswith("SC_rgb_rle")]
+    assert all(np.array_equal(pixels, same[0]) for pixels in same)  # of 8, 16 and 32 bits, of one and two frames
+    for name in (
+        "SC_rgb_rle.dcm",
+        *(name for name in read if name.startswith(("SC_rgb_dcmtk", "SC_rgb_jpeg", "SC_ybr"))),
+    ):
+        own = pydicom.pixels.pixel_array(folder / name).astype(int)
+        np.testing.assert_allclose(read[name][0], own, atol=2, err_msg=name)  # their conversion from YBR is another
+    pixels, about = read["examples_ybr_color.dcm"]  # an ultrasound clip with a frame of text
+    assert about == Origin((236, 209), (320, 240), (84, 31), None, 30, about.seconds)
+    whole = pydicom.pixels.pixel_array(folder / "examples_ybr_color.dcm", index=0)
+    np.testing.assert_allclose(pixels.astype(int), whole[31:240, 84:320], atol=2)
+    assert read["examples_palette.dcm"][1].corner == (120, 60)  # the other region is an electrocardiogram
+    assert "compressed as JPEG-LS" in refused("pylibjpeg", data.read_image, folder / "JPEGLSNearLossless_08.dcm", 1)
+    assert "without a picture" in refused("DICOM", data.read_image, folder / "reportsi.dcm", 1)
+    assert "deflated" in refused("DICOM", data.read_image, folder / "image_dfl.dcm", 1)
+
+
+def hostile_dicom():
+    grey, whole = np.full((8, 8), 7, np.uint8), dicom_bytes([np.full((8, 8), 7, np.uint8)])
+    files = {
+        "giga": (dicom_bytes([grey], Rows=60000, Columns=60000), "million pixels"),
+        "giga frames": (dicom_bytes([grey], Rows=9000, Columns=9000, SamplesPerPixel=3, PhotometricInterpretation="RGB", BitsAllocated=16), "million pixels"),
+        "no rows": (dicom_bytes([grey], Rows=0), "8 x 0 pixels"),
+        "no frames": (dicom_bytes([grey], NumberOfFrames=0), "0 frames"),
+        "fewer frames": (dicom_bytes([grey], NumberOfFrames=-3), "-3 frames"),
+        "12 bits": (dicom_bytes([grey], BitsAllocated=12), "12 bits"),
+        "too many bits": (dicom_bytes([grey], BitsStored=16), "of which 16 are used"),
+        "no pixels": (dicom_bytes([grey], PixelData=None), "pixels are missing"),
+        "no header": (dicom_bytes([grey], Rows=None), "without a picture"),
+        "few pixels": (dicom_bytes([grey], Rows=80), "cut off"),
+        "three greys": (dicom_bytes([grey], SamplesPerPixel=3), "3 samples"),
+        "odd colours": (dicom_bytes([grey], PhotometricInterpretation="GEHEIM NORA"), "none of MONOCHROME1"),
+        "no window": (dicom_bytes([grey.astype(np.uint16)], RescaleSlope="1e300"), "NaN"),
+        "unknown": (whole.replace(b"1.2.840.10008.1.2.1\0", b"1.2.826.4711.1.99.1\0"), "in a way that pydicom does not know"),
+        "cut in the magic": (whole[:131], "not an image"),
+    }  # fmt: skip
+    jpip = dicom_bytes([grey], streams=[b"1234"]).replace(b"1.2.840.10008.1.2.4.50", b"1.2.840.10008.1.2.4.94")
+    files["JPIP"] = (jpip, "written as JPIP Referenced, that pydicom does not know")
+    files["no JPEG"] = (dicom_bytes([grey], streams=[b"Geheim 4711" * 9]), "cut off or damaged")
+    files |= {
+        f"cut {n}": (whole[:n], "damaged|without a picture|cut off") for n in (134, 140, 200, 300, 500, len(whole) - 40)
+    }
+    return files
+
+
+@needs_pydicom
+def test_hostile_dicom_is_one_line_and_takes_no_memory(tmp_path, detector, caplog):
+    files = hostile_dicom()
+    caplog.set_level(0)
+    tracemalloc.start()
+    for name, (content, why) in files.items():
+        (tmp_path / f"{name}.dcm").write_bytes(content)
+        said = refused(why, data.read_image, tmp_path / f"{name}.dcm", 1)
+        assert "\n" not in said
+        assert not any(secret.lower() in said.lower() for secret in [*SECRETS, "geheim", "4711"]), said
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 100e6
+    assert not [r for r in caplog.records if r.name.startswith("pydicom")]  # it would log what it can't decode
+    answers = detector.predict(sorted(tmp_path.glob("*.dcm")))  # the others would have had theirs
+    assert all(a["error"] and a["prediction"] is None for a in answers)
+    many = dicom_bytes([np.zeros((8, 8), np.uint8)], NumberOfFrames=2**31 - 1)
+    (tmp_path / "many.dcm").write_bytes(many)
+    refused("2147483647 frames; look at fewer with --every 214749", detector.predict_clip, tmp_path / "many.dcm")
+    _, clip = detector.predict_clip(tmp_path / "many.dcm", every=2**30)
+    assert "only 1 of its 2147483647 frames could be read" in clip["reason"]
+
+
+def test_without_pydicom_one_line_says_how_to_get_it(tmp_path, monkeypatch, detector):
+    (tmp_path / "a.dcm").write_bytes(bytes(128) + b"DICM" + bytes(100))
+    picture(40, 40).save(tmp_path / "b.png")
+    monkeypatch.setitem(sys.modules, "pydicom", None)
+    said = call(infer, tmp_path, "--model", detector.path)
+    assert (said.returncode, said.stdout.count("p(malignant)")) == (1, 1)
+    assert "a.dcm: error: a DICOM file, and pydicom is not installed: pip install pydicom\n" in said.stdout
+    said = call(train, "--data", tmp_path, "--runs", tmp_path / "r", "--cache", tmp_path / "c")
+    assert "pip install pydicom" in said.stderr
+    assert error_of(said).startswith("error: 1 of 2 images can't be read")
+
+
+@needs_pydicom
+def test_dicom_files_lie_in_folders_under_any_name(tmp_path):
+    grey = np.asarray(picture(60, 40, 1))
+    names = ["a/1.dcm", "a/IM0002", "a/1.2.840.113.3", "b/4.DICOM", "b/5.png"]
+    for i, name in enumerate(names):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        content = dicom_bytes(
+            [np.roll(grey, 7 * i)], PatientID=f"P{i}", PatientAge=f"0{40 + i}Y", ImageLaterality="LR"[i % 2]
+        )
+        picture(60, 40, 9).save(tmp_path / name) if name.endswith("png") else (tmp_path / name).write_bytes(content)
+    (tmp_path / "a/DICOMDIR").write_bytes(dicom_bytes([grey], PixelData=None))
+    (tmp_path / "a/README").write_text("no image")
+    mask = Image.new("L", (60, 40))
+    ImageDraw.Draw(mask).rectangle([10, 10, 29, 19], fill=255)
+    mask.save(tmp_path / "a/IM0002_mask.png")
+    mask.save(tmp_path / "a/1.2.840.113.3_mask.png")
+    entries = readers.find_entries(tmp_path, {"meta": ["age", "laterality"]}, tmp_path)
+    assert {Path(e.image).relative_to(tmp_path).as_posix() for e in entries} == set(names)
+    assert {Path(e.image).name for e in entries if e.masks} == {"IM0002", "1.2.840.113.3"}
+    told = {Path(e.image).relative_to(tmp_path).as_posix(): (e.row, e.group) for e in entries}
+    assert told["a/IM0002"][0] == {"age": "41", "laterality": "R"}
+    assert told["b/5.png"] == ({"age": "", "laterality": ""}, "")
+    assert len({group for _, group in told.values()}) == 5
+    assert not any(f"P{i}" in group for _, group in told.values() for i in range(5))
+    assert [Path(f).name for f, _ in infer.collect([tmp_path])] == [
+        "1.2.840.113.3",
+        "1.dcm",
+        "IM0002",
+        "4.DICOM",
+        "5.png",
+    ]
+    (tmp_path / "t.csv").write_text("image,label,group\nIM0002,x,\n1.dcm,y,mine\n")
+    a, b = readers.find_entries(tmp_path / "t.csv", {}, tmp_path)
+    assert (a.group, b.group) == (told["a/IM0002"][1], "mine")
+    refused("sex: in a folder only DICOM", readers.find_entries, tmp_path, {"meta": ["sex"]}, tmp_path)
+    (tmp_path / "odd").write_bytes(dicom_bytes([grey], PatientAge="018M", PatientID="  ", Laterality="B"))
+    assert readers.header_data(tmp_path / "odd") == {"group": "", "age": "1.5", "laterality": ""}
+
+
+@needs_pydicom
+def test_the_text_around_an_ultrasound_picture_is_cut_off_and_places_are_those_of_the_whole(tmp_path, detector):
+    inner = np.asarray(picture(80, 60, 3))
+    whole = np.full((100, 140), 255, np.uint8)
+    whole[25:85, 30:110] = inner
+    both = regions((30, 25, 69, 84), (70, 25, 109, 84))  # two halves
+    both.extend([*regions((0, 90, 139, 99), form=3), *regions((50, 50, 40, 40), (900, 0, 999, 9))])  # a curve; nowhere
+    (tmp_path / "x").mkdir()
+    path = tmp_path / "x" / "us.dcm"
+    path.write_bytes(dicom_bytes([whole], SequenceOfUltrasoundRegions=both))
+    pixels, about = seen(path.read_bytes())
+    assert np.array_equal(pixels, inner)
+    assert (about.size, about.whole, about.corner) == ((80, 60), (140, 100), (30, 25))
+    frames = dicom_bytes([whole], SequenceOfUltrasoundRegions=regions((0, 90, 139, 99), form=3))
+    assert np.array_equal(seen(frames)[0], whole)  # no region of tissue: the whole
+    mine, plain = detector.predict(path, masks=True), detector.predict(inner, masks=True)
+    assert mine["probability"] == plain["probability"]
+    assert mine["box"] == pytest.approx([v + d for v, d in zip(plain["box"], (30, 25) * 2, strict=True)], abs=0.11)
+    given = detector.predict(path, boxes=[40, 30, 80, 70])
+    assert given["probability"] == detector.predict(inner, boxes=[10, 5, 50, 45])["probability"]
+    assert given["box"] == [40, 30, 80, 70]
+    shown = plots.overlay(data.read_image(path, 1), [40, 30, 80, 70], "x", mask=whole < 128)
+    assert np.array_equal(shown, plots.overlay(Image.fromarray(inner), [10, 5, 50, 45], "x", mask=inner < 128))
+    mask = np.zeros((100, 140), np.uint8)
+    mask[35:65, 40:80] = 255
+    Image.fromarray(mask).save(tmp_path / "x" / "us_mask.png")
+    Image.fromarray(inner).save(tmp_path / "x" / "plain.png")
+    Image.fromarray(mask[25:85, 30:110]).save(tmp_path / "x" / "plain_mask.png")
+    for format, box in (("xyxy", "40 35 80 65"), (None, None)):
+        if format:
+            (tmp_path / "t.csv").write_text(f"image,label,box\nx/plain.png,a,10 10 50 40\nx/us.dcm,b,{box}\n")
+        images = quiet_load(tmp_path / "t.csv" if format else tmp_path, 64)
+        assert torch.equal(images.pixels[0], images.pixels[1])
+        close(images.boxes[0], images.boxes[1], 1e-6)
+        close(images.boxes[0], torch.tensor([10, 10 + 10, 50, 40 + 10]) / 80, 0.01)
+    assert torch.equal(images.masks[0], images.masks[1])
+    (tmp_path / "t.csv").write_text("image,label,box\nx/us.dcm,a,1 1 20 20\nx/plain.png,b,\n")
+    refused(r"140x100 pixels, of which 80x60 from \(30, 25\) are seen", quiet_load, tmp_path / "t.csv", 64)
+
+
+@needs_pydicom
+def test_a_model_of_outlines_draws_them_in_the_whole_frame(tmp_path):
+    torch.manual_seed(0)
+    models.save(tmp_path / "m.pt", shared_model())
+    whole = np.full((100, 140), 255, np.uint8)
+    whole[25:85, 30:110] = np.asarray(picture(80, 60, 3))
+    (tmp_path / "us.dcm").write_bytes(dicom_bytes([whole], SequenceOfUltrasoundRegions=regions((30, 25, 109, 84))))
+    some = infer.BreastCancerDetector(tmp_path / "m.pt", "cpu")
+    mine, plain = (some.predict(x, masks=True) for x in (tmp_path / "us.dcm", whole[25:85, 30:110]))
+    assert mine["mask"].shape == (100, 140)
+    assert plain["mask"].any()
+    assert np.array_equal(mine["mask"][25:85, 30:110], plain["mask"])
+    assert mine["mask"].sum() == plain["mask"].sum()
+    assert mine["outline"] == plain["outline"]
+    said = call(
+        infer,
+        tmp_path / "us.dcm",
+        "--model",
+        tmp_path / "m.pt",
+        "--save-overlay",
+        tmp_path / "o",
+        "--save-mask",
+        tmp_path / "o",
+    )
+    assert said.returncode == 0, said.stderr
+    assert Image.open(tmp_path / "o" / "us.dcm_mask.png").size == (140, 100)
+
+
+def hidden_in(folder, words):
+    """The files in a folder that hold one of these words, zip archives and JSON as they are."""
+    return [p for p in folder.rglob("*") if p.is_file() and any(w.encode() in p.read_bytes() for w in words)]
+
+
+@needs_pydicom
+def test_nothing_personal_leaves_a_dicom_file_slow(tmp_path, caplog, recwarn):
+    """Through training, prediction and active learning; the header also holds values that pydicom warns of."""
+    words, scans = [*SECRETS, "Geheim", "4711"], tmp_path / "scans"
+    for name, tone in (("benign", 60), ("malignant", 190)):
+        (scans / name).mkdir(parents=True)
+        for i in range(12):
+            grey = (np.asarray(picture(60, 40, i)) // 4 + tone - 30).astype(np.uint8)
+            told = {"PatientID": f"PID-4711-{name}-{i // 2}", "PatientAge": f"0{40 + i + (tone > 99) * 20}Y"}
+            content = dicom_bytes([grey], **told)
+            content = content.replace(b"ACC-99", b"A\\\xff-99") if i % 2 else content  # no text of its character set
+            (scans / name / f"{i}.dcm").write_bytes(content)
+    caplog.set_level(0)
+    runs, cache = tmp_path / "runs", tmp_path / "cache"
+    options = [
+        "--size",
+        "32",
+        "--epochs",
+        "1",
+        "--model",
+        "small_cnn",
+        "--weights",
+        "none",
+        "--nets",
+        "cnet",
+        "--cache",
+        cache,
+    ]
+    said = [call(train, "--data", scans, "--runs", runs, "--name", "m", "--meta-columns", "age", *options)]
+    assert "24 images" in said[0].stdout, said[0].stderr
+    assert "12 groups" in said[0].stdout
+    one = scans / "benign/3.dcm"
+    (tmp_path / "pool").mkdir()
+    for i in range(6):
+        content = dicom_bytes([np.asarray(picture(60, 40, 90 + i))], PatientID=f"PID-4711-{i}")
+        (tmp_path / "pool" / f"{i}.dcm").write_bytes(content)
+    said += [call(infer, scans, "--model", runs / "m", "--csv", tmp_path / "a.csv", "--save-overlay", tmp_path / "o")]
+    command = [one, "--json", "--model", runs / "m"]
+    said += [call(infer, *command), call(infer, *command, "--meta", "age=43")]
+    assert said[2].stdout == said[3].stdout  # the age is read, where the model asks for it
+    assert call(infer, *command, "--meta", "age=83").stdout != said[2].stdout
+    command = ["suggest", "--pool", tmp_path / "pool", "--model", runs / "m", "--query", "4", "--cache", cache]
+    said += [call(al_loop, *command, "--out", tmp_path / "label")]
+    assert all(s.returncode == 0 for s in said), [s.stderr for s in said]
+    spoken = "".join(s.stdout + s.stderr for s in said) + caplog.text + "".join(str(w.message) for w in recwarn)
+    assert not any(w in spoken for w in words)
+    assert {p.suffix for p in hidden_in(tmp_path, words)} == {".dcm"}
+    (label,) = (tmp_path / "label").glob("*.csv")
+    groups = [row["group"] for row in csv.DictReader(label.read_text().splitlines())]
+    assert all(re.fullmatch("[0-9a-f]{16}", g) for g in groups)
+
+
+def test_wide_pictures_say_what_is_done_and_take_a_window(tmp_path, detector):
+    base = np.asarray(picture(60, 40, 3)).astype(np.uint16) * 9 + 500
+    Image.fromarray(base).save(tmp_path / "w.png")
+    Image.fromarray(base.astype(np.float32)).save(tmp_path / "f.tif")
+    picture(60, 40, 3).save(tmp_path / "n.png")
+    said = [json.loads(line) for line in call(infer, tmp_path, "--model", detector.path, "--json").stdout.splitlines()]
+    assert [s["window"] for s in said] == [[base.min(), base.max()], None, [base.min(), base.max()]]
+    assert (
+        f", black is {base.min()} and white {base.max()}"
+        in call(infer, tmp_path / "w.png", "--model", detector.path).stdout
+    )
+    shown = ((base.astype(float) - 600) / 1000).clip(0, 1) * 255
+    for name in ("w.png", "f.tif"):
+        np.testing.assert_allclose(data.read_image(tmp_path / name, 1, (600, 1600)), shown, atol=0.51)
+    assert np.array_equal(data.read_image(tmp_path / "n.png", 1, (600, 1600)), picture(60, 40, 3))
+    command = ["--model", detector.path, "--window", "600,1600"]
+    said = [json.loads(line) for line in call(infer, tmp_path, "--json", *command).stdout.splitlines()]
+    assert [s["window"] for s in said] == [[600, 1600], None, [600, 1600]]
+    assert "the --window is another than in training" in call(infer, tmp_path / "n.png", *command).stdout
+    windowed = infer.BreastCancerDetector(detector.path, window=(600, 1600))
+    for form in (base, base.astype(np.int32), base.astype(float), Image.fromarray(base), tmp_path / "w.png"):
+        found = windowed.predict(form)
+        assert found["probability"] == pytest.approx(said[2]["probability"], abs=1e-6)
+        assert found["window"] == (600, 1600)
+    assert windowed.predict(np.asarray(picture(60, 40, 3)))["window"] is None
+    for wrong in ("5", "5,5", "9,1", "a,b", "nan,1", "0,inf", "1,2,3"):
+        assert "--window" in error_of(call(infer, tmp_path, "--model", detector.path, f"--window={wrong}"))
+    assert call(infer, tmp_path / "w.png", "--model", detector.path, "--window=-10,900").returncode == 0
+
+
+def test_a_model_takes_the_window_of_its_training_along_slow(tmp_path):
+    for name, top in (("a", 900), ("b", 1900)):
+        (tmp_path / "d" / name).mkdir(parents=True)
+        for i in range(10):
+            wide = np.asarray(picture(40, 40, i + top)).astype(float) / 255 * top
+            Image.fromarray(wide.astype(np.uint16)).save(tmp_path / "d" / name / f"{i}.png")
+    cache, options = (
+        ["--cache", tmp_path / "c"],
+        ["--size", "32", "--epochs", "1", "--model", "small_cnn", "--weights", "none"],
+    )
+    options += ["--data", tmp_path / "d", "--runs", tmp_path / "r", *cache]
+    said = call(train, "--name", "own", *options)
+    assert "20 images of more than 8 bits: each by its own range or its file's window (--window)" in said.stdout, (
+        said.stderr
+    )
+    said = call(train, "--name", "given", "--window", "0,2000", *options)
+    assert "20 images of more than 8 bits: 0 is black and 2000 white (--window)" in said.stdout, said.stderr
+    assert models.load_classifier(tmp_path / "r/given/model.pt", "cpu").info["window"] == (0, 2000)
+    assert len(list((tmp_path / "c").iterdir())) == 2
+    one = tmp_path / "d/a/0.png"
+    own, given = (
+        json.loads(call(infer, one, "--model", tmp_path / "r" / n, "--json").stdout) for n in ("own", "given")
+    )
+    assert given["window"] == [0, 2000]
+    assert own["window"][1] <= 900
+    report = call(infer, "--test", tmp_path / "d", "--model", tmp_path / "r/given", "--out", tmp_path / "t", *cache)
+    assert "0 is black and 2000 white" in report.stdout, report.stderr
+    images = [quiet_load(tmp_path / "d", 32, window=w) for w in (None, (0, 2000))]
+    assert not torch.equal(images[0].pixels, images[1].pixels)
+    assert torch.equal(images[0].thumbnails, images[1].thumbnails)  # no option changes the splits
+    assert images[0].splits == images[1].splits
+    bad = models.Ensemble(
+        [models.CNet("small_cnn", 2, 1)], classes=["a", "b"], size=32, load_size=32, channels=1, window=[5, 1]
+    )
+    models.save(tmp_path / "bad.pt", bad)
+    refused("window", models.load_classifier, tmp_path / "bad.pt", "cpu")
+
+
+# Clips
+
+
+def moving(count=12, size=(60, 40)):
+    """Frames of a picture that brightens and darkens."""
+    base = np.asarray(picture(*size, 5)).astype(float)
+    return [Image.fromarray((base * (0.4 + 0.05 * i)).clip(0, 255).astype(np.uint8)) for i in range(count)]
+
+
+def save_clip(path, frames, **more):
+    if path.suffix == ".dcm":
+        path.write_bytes(dicom_bytes(frames, **more))
+    else:
+        frames[0].save(path, save_all=True, append_images=frames[1:], **more)
+    return path
+
+
+@pytest.mark.parametrize("suffix", [".gif", ".tif", ".png", pytest.param(".dcm", marks=needs_pydicom)])
+def test_every_frame_of_a_clip_is_read_in_turn(tmp_path, suffix, detector):
+    frames = moving()
+    path = save_clip(tmp_path / f"c{suffix}", frames)
+    found = list(pictures_of(path))
+    assert [n for n, _ in found] == list(range(1, 13))
+    for (_, image), frame in zip(found, frames, strict=True):
+        assert np.array_equal(image, frame)
+        assert origin(image).frames == 12
+    assert [n for n, _ in pictures_of(path, first=3, every=4)] == [3, 7, 11]
+    assert np.array_equal(next(pictures_of(path, first=8))[1], frames[7])
+    assert np.array_equal(data.read_image(path, 1), frames[0])
+    assert next(pictures_of(path))[1].mode == "L"
+    answers, clip = detector.predict_clip(path, every=5)
+    for one, alone in zip(answers, detector.predict(frames[::5]), strict=True):
+        assert one == alone | {"image": str(path), "frame": one["frame"]}
+    assert [a["frame"] for a in answers] == [1, 6, 11]
+    assert clip["clip"]["frames"] == 12
+    assert clip["clip"]["looked_at"] == 3
+    first = detector.predict(path)
+    assert first["probability"] == detector.predict(frames[0])["probability"]
+    assert first["refer"]
+    assert "a clip of 12 frames, of which only the first was looked at" in first["reason"]
+
+
+def pictures_of(path, **more):
+    return read_frames(path, 1, **more)
+
+
+def test_pages_of_other_sizes_and_second_pictures_of_a_photo_are_no_frames(tmp_path):
+    save_clip(tmp_path / "pyramid.tif", [picture(60, 40), picture(30, 20), picture(15, 10)])
+    assert [n for n, _ in pictures_of(tmp_path / "pyramid.tif")] == [1]
+    picture(60, 40).save(tmp_path / "photo.jpg", "MPO", save_all=True, append_images=[picture(60, 40, 2)])
+    assert [n for n, _ in pictures_of(tmp_path / "photo.jpg")] == [1]
+    cut = save_clip(tmp_path / "cut.gif", moving()).read_bytes()
+    (tmp_path / "cut.gif").write_bytes(cut[: len(cut) // 2])
+    with contextlib.suppress(InputError):  # what is whole is read, or it is said
+        assert 0 < len(list(pictures_of(tmp_path / "cut.gif"))) < 12
+
+
+def test_the_suspicious_stretch_is_that_of_a_loop():
+    def answer_of(*p):
+        return {"probabilities": dict(enumerate(p)), "uncertainty": p[-1] / 10}
+
+    rng = np.random.default_rng(0)
+    for threshold in (0.2, 0.6, 0.95):
+        for count in (1, 2, 3, 7, 60):
+            p = (rng.random(count) ** 3).tolist()
+            said = clips.summary([answer_of(1 - v, v) for v in p], threshold)
+            smoothed = [np.mean(p[max(0, t - 2) : t + 3]) for t in range(count)]
+            peak = int(np.argmax(smoothed))
+            assert said["probabilities"] == pytest.approx([1 - smoothed[peak], smoothed[peak]])
+            odds = [v / (1 - v) for v in smoothed]
+            level, first, last = min(odds[peak] / 2, threshold / (1 - threshold)), peak, peak
+            while first and odds[first - 1] >= level:
+                first -= 1
+            while last < count - 1 and odds[last + 1] >= level:
+                last += 1
+            assert (said["first"], said["last"]) == (first, last)
+            assert said["best"] == first + int(np.argmax(p[first : last + 1]))
+            assert said["uncertainty"] == pytest.approx(np.mean(p[max(0, peak - 2) : peak + 3]) / 10)
+    flash = [0.1] * 20
+    flash[4] = 0.99  # for one frame; then a lesion that stays
+    flash[11:17] = [0.6, 0.7, 0.9, 0.8, 0.7, 0.6]
+    said = clips.summary([answer_of(1 - v, v) for v in flash], 0.5)
+    assert (said["first"], said["best"], said["last"]) == (12, 13, 15)
+    sure = clips.summary([answer_of(0, 1.0)] * 9, 0.5)
+    assert (sure["first"], sure["last"]) == (0, 8)
+    three = [answer_of(0.5, 0.3, 0.2)] * 6 + [answer_of(0.1, 0.8, 0.1)] * 6
+    said = clips.summary(three, 0.5)
+    assert (said["first"], said["last"]) == (7, 11)
+    assert said["probabilities"] == pytest.approx([0.1, 0.8, 0.1])
+
+
+def test_a_clip_on_the_command_line(tmp_path, detector):
+    path, out = save_clip(tmp_path / "c.gif", moving(), duration=40), tmp_path / "out"
+    picture(50, 40, 1).save(tmp_path / "a.png")
+    picture(50, 40, 2).save(tmp_path / "z.png")
+    command = [tmp_path, "--model", detector.path, "--every", "2"]
+    said = call(infer, *command, "--json", "--csv", tmp_path / "t.csv", "--save-overlay", out)
+    assert said.returncode == 0, said.stderr
+    lines = [json.loads(line) for line in said.stdout.splitlines()]
+    assert [(Path(r["image"]).name, r["frame"], bool(r["clip"])) for r in lines[:-2]] == [
+        ("a.png", None, False), *(("c.gif", n, False) for n in range(1, 12, 2)),
+    ]  # fmt: skip
+    clip = lines[-2]
+    answers, expected = detector.predict_clip(path, every=2)
+    assert lines[1:-2] == json.loads(json.dumps(answers))
+    assert clip == json.loads(json.dumps(expected))
+    assert clip["clip"] == {"frames": 12, "looked_at": 6, "stretch": clip["clip"]["stretch"]}
+    first, last = clip["clip"]["stretch"]
+    assert first <= clip["frame"] <= last
+    best = next(a for a in answers if a["frame"] == clip["frame"])
+    assert best["box"] == clip["box"]
+    assert best["probability"] == max(a["probability"] for a in answers if first <= a["frame"] <= last)
+    assert sorted(p.name for p in out.iterdir()) == [
+        "a.png_overlay.png",
+        "c.gif_overlay.gif",
+        "c.gif_overlay.png",
+        "z.png_overlay.png",
+    ]
+    with Image.open(out / "c.gif_overlay.gif") as animation:
+        assert animation.n_frames == 6
+        assert animation.info["duration"] == 80  # at the clip's own pace
+    rows = list(csv.DictReader((tmp_path / "t.csv").read_text().splitlines()))
+    assert [row["frame"] for row in rows] == ["", "1", "3", "5", "7", "9", "11", str(clip["frame"]), ""]
+    assert (rows[-2]["first"], rows[-2]["last"]) == (str(first), str(last))
+    told = call(infer, path, *command[1:]).stdout
+    assert len(told.splitlines()) == 3  # the model, the clip, the disclaimer
+    assert f", frames {first} to {last} of 12, best {clip['frame']}" in told
+    assert "--every: 0: must lie in" in error_of(call(infer, *command[:-1], "0"))
+
+
+@needs_pydicom
+def test_a_clip_that_breaks_off_is_judged_as_far_as_it_goes_and_referred(tmp_path, detector):
+    whole = dicom_bytes(moving(8))
+    (tmp_path / "c.dcm").write_bytes(whole[: -60 * 40 * 3])
+    answers, clip = detector.predict_clip(tmp_path / "c.dcm")
+    assert len(answers) == 5
+    assert clip["refer"]
+    assert "only 5 of its 8 frames could be read (a DICOM file whose pixels are missing, cut off" in clip["reason"]
+    streams = []
+    for frame in moving(3):
+        streams.append(io.BytesIO())
+        frame.save(streams[-1], "JPEG")
+    (tmp_path / "j.dcm").write_bytes(dicom_bytes(moving(6), streams=[s.getvalue() for s in streams]))
+    answers, clip = detector.predict_clip(tmp_path / "j.dcm")  # it claims 6
+    alone = detector.predict([Image.open(s) for s in streams])
+    assert [a["probability"] for a in answers] == [a["probability"] for a in alone]
+    assert "only 3 of its 6 frames" in clip["reason"]
+    (tmp_path / "n.dcm").write_bytes(whole[: -60 * 40 * 8])
+    said = call(infer, tmp_path / "n.dcm", "--json", "--model", detector.path)
+    assert said.returncode == 1
+    (line,) = map(json.loads, said.stdout.splitlines())
+    assert "cut off" in line["error"]
+    assert line["prediction"] is None
+
+
+def test_a_single_suspicious_frame_is_never_smoothed_away_in_silence(detector, monkeypatch, tmp_path):
+    path = save_clip(tmp_path / "c.gif", moving())
+    p = [0.05] * 12
+    p[6] = 0.9
+
+    def predict(images, meta=None):
+        found = [
+            infer.answer([1 - p[len(said) + i], p[len(said) + i]], 0.01, detector.info) for i in range(len(images))
+        ]
+        said.extend(found)
+        return [dict.fromkeys(infer.KEYS) | f for f in found]
+
+    said = []
+    monkeypatch.setattr(detector, "predict", predict)
+    monkeypatch.setitem(detector.info, "threshold", 0.5)
+    _, clip = detector.predict_clip(path)
+    assert clip["prediction"] == "benign"
+    assert clip["frame"] == 7
+    assert clip["refer"]
+    assert "1 of its frames reach the threshold, if only by themselves" in clip["reason"]
+
+
+def test_clips_in_a_folder_that_trains_are_told_of(tmp_path, capsys):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        for i in range(4):
+            picture(40, 40, i + 9 * (name == "b")).save(tmp_path / name / f"{i}.png")
+    save_clip(tmp_path / "a" / "c.gif", moving())
+    images = data.load(tmp_path, 32, cache=tmp_path / "cache")
+    data.load(tmp_path, 32, cache=tmp_path / "cache")  # from the cache too
+    assert capsys.readouterr().out.count("1 clips: of each the first frame is taken") == 2
+    assert len(images) == 9
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -5198,6 +5885,15 @@ def test_the_benchmark_weighs_model_files(tmp_path):
     assert re.search(r"32 answers .*ours +\d+\.\d+ s   floor", said)
 
 
+def test_the_benchmark_times_a_clip(tmp_path):
+    models.save(tmp_path / "m.pt", small_model())
+    clip = save_clip(tmp_path / "c.gif", moving())
+    said = call(bench, "--clip", clip, "--models", tmp_path / "m.pt", "--runs", "1", "--device", "cpu")
+    for views in (1, 5):
+        line = rf"12 frames, .*m.pt, 32 px, views: {views} .*ours +\d+\.\d+ s   floor.*\n +\d+\.\d frames a second"
+        assert re.search(line, said.stdout), said.stderr
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The faults that a careful stranger found, by the numbers of their list where no test above holds them
 
@@ -5830,12 +6526,15 @@ def test_a_bad_epoch_is_not_saved_slow(tmp_path, monkeypatch):  # 35
 
 FLOORS = [
     ["augment", "heads", "losses", "query", "saliency", "metrics", "phantoms", "grouping"],
-    ["readers", "devices"],
-    ["data", "files"],
+    ["dicom", "devices"],
+    ["readers"],
+    ["pictures", "files"],
+    ["data"],
     ["backbones"],
     ["backbones"],
     ["models"],
-    ["plots"],
+    ["plots", "answers"],
+    ["clips"],
     ["options"],
     ["judge"],
     ["transfer"],
@@ -5872,6 +6571,7 @@ def test_a_file_imports_only_files_on_floors_below():
         ours = found & set(floor)
         assert all(floor[other] < floor[name] for other in ours), (name, ours)
         allowed = {"torch", "torchvision"} if name in FLOORS[0] else packages
+        allowed = allowed | {"pydicom"} if name == "dicom" else allowed
         foreign = {m for m in found - set(floor) if m not in sys.stdlib_module_names}
         assert foreign <= allowed, (name, foreign)
 
@@ -5980,7 +6680,7 @@ def test_what_is_no_phantom_is_referred_slow(phantom_run):  # 2
 
     def unlike(pixels):
         with torch.no_grad():
-            return (model.strangeness(model.look(pixels, views=1).traits) > infer.MOST_STRANGE).double().mean()
+            return (model.strangeness(model.look(pixels, views=1).traits) > answers.MOST_STRANGE).double().mean()
 
     fresh = data.phantom_set(200, 64, seed=99).pixels  # which no network has met
     assert unlike(fresh) < 0.05

@@ -48,6 +48,7 @@ from judge import (
 )
 from losses import class_weights, classification_loss, detection_loss, distillation_loss, ellipses
 from options import Interrupt, Stopped, claim, parse, prepare_folder, run_jobs, run_main, stop
+from pictures import parse_window
 from readers import InputError
 from report import check_history, finished_run, print_report, read_result, same_pictures, write_report
 
@@ -351,7 +352,7 @@ def model_info(images, args, seed):
     made = {"data": images.source, "placeholder_boxes": images.placeholder_boxes, "seed": seed, "torch": str(torch.__version__)}  # fmt: skip
     info = {"classes": images.classes, "size": args.size, "load_size": images.pixels.shape[-1]}
     info |= {"channels": images.pixels.shape[1], "equalise": args.clahe, "margin": args.margin, "views": args.views}
-    return info | {"meta_spec": images.meta_spec, "made": made}
+    return info | {"window": parse_window(args.window), "meta_spec": images.meta_spec, "made": made}
 
 
 def network_options(images, args):

@@ -117,6 +117,7 @@ def load_with_start(args):
         nets[0][k] for k in ("model", "dropout", "attention", "normalise")
     )
     args.size, args.clahe, args.channels, args.weights = info["size"], info["equalise"], info["channels"], "none"
+    args.window = info["window"] and ",".join(map(str, info["window"]))
     args.margin, args.meta_columns = info["margin"], [s["column"] for s in info["meta_spec"]] or None
     images = load_images(args, meta_spec=info["meta_spec"] or None)
     if not models.same_classes(info["classes"], images.classes):
