@@ -1222,7 +1222,7 @@ def test_a_cache_larger_than_the_memory_is_read(tmp_path):
     most = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     side, n = 4096, 1 + 2 * most // (3 * 4096**2)
     entries = [readers.Entry(str(tmp_path / "a.png"), "a")] * n
-    folder = tmp_path / "cache" / data.cache_key(entries, side, 3, False)
+    folder = tmp_path / "cache" / data.cache_key(entries, side, 3, False, None)
     folder.mkdir(parents=True)
     for name, (kind, shape) in data.kept_files(entries, side, 3).items():
         with open(folder / name, "wb") as file:
