@@ -35,6 +35,7 @@ import options
 import plots
 import train
 import transfer
+from grouping import partition
 from judge import look_at
 from person import ask, choose, learn, suggest
 from query import COLD, STRATEGIES, Context, candidates
@@ -160,10 +161,22 @@ def embedded(folder):
     return model, transfer.heads_of(model), files.read_checkpoint(folder / "embeddings.pt")["embeddings"]
 
 
+def divide(images, seed, args):
+    """(pool, test) rows of a seed's chains: the splits of the images, or with --redraw a test split of its own."""
+    if not args.redraw:
+        return images.rows("train"), images.rows("test")
+    known = torch.nonzero(images.labels >= 0)[:, 0]
+    is_test = partition(images.labels[known], images.groups[known], [1, TESTED], seed) == 1
+    return known[~is_test], known[is_test]
+
+
+TESTED = 0.25  # as many tested as learnt from
+
+
 def run_head_chain(images, strategy, seed, args, folder):
     """As run_chain, where only the last layer is learnt. It takes a second or few, and is kept when it is whole."""
     file, (model, old, embeddings), began = folder / f"{strategy}-{seed}.json", embedded(folder), time.time()
-    pool, test, nothing = images.rows("train"), images.rows("test"), torch.empty(0, dtype=torch.long)
+    (pool, test), nothing = divide(images, seed, args), torch.empty(0, dtype=torch.long)
     groups = torch.arange(len(pool)) if args.ignore_groups else images.groups[pool]
     labelled, generator = torch.arange(len(pool)), torch.Generator().manual_seed(seed)
     first, last, rounds, teacher = embeddings[0][:, pool].mean(0), 0 if strategy == "all" else args.rounds, [], 0
@@ -241,20 +254,21 @@ def area(curves, labels):
     return torch.trapezoid(curves, labels, dim=1) / (labels[-1] - labels[0])
 
 
-def compare(curves, full, labels, replicates=2000):
+def compare(curves, full, labels, replicates=2000, overlap=0.0):
     """Each strategy against random, from AUC curves {name: (R, T)} of the same R seeds, full (R,) and labels (T,).
 
     {name: {"area": mean, "gain": paired difference to random, its t interval and p, "needed": {share: {"labels",
     "ratio", "low", "high"}}}}; the last share, "random", is what random reaches in the end. The ratio is that of the mean
     curves' labels, its interval a bootstrap over the seeds (pairs kept); a curve that does not get there is counted as
-    one query after its last round, and its labels are None."""
+    one query after its last round, and its labels are None. overlap: see metrics.mean_interval."""
     drawn = torch.randint(len(full), (replicates, len(full)), generator=torch.Generator().manual_seed(0))
     drawn = torch.cat([torch.arange(len(full))[None], drawn])  # the first is no resample
     goals = {f"{share:.2f}": share * full[drawn].mean(1) for share in SHARES}
     goals["random"] = curves["random"][drawn].mean(1)[:, -1]
     end, quantiles, table = float(2 * labels[-1] - labels[-2]), torch.tensor([0.025, 0.975], dtype=torch.double), {}
     for name, curve in curves.items():
-        mean, low, high, p = metrics.mean_interval(area(curve, labels) - area(curves["random"], labels))
+        gains = area(curve, labels) - area(curves["random"], labels)
+        mean, low, high, p = metrics.mean_interval(gains, overlap=overlap)
         row = {"area": float(area(curve, labels).mean()), "gain": mean, "low": low, "high": high, "needed": {}}
         tests = max(1, len(curves) - 1)  # Bonferroni: so many strategies were tried
         row["p"] = min(1.0, p * tests) if math.isfinite(p) else math.nan
@@ -303,6 +317,8 @@ def matching_loop(other, images, args):
         raise InputError(f"--against {args.against}: it has other classes, or another pool or test split")
     if other["labels"] != list(range(args.start, args.start + args.rounds * args.query + 1, args.query)):
         raise InputError(f"--against {args.against}: its rounds have other numbers of labels")
+    if other.get("redraw", False) != args.redraw:
+        raise InputError(f"--against {args.against}: one of the two runs was made with --redraw: nothing to compare")
     options.check_against(args.against, images)
     for chain in other["chains"]:
         curve, count = [r["auc"] for r in chain["rounds"]], 1 if chain["strategy"] == "all" else len(other["labels"])
@@ -322,7 +338,9 @@ def compare_runs(report, other):
     for strategy, seed in sorted(own.keys() & others.keys()):
         pair = torch.tensor([others[strategy, seed], own[strategy, seed]], dtype=torch.double)
         gains.setdefault(strategy, []).append(float(area(pair, labels).diff()))
-    return {n: dict(zip(("gain", "low", "high", "p"), metrics.mean_interval(v), strict=True)) for n, v in gains.items()}
+    overlap = TESTED * report["redraw"]
+    intervals = {n: metrics.mean_interval(v, overlap=overlap) for n, v in gains.items()}
+    return {n: dict(zip(("gain", "low", "high", "p"), v, strict=True)) for n, v in intervals.items()}
 
 
 def write_al_report(images, chains, args, folder, other=None):
@@ -334,20 +352,21 @@ def write_al_report(images, chains, args, folder, other=None):
     about |= {"test": len(images.rows("test")), "placeholder_boxes": images.placeholder_boxes}
     seconds = round(sum(r["seconds"] for c in chains for r in c["rounds"]), 1)
     report = {"data": about, "model": describe_model(args), "distill": args.distill, "seconds": seconds}
-    report |= {"labels": labels, "chains": chains}
+    report |= {"redraw": args.redraw, "labels": labels, "chains": chains}
+    overlap = TESTED * args.redraw
     columns = []
     for metric, title in (("auc", "test AUC"), ("iou", "mean IoU of D-Net's boxes")):
         if not all(metric in r for c in chains for r in c["rounds"]):
             continue
         values = {n: [[r[metric] for r in rounds] for rounds in repeats] for n, repeats in by_name.items()}
         curves = {n: torch.tensor(v, dtype=torch.double) for n, v in values.items()}
-        points = {n: [metrics.mean_interval(v)[:3] for v in curve.T] for n, curve in curves.items()}
+        points = {n: [metrics.mean_interval(v, overlap=overlap)[:3] for v in curve.T] for n, curve in curves.items()}
         names = ("mean", "low", "high")
         report[metric] = {n: [dict(zip(names, v, strict=True)) for v in some] for n, some in points.items()}
         columns.append(curve_panels(points, labels, title))
         full = curves.pop("all")[:, 0]
         if metric == "auc":
-            report["table"] = compare(curves, full, torch.tensor(labels, dtype=torch.double))
+            report["table"] = compare(curves, full, torch.tensor(labels, dtype=torch.double), overlap=overlap)
             report["words"] = [verdict(n, row) for n, row in report["table"].items() if n != "random"]
     if other:
         report["against"] = compare_runs(report, other)
@@ -398,7 +417,10 @@ def print_al_report(report):
     for line in report["words"]:
         print(line)
     tested = report["data"]["test"]
-    print(f"(intervals and p: over seeds, on one split; that the {tested} test images are a sample is not in them)")
+    if report["redraw"]:
+        print("(p and intervals of AUC: over test splits that overlap, corrected; those of the ratios are not)")
+    else:
+        print(f"(intervals and p: over seeds, on one split; that the {tested} test images are a sample is not in them)")
     for name, row in report.get("against", {}).items():
         print(f"{name}: mean AUC against its own in the other run {gain_text(row)}")
 
@@ -415,6 +437,7 @@ LOOP = [
     ("start-by", "random", list(COLD), "who chooses the start set, alike for all"),
     ("committee", 3, (2, 100), "networks that vote for the strategy committee; one is judged"),
     ("ignore-groups", False, None, "offer near-duplicates of labelled images too"),
+    ("redraw", False, None, "with --learn head: every seed draws a test split of its own, a fifth of the groups"),
     ("warm-start", False, None, "go on from the last round's weights, not from the first"),
     ("distill", "none", ["none", "labelled", "pool"], "self-distillation: the last round's C-Net teaches the next on the labelled images, or on the whole pool"),
 ]
@@ -448,6 +471,8 @@ def parse(argv=None):
         raise InputError("--start 0 asks a model that comes from elsewhere: give --learn head and --from MODEL")
     if args.learn == "head" and (args.warm_start or args.start_by != "random" or "committee" in args.strategies):
         raise InputError("--learn head: --warm-start, --start-by and committee are of whole networks; leave them out")
+    if args.redraw and args.learn != "head":
+        raise InputError("--redraw goes with --learn head: a chain of whole networks takes too long for many splits")
     if vars(args)["from"] and args.learn != "head":
         raise InputError(
             "--from: in the loop it goes with --learn head; every chain of whole networks begins from --weights"
@@ -467,7 +492,8 @@ def main(argv=None):
     images, start = transfer.load_with_start(args)
     train.check_split(images, images.rows("test"), "test")
     if start is not None:
-        transfer.check_unseen(start, images, images.rows("test"), args)
+        tested = torch.nonzero(images.labels >= 0)[:, 0] if args.redraw else images.rows("test")
+        transfer.check_unseen(start, images, tested, args)
     if args.start + args.rounds * args.query > (most := len(images.rows("train"))):
         asked = f"--start {args.start} + --rounds {args.rounds} x --query {args.query}"
         raise InputError(f"{asked}: more than the pool of {most} images")
@@ -479,8 +505,10 @@ def main(argv=None):
     seeds = range(args.seed, args.seed + args.repeats)
     jobs = [(name, seed, args, folder) for seed in seeds for name in ["all", *args.strategies]]
     chains, began, chain, by_hand = [], time.time(), run_chain, args.workers == 1
-    if args.learn == "head":  # of all labels there is one fit, whatever the seed
-        chain, by_hand, jobs = run_head_chain, False, [j for j in jobs if j[0] != "all" or j[1] == args.seed]
+    if args.learn == "head":
+        chain, by_hand = run_head_chain, False
+        if not args.redraw:  # of all labels there is one fit, whatever the seed
+            jobs = [j for j in jobs if j[0] != "all" or j[1] == args.seed]
     try:
         with options.claim(folder, not args.resume), train.Interrupt() if by_hand else contextlib.nullcontext():
             if args.learn == "head" and not (folder / "embeddings.pt").exists():
@@ -492,7 +520,7 @@ def main(argv=None):
                 print(f"{len(chains)} of {len(jobs)} chains, about {left} left", flush=True)
     except (train.Stopped, KeyboardInterrupt):
         options.stop("al_loop.py", folder)
-    if args.learn == "head":
+    if args.learn == "head" and not args.redraw:
         full = next(c for c in chains if c["strategy"] == "all")
         chains += [full | {"seed": seed} for seed in seeds if seed != args.seed]
     report = write_al_report(images, chains, args, folder, other)

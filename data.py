@@ -381,9 +381,8 @@ def decode(
     wide, clips = int(tensors["notes.f32"][:, 0].isfinite().sum()), int((tensors["notes.f32"][:, 2] > 1).sum())
     if wide:
         fixed = window and f"{window[0]:g} is black and {window[1]:g} white"
-        log(
-            f"{wide} images of more than 8 bits: {fixed or 'each by its own range or the window of its file'} (--window)"
-        )
+        own = "each by its own range or its file's window"
+        log(f"{wide} images of more than 8 bits: {fixed or own} (--window)")
     if clips:
         log(f"{clips} clips: of each the first frame is taken")
     return *map(tensors.get, ("pixels.u8", "masks.u8", "boxes.f32", "thumbs.u8")), kept

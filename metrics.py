@@ -360,16 +360,18 @@ def fit_temperature(probabilities, labels):
     return math.exp(best)
 
 
-def mean_interval(values, level=0.95):
+def mean_interval(values, level=0.95, overlap=0.0):
     """Mean of R repeats, its Student t interval, and the two-sided p of "the mean is 0": four numbers.
 
     values (R,). For paired differences this is the paired t test (Student 1908). NaN for the rest when R is 1.
+    overlap: of repeats that each draw test images anew from the same ones, how many are tested over how many are learnt
+    from: such repeats are not independent, and the variance is corrected (Nadeau & Bengio 2003).
     With t = sqrt(R - 1) tan(a) the density is cos(a)^(R - 2), which a sum over a fine grid integrates."""
     values = torch.as_tensor(values, dtype=torch.double)
     mean, free = float(values.mean()), len(values) - 1
     if free < 1:
         return mean, math.nan, math.nan, math.nan
-    error = float(values.std()) / math.sqrt(len(values))
+    error = float(values.std()) * math.sqrt(1 / len(values) + overlap)
     step = math.pi / 2 / 200_000
     angle = (torch.arange(200_000, dtype=torch.double) + 0.5) * step
     below = torch.cos(angle).pow(free - 1).cumsum(0)

@@ -1901,6 +1901,8 @@ def test_the_t_interval_is_that_of_the_tables():
     assert metrics.mean_interval([0.0, 0.0, 0.0]) == (0, 0, 0, 1)
     assert metrics.mean_interval([0.5, 0.5])[3] == 0
     assert all(math.isnan(v) for v in metrics.mean_interval([0.3])[1:])
+    (mean, low, high, _), (same, lower, higher, _) = (metrics.mean_interval([1.0, 2, 4], overlap=o) for o in (0, 0.25))
+    assert (mean, (higher - lower) / (high - low)) == (same, pytest.approx(math.sqrt(1 + 3 * 0.25)))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -5763,10 +5765,24 @@ def test_the_loop_of_heads_is_a_loop_of_fits_slow(tmp_path, elsewhere):
         "--learn head --model small_cnn --weights none --size 32 --start 4 --query 4 --rounds 1 --repeats 2 --name cold"
     )
     assert call(al_loop, *where, *cold.split(), "--strategies", "random").returncode == 0
+    assert (
+        call(al_loop, *where, *loop, "--strategies", "laplace", "--redraw", "--repeats", "3", "--name", "d").returncode
+        == 0
+    )
+    args = al_loop.parse(["--data", str(elsewhere / "there.csv"), *map(str, loop), "--redraw"])
+    pools = [al_loop.divide(images, seed, args) for seed in range(3)]
+    assert len({tuple(test.tolist()) for _, test in pools}) == 3
+    for chain in json.loads((tmp_path / "d" / "al.json").read_text())["chains"]:
+        pool, test = pools[chain["seed"]]
+        assert len(pool) + len(test) == 120
+        assert not set(images.groups[pool].tolist()) & set(images.groups[test].tolist())
+        assert {by_name[name] for part in chain["rounds"] for name in part["picks"]} <= set(pool.tolist())
     for options, why in [
         (["--start", "0"], "--start 0 asks a model that comes from elsewhere"),
         (["--from", elsewhere / "home"], "it goes with --learn head"),
         ([*loop, "--warm-start"], "leave them out"),
+        (["--redraw"], "--redraw goes with --learn head"),
+        ([*loop, "--redraw", "--repeats", "2", "--against", tmp_path / "a"], "was made with --redraw"),
         ([*loop, "--strategies", "committee"], "leave them out"),
     ]:
         assert why in error_of(call(al_loop, *where, *options, "--name", "bad"))

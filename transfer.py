@@ -15,7 +15,7 @@ import torch.nn.functional as F
 
 import heads
 import models
-from data import partition
+from grouping import partition
 from judge import judge_by, look_at
 from options import load_images
 from readers import InputError
