@@ -82,7 +82,8 @@ class State:
     def take(self, saved):
         """Go on from what `save` kept. Raises what it likes where that does not fit."""
         models.check_tensors(saved["net"], self.parts["net"].state_dict())
-        models.check_tensors(saved["best"], self.parts["net"].state_dict())
+        if saved["best"] is not None:  # none yet, of the first few epochs
+            models.check_tensors(saved["best"], self.parts["net"].state_dict())
         for key, part in self.parts.items():
             if part is not None:
                 part.load_state_dict(saved[key])
@@ -92,7 +93,7 @@ class State:
         self.best, self.best_score, self.history = saved["best"], saved["best_score"], saved["history"]
         check_history(self.history)
         epochs = [h["epoch"] for h in self.history]
-        if not all(map(math.isfinite, self.best_score)) or epochs != list(range(1, len(epochs) + 1)):
+        if not all(map(math.isfinite, self.best_score or [])) or epochs != list(range(1, len(epochs) + 1)):
             raise ValueError("the history is not whole")
         torch.set_rng_state(saved["torch_rng"])
         device, kind = self.generator.device, saved.get("device", "cuda" if saved["cuda_rng"] else "cpu")
