@@ -84,7 +84,7 @@ class State:
     def take(self, saved):
         """Go on from what `save` kept. Raises what it likes where that does not fit."""
         models.check_tensors(saved["net"], self.parts["net"].state_dict())
-        if saved["best"] is not None:  # else stopped before the first epoch that took part
+        if saved["best"] is not None:  # none yet, of the first few epochs
             models.check_tensors(saved["best"], self.parts["net"].state_dict())
         for key, part in self.parts.items():
             if part is not None:
