@@ -254,6 +254,8 @@ def images_elsewhere(info, args, option):
     told |= {"roi": "none", "split_by_image": False, "seed": 0, "dummy_boxes": False, "split_column": None}
     told["meta_columns"] = [s["column"] for s in info["meta_spec"]]
     images = load_images(argparse.Namespace(**vars(args) | told), meta_spec=info["meta_spec"] or None)
+    if info["meta_spec"] and images.meta is None:
+        raise InputError(f"--{option} {path}: the model has learnt with patient data, and it has none")
     if images.pixels.shape[1] != info["channels"]:  # phantoms are grey, whoever asks
         raise InputError(f"--{option} {path}: its pictures are grey, the model's are in colour")
     alike = (
