@@ -158,7 +158,10 @@ def describe(answering):
     about |= {"threshold": info["threshold"], "lesion_threshold": info["lesion_threshold"]}
     if columns := patient_columns(model):
         about |= {"patients": columns, "patients_spec": info["meta_spec"]}
-    return about | {"made": info["made"], "disclaimer": models.DISCLAIMER}
+    made = info["made"] | (
+        {"data": Path(info["made"]["data"]).name} if "data" in info["made"] else {}
+    )  # not where it lay
+    return about | {"made": made, "disclaimer": models.DISCLAIMER}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -334,26 +337,26 @@ def main(argv=None):
     path = models.model_file(args.model)
     model = models.load(path)
     answering = Answering(model, args.tta, args.scales).eval()
-    calibration, used = None, torch.zeros(0, dtype=torch.long)
+    bare = model.info | {"equalise": False}  # as the file takes them: it evens out the contrast by itself
+    if (answering.views, answering.scales) != (model.info["views"], (1.0,)):
+        print(
+            f"temperature and threshold were set for {model.info['views']} views at scale 1; with others they mean something else"
+        )
+    calibration, used, table = None, torch.zeros(0, dtype=torch.long), None
     if args.int8:
-        images = images_elsewhere(model.info, args, "int8")
+        images = images_elsewhere(bare, args, "int8")
         rows = calibration_rows(images, model.info)
         calibration, used = feeds(model, images, rows, 16), images.take(rows).pictures()
     if args.check:
-        images = images_elsewhere(model.info, args, "check")
+        images = images_elsewhere(bare, args, "check")
         new = (images.labels >= 0) & ~learnt(images, model.info) & ~torch.isin(images.pictures(), used)
         if not new.any():
             raise InputError(f"--check {args.check}: no labelled image is left that the model has not learnt from")
     engines = write_files(answering, Path(args.out or path.with_name("model.onnx")), calibration)
     print("how to feed it: docs/onnx.md")
-    table = None
     if args.check:
-        known = (
-            "that the model has not learnt from"
-            if "seen" in model.info
-            else "it is not known whether the model has learnt from them"
-        )
-        print(f"{int(new.sum())} labelled pictures, {known}")
+        known = "seen" in model.info and (images.thumbnails is not None or not model.info["equalise"])
+        print(f"{int(new.sum())} labelled pictures{', none of which the model has learnt from' if known else ''}")
         table = compare({"PyTorch": answering} | engines, model, images, torch.nonzero(new)[:, 0])
         print_table(table)
     print(models.DISCLAIMER)
