@@ -3618,7 +3618,8 @@ def exported():
     """A model with everything: two members, one sees crops around what the other finds, CLAHE, patients, three views, a
     temperature; and its file."""
     model = shared_model(
-        views=3, meta=5, equalise=True, meta_spec=AGE_AND_SEX, temperature=1.4, threshold=0.31, lesion_threshold=0.4
+        views=3, meta=5, equalise=True, meta_spec=AGE_AND_SEX, temperature=1.4, threshold=0.31, lesion_threshold=0.4,
+        made={"data": "/home/someone/BUSI"},
     )  # fmt: skip
     lively(model, torch.randn(32, 5, generator=seeded()))
     traits = [torch.randn(40, t.shape[1], generator=seeded()).double() for t in model.look(*everything(2)).traits]
@@ -3662,7 +3663,7 @@ def test_a_file_tells_how_to_feed_it_and_nothing_of_the_machine_that_wrote_it(ex
         "classes": ["benign", "malignant"], "size": 64, "channels": 1, "views": 3, "scales": [1.0], "temperature": 1.4
     }  # fmt: skip
     assert (json.loads(about["threshold"]), json.loads(about["lesion_threshold"])) == (0.31, 0.4)
-    assert about["disclaimer"] == models.DISCLAIMER
+    assert (about["disclaimer"], json.loads(about["made"])) == (models.DISCLAIMER, {"data": "BUSI"})
     assert [[d.dim_param or d.dim_value for d in i.type.tensor_type.shape.dim] for i in file.graph.input] == [
         ["N", 1, 64, 64], ["N", 5]
     ]  # fmt: skip
@@ -3779,23 +3780,18 @@ def test_what_is_checked_is_what_a_picture_in_a_file_gets(tmp_path, monkeypatch)
     models.save(tmp_path / "model.pt", model)
     monkeypatch.setattr(export, "PACKAGES", ())
     monkeypatch.setattr(export, "write_files", lambda *a: {})
-    asked = []
-    monkeypatch.setattr(
-        export, "clock", lambda engines, feed: asked.append(engines["PyTorch"]) or {"PyTorch": [0.1, 0.2]}
-    )
+    asked, fed = [], []
+    clock = {"PyTorch": [0.1, 0.2]}
+    monkeypatch.setattr(export, "clock", lambda engines, feed: asked.append(engines["PyTorch"]) or clock)
+    monkeypatch.setattr(export, "feeds", lambda *a, real=export.feeds: (fed.append(f["images"]) or f for f in real(*a)))
     said = call(export, tmp_path / "model.pt", "--check", files, "--tta", 3, "--cache", tmp_path / "cache")
     assert "12 labelled pictures\n" in said.stdout, said.stderr
     assert "were set for 2 views" in said.stdout
-    pixels, wanted = [], []
-    monkeypatch.setattr(
-        export, "feeds", lambda *a, real=export.feeds: (pixels.append(f["images"]) or f for f in real(*a))
-    )
-    call(export, tmp_path / "model.pt", "--check", files, "--tta", 3, "--cache", tmp_path / "cache")
     paths = sorted(p for p in files.rglob("*.png") if "mask" not in p.name)
     detector = infer.BreastCancerDetector(tmp_path / "model.pt", tta=3)
     wanted = torch.tensor([r["probability"] for r in detector.predict(paths)])
     with torch.inference_mode():
-        found = asked[-1](images=pixels[-1])["probabilities"][:, 1]
+        found = asked[0](images=fed[-1])["probabilities"][:, 1]
     close(found.sort().values, wanted.sort().values.double(), 1e-6)
 
 
