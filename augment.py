@@ -308,7 +308,11 @@ def clahe(images, tiles=8, clip=2.0):
     x, count = F.pad(pixels.float(), (0, tw * tiles - w, 0, th * tiles - h), mode="replicate"), n * c * tiles * tiles
     x = x.long().reshape(n * c, tiles, th, tiles, tw)
     tile = torch.arange(count, device=x.device).reshape(n * c, tiles, 1, tiles, 1)
-    histogram = torch.bincount((tile * 256 + x).flatten(), minlength=count * 256).float().reshape(-1, 256)
+    index = (tile * 256 + x).flatten()  # a sum of ones: how long a bincount gets is not known where a graph is traced
+    histogram = torch.zeros(count * 256, device=x.device).scatter_add_(
+        0, index, torch.ones_like(index, dtype=torch.float)
+    )
+    histogram = histogram.reshape(-1, 256)
     clipped = histogram.clamp(max=max(1.0, clip * th * tw / 256))
     clipped += (histogram - clipped).sum(1, keepdim=True) / 256
     mapping = (clipped.cumsum(1) * (255 / (th * tw))).clamp(max=255).flatten()
@@ -372,6 +376,11 @@ def output_size(images, size):
     return int(h), int(w)
 
 
+def readable(x):
+    """Whether values can be looked at without waiting for a device; where a graph is traced there are none."""
+    return x.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
 def check_images(images, channels=(), values=False):
     """ValueError unless (N, C, H, W) of uint8 or floats, with that many channels, and, if asked for, in [0, 1]."""
     if images.dim() != 4 or 0 in images.shape or (channels and images.shape[1] not in channels):
@@ -379,7 +388,7 @@ def check_images(images, channels=(), values=False):
         raise ValueError(f"images of shape {tuple(images.shape)}: give a batch (N, {wanted}, H, W), none of them 0")
     if images.dtype != torch.uint8 and not images.is_floating_point():
         raise ValueError(f"images of {images.dtype}: give uint8, or floats in [0, 1]")
-    if values and images.is_floating_point() and images.device.type == "cpu":
+    if values and images.is_floating_point() and readable(images):
         low, high = (float(v) for v in images.detach().aminmax())
         if not (low >= -1e-3 and high <= 1 + 1e-3):  # so written, NaN is refused too; half precision may round
             raise ValueError(f"images from {low:g} to {high:g}: give uint8, or floats in [0, 1]")
@@ -389,7 +398,7 @@ def check_corners(kind, corners, n):
     """ValueError unless corners are (n, 4): of boxes in [0, 1], or four NaN; of regions finite and not empty."""
     if tuple(corners.shape) != (n, 4) or not corners.is_floating_point():
         raise ValueError(f"{corners.dtype} {tuple(corners.shape)}: give floats ({n}, 4), one {kind} an image")
-    if corners.device.type != "cpu":
+    if not readable(corners):
         return
     low, high, slack = corners[:, :2], corners[:, 2:], 1e-3  # what rounding may do
     good = ((low > -slack) & (high < 1 + slack) & (low < high + slack)).all(1) | corners.isnan().all(1)

@@ -13,7 +13,6 @@ An image is letterboxed, D-Net gives the box, C-Net looks at the whole or at the
 views at once (test-time augmentation); the mean is calibrated and held against the validation threshold. What is near
 the threshold, or where members and views disagree, is to be referred to a radiologist."""
 
-import argparse
 import contextlib
 import io
 import itertools
@@ -45,8 +44,8 @@ from answers import (
 from augment import VIEWS, clahe
 from data import encode_meta, meta_for, parse_meta
 from files import write_atomically
-from models import DISCLAIMER, choose_device, load_classifier, model_file, same_classes
-from options import DATA, build_parser, run_main
+from models import DISCLAIMER, choose_device, load_classifier, model_file
+from options import THEIRS, build_parser, images_elsewhere, run_main
 from pictures import (
     Origin,
     count_frames,
@@ -374,8 +373,6 @@ INFER = [
     ("data", None, "PATH", "with --evaluate: where the run's images lie, if not where they lay at training"),
     ("cache", "runs/cache", "DIR", "with --evaluate: folder of decoded images"),
 ]
-THEIRS = ("positive", "drop-class", "skip-bad", "label-column", "group-column", "mask-column", "box-format", "box-columns")
-THEIRS = [line for line in DATA if line[0] in THEIRS]
 # fmt: on
 
 
@@ -408,21 +405,12 @@ def adapt(model, pixels, boxes=None, meta=None, batch=64):
 
 def test(args):
     """What the model reaches on another labelled data set, as a report like a run's. Returns it."""
-    from options import load_images
     from report import print_report, test_elsewhere
 
-    if args.test != "breastmnist" and not Path(args.test).exists():
-        raise InputError(f"--test {args.test}: no such file or folder")
     model = load_classifier(args.model, choose_device(args.device))
     info = model.info
     model.info = info | {"views": check_views(args.tta or info["views"], args.scales)[0]}
-    told = {"data": args.test, "size": info["load_size"], "clahe": info["equalise"], "channels": info["channels"]}
-    told |= {"roi": "none", "split_by_image": False, "seed": 0, "dummy_boxes": False, "split_column": None}
-    told["window"] = args.window or info["window"]
-    told["meta_columns"] = [s["column"] for s in info["meta_spec"]]
-    images = load_images(argparse.Namespace(**vars(args) | told), meta_spec=info["meta_spec"] or None)
-    if not same_classes(known := info["classes"], images.classes):
-        raise InputError(f"--test {args.test}: its classes are {images.classes}, the model's {known}; see --positive")
+    images = images_elsewhere(info, args, "test")
     if tuple(args.scales) != (1.0,):
         raise InputError("--test looks at pictures at scale 1; leave --scales out")
     if args.adapt:

@@ -33,7 +33,7 @@ from backbones import ATTENTION, BACKBONES
 from data import load
 from files import parts_of, reason, write_atomically
 from heads import STRENGTH
-from models import choose_device
+from models import choose_device, same_classes
 from pictures import parse_window
 from readers import InputError
 
@@ -60,6 +60,8 @@ DATA = [
     ("box-columns", None, "NAME ...", "one column with four numbers, or four columns"),
     ("meta-columns", None, "NAME ...", "patient metadata that C-Net gets beside the image"),
 ]
+THEIRS = ("positive", "drop-class", "skip-bad", "label-column", "group-column", "mask-column", "box-format", "box-columns")
+THEIRS = [line for line in DATA if line[0] in THEIRS]  # how a set lies that a finished model is to look at
 MODEL = [
     ("nets", "both", ["both", "cnet", "dnet"], "what to train; both trains D-Net only where boxes are known"),
     ("model", "mobilenet_v2", "NAME", f"backbone of both networks: {', '.join(BACKBONES)}; none: patient data alone"),
@@ -256,6 +258,28 @@ def load_images(args, log=print, **more):
     how = {"equalise": args.clahe, "window": parse_window(args.window)}
     with devices.first_of_machine():
         return load(args.data, size, drop=args.drop_class, columns=columns, log=log, **how, **same, **more)
+
+
+def images_elsewhere(info, args, option):
+    """The data set that an option names, read as the model of this `info` has learnt to read: its size, colours, contrast,
+    patient data and classes. args: also those of THEIRS."""
+    path, known = getattr(args, option), info["classes"]
+    if path not in ("breastmnist", "phantoms") and not Path(path).exists():
+        raise InputError(f"--{option} {path}: no such file or folder")
+    told = {"data": path, "size": info["load_size"], "clahe": info["equalise"], "channels": info["channels"]}
+    told |= {"roi": "none", "split_by_image": False, "seed": 0, "dummy_boxes": False, "split_column": None}
+    told |= {
+        "meta_columns": [s["column"] for s in info["meta_spec"]],
+        "window": vars(args).get("window") or info["window"],
+    }
+    images = load_images(argparse.Namespace(**vars(args) | told), meta_spec=info["meta_spec"] or None)
+    if info["meta_spec"] and images.meta is None:
+        raise InputError(f"--{option} {path}: the model has learnt with patient data, and it has none")
+    if images.pixels.shape[1] != info["channels"]:  # phantoms are grey, whoever asks
+        raise InputError(f"--{option} {path}: its pictures are grey, the model's are in colour")
+    if images.classes and not same_classes(known, images.classes):
+        raise InputError(f"--{option} {path}: its classes are {images.classes}, the model's {known}; see --positive")
+    return images
 
 
 def began_with(folder, images):

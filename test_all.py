@@ -47,6 +47,7 @@ import clips
 import data
 import devices
 import explain
+import export
 import files
 import grouping
 import heads
@@ -5019,6 +5020,267 @@ def test_clips_in_a_folder_that_trains_are_told_of(tmp_path, capsys):
     assert len(images) == 9
 
 
+# export.py
+
+needs_onnx = pytest.mark.skipif(
+    any(importlib.util.find_spec(name) is None for name in export.PACKAGES),
+    reason="pip install onnx onnxscript onnxruntime",
+)
+AGE_AND_SEX = [{"column": "age", "mean": 55.0, "sd": 12.0}, {"column": "sex", "levels": ["female", "male"]}]
+
+
+def lively(model, patients=None):
+    """The same untrained model with norms that fit phantoms and larger heads: outlines of many parts, answers that differ."""
+    pixels = phantoms.phantoms(32, model.info["load_size"], 1)[0].expand(-1, model.info["channels"], -1, -1)
+    boxes = torch.tensor([[0.2, 0.3, 0.6, 0.7]] * 32) if model.needs_boxes else None
+    infer.adapt(model, pixels, boxes, patients)
+    for name, values in model.named_parameters():
+        if name.endswith("head.weight"):
+            spread = (0.7 if "dnet" in name else 0.15) / values[0].numel() ** 0.5
+            torch.nn.init.normal_(values, std=spread, generator=seeded(len(values)))
+    return model
+
+
+def spiral(side):
+    """The longest way that a lesion of one cell's width can take, bool (side, side)."""
+    mask, (y, x), (down, right), length = torch.zeros(side, side, dtype=torch.bool), (0, -1), (0, 1), side
+    while length > 0:
+        for _ in range(length):
+            y, x = y + down, x + right
+            mask[y, x] = True
+        down, right = right, -down
+        length -= 2 if down else 0
+    return mask
+
+
+def answers_of(content, **feed):
+    return {name: value.double() for name, value in export.session(content)(**feed).items()}
+
+
+@needs_onnx
+def test_a_file_finds_the_parts_of_a_mask_however_long_their_way():
+    class Parts(torch.nn.Module):
+        def forward(self, masks):
+            return models.label_parts(masks)
+
+    masks = torch.rand(6, 16, 16, generator=seeded()) < torch.tensor([0.2, 0.3, 0.4, 0.5, 0.0, 1.0])[:, None, None]
+    masks = torch.cat([masks, spiral(16)[None], ~spiral(16)[None]])
+    export.teach_graphs()
+    graph = torch.export.export(Parts(), (masks,), dynamic_shapes=({0: torch.export.Dim("N")},), strict=True)
+    file = torch.onnx.export(graph, verbose=False, input_names=["masks"], output_names=["parts"]).model_proto
+    for chosen in (masks, masks[6:7], masks[[4]]):
+        found = answers_of(file.SerializeToString(), masks=chosen)["parts"]
+        assert torch.equal(found, models.label_parts(chosen).double())
+    assert models.label_parts(masks[6:7]).unique().numel() == 2  # one way from end to end
+
+
+@pytest.fixture(scope="module")
+def exported():
+    """A model with everything: two members, one sees crops around what the other finds, CLAHE, patients, three views, a
+    temperature; and its file."""
+    model = shared_model(
+        views=3, meta=5, equalise=True, meta_spec=AGE_AND_SEX, temperature=1.4, threshold=0.31, lesion_threshold=0.4,
+        made={"data": "/home/someone/BUSI"},
+    )  # fmt: skip
+    lively(model, torch.randn(32, 5, generator=seeded()))
+    traits = [torch.randn(40, t.shape[1], generator=seeded()).double() for t in model.look(*everything(2)).traits]
+    model.info["familiar"] = models.familiar(traits, traits)
+    answering = export.Answering(model).eval()
+    return answering, export.to_onnx(answering)
+
+
+def everything(n):
+    """Pictures, no boxes, patients."""
+    pixels, patients = phantoms.phantoms(n, 64, 5)[0], torch.randn(n, 5, generator=seeded())
+    pixels[n // 2], pixels[-1] = 0, 200  # blank
+    return pixels, None, patients
+
+
+@needs_onnx
+def test_a_file_answers_like_the_model_whatever_the_batch(exported):
+    answering, file = exported
+    content, (pixels, _, patients) = file.SerializeToString(), everything(9)
+    with torch.inference_mode():
+        said = answering.model.look(pixels := augment.clahe(pixels), None, patients)
+        wanted = dict(zip(("probabilities", "uncertainty"), answering.model.conclude(said.opinions), strict=True))
+        wanted |= {"strangeness": answering.model.strangeness(said.traits), "box": said.found.boxes()}
+    wanted |= {"lesion_score": said.found.scores()}
+    wanted["outline"] = F.interpolate(said.found.outlines[:, None], size=(64, 64), mode="bilinear")[:, 0]
+    assert wanted["probabilities"][:, 1].std() > 0.003
+    assert (said.found.outlines[:7] > said.found.scores()[:7, None, None] / 2).float().mean() < 0.9
+    pixels = everything(9)[0]
+    for rows in (torch.arange(9), torch.tensor([3]), torch.tensor([8, 0, 3, 3, 1, 4, 7])):
+        found = answers_of(content, images=pixels[rows], patients=patients[rows])
+        assert list(found) == list(wanted)
+        for name, value in wanted.items():
+            close(found[name], value[rows].double(), 1e-4 * max(1.0, float(value.abs().max())))
+
+
+@needs_onnx
+def test_a_file_tells_how_to_feed_it_and_nothing_of_the_machine_that_wrote_it(exported):
+    _, file = exported
+    about = {p.key: p.value for p in file.metadata_props}
+    assert {k: json.loads(about[k]) for k in ("classes", "size", "channels", "views", "scales", "temperature")} == {
+        "classes": ["benign", "malignant"], "size": 64, "channels": 1, "views": 3, "scales": [1.0], "temperature": 1.4
+    }  # fmt: skip
+    assert (json.loads(about["threshold"]), json.loads(about["lesion_threshold"])) == (0.31, 0.4)
+    assert (about["disclaimer"], json.loads(about["made"])) == (models.DISCLAIMER, {"data": "BUSI"})
+    assert [[d.dim_param or d.dim_value for d in i.type.tensor_type.shape.dim] for i in file.graph.input] == [
+        ["N", 1, 64, 64], ["N", 5]
+    ]  # fmt: skip
+    content = file.SerializeToString()
+    assert not any(str(word).encode() in content for word in (HERE, "site-packages", "stack_trace", ".py"))
+    namespace = {"np": np}
+    exec(documented_code()[1], namespace)
+    for patient in ({"age": 67, "sex": "male"}, {"age": 20}, {}):
+        coded, names, _ = data.encode_meta([{k: str(v) for k, v in patient.items()}], None, AGE_AND_SEX)
+        assert names == json.loads(about["patients"])
+        assert np.array_equal(namespace["encode"](patient, json.loads(about["patients_spec"])), coded.numpy())
+
+
+@needs_onnx
+def test_a_file_refuses_what_is_no_picture_of_its_kind(exported):
+    content, (pixels, _, patients) = exported[1].SerializeToString(), everything(2)
+    bad = [pixels[:, :, :32], pixels[:, :, :, :, None], pixels.repeat(1, 3, 1, 1), pixels[0], pixels / 255]
+    for feed in (
+        *({"images": x, "patients": patients} for x in bad),
+        {"images": pixels},
+        {"images": pixels, "patients": patients[:, :4]},
+    ):
+        with pytest.raises(Exception, match=r"images|patients|uint8"):  # onnxruntime's own, of several kinds
+            export.session(content)(**feed)
+
+
+def documented_code():
+    return re.findall(r"```python\n(.*?)```", (HERE / "docs" / "onnx.md").read_text(), re.DOTALL)
+
+
+KINDS = {  # what one file or another has: inputs, outputs
+    "a detector alone": ({"images"}, {"box", "lesion_score", "outline"}),
+    "crops around given boxes": ({"images", "boxes"}, {"probabilities", "uncertainty"}),
+    "three classes in colour": ({"images"}, {"probabilities", "uncertainty"}),
+    "an older detector": ({"images"}, {"probabilities", "uncertainty", "box"}),
+}
+
+
+@needs_onnx
+@pytest.mark.parametrize("kind", KINDS)
+def test_files_of_all_kinds_answer_like_their_models_slow(kind):
+    torch.manual_seed(0)
+    about = {"classes": ["a", "b", "c"] if "three" in kind else ["a", "b"], "size": 32, "load_size": 40}
+    about |= {"channels": 3 if "colour" in kind else 1, "views": 1 if "three" in kind else 2}
+    roi = "mask" if "crops" in kind else "none"
+    member = models.CNet("small_cnn", len(about["classes"]), about["channels"], roi=roi, attention="condenser")
+    found = {"a detector alone": [models.DNet("small_cnn")], "an older detector": [models.VotingDNet("small_cnn")]}
+    model = lively(models.Ensemble([] if "alone" in kind else [member], None, found.get(kind, []), **about).eval())
+    answering = export.Answering(model, scales=(1.5, 1.0) if "three" in kind else (1.0,)).eval()
+    content, feed = export.to_onnx(answering).SerializeToString(), export.examples(model, 5)
+    assert (set(feed), set(answering(**feed))) == KINDS[kind]
+    for rows in (slice(0, 5), slice(2, 3)):
+        feed = {name: values[rows] for name, values in feed.items()}
+        for name, gap in export.differences(export.session(content)(**feed), answering(**feed)).items():
+            assert gap.max() < 1e-4, name
+
+
+@pytest.fixture(scope="module")
+def export_folder(tmp_path_factory):
+    """A run folder with a small model that has met the first and the last hundred of the phantoms."""
+    folder = tmp_path_factory.mktemp("export")
+    model = lively(models.Ensemble([models.CNet("small_cnn", 2, 1, trunk="shared")], **SMALL))
+    pictures = data.phantom_set(size=32).pictures()
+    model.info["seen"] = {"train": pictures[:100], "val": pictures[-100:], "test": pictures[:0]}
+    models.save(folder / "model.pt", model)
+    return folder
+
+
+SMALL = {
+    "classes": ["benign", "malignant"],
+    "size": 32,
+    "load_size": 32,
+    "channels": 1,
+    "views": 2,
+    "lesion_threshold": 0.01,
+}
+
+
+@needs_onnx
+def test_the_command_line_writes_both_files_checks_them_and_the_page_says_how_to_use_them(export_folder, tmp_path):
+    said = call(export, export_folder, "--int8", "phantoms", "--check", "phantoms")
+    assert said.returncode == 0, said.stderr
+    assert "600 labelled pictures, none of which the model has learnt from" in said.stdout
+    rows = re.findall(
+        r"^(PyTorch|onnxruntime|onnxruntime, int8) +([01]\.\d{3}) \[.* (\d+\.\d) ms \[", said.stdout, re.MULTILINE
+    )
+    assert [row[0] for row in rows] == ["PyTorch", "onnxruntime", "onnxruntime, int8"]
+    assert rows[0][1] == rows[1][1]
+    worst = [float(v) for v in re.findall(r"[a-z_]+ (\d+e[+-]\d+) \d+", said.stdout.split("against PyTorch")[1])]
+    assert len(worst) == 5
+    assert max(worst) <= 1e-4
+    whole, small = (export_folder / name for name in ("model.onnx", "model.int8.onnx"))
+    assert small.stat().st_size < 0.6 * whole.stat().st_size
+    x = data.phantom_set(40, 32, seed=9).pixels
+    exact, coarse = (answers_of(p.read_bytes(), images=x)["outline"] for p in (whole, small))
+    assert 0 < (exact - coarse).abs().max() < 0.2
+    assert torch.corrcoef(torch.stack([exact.flatten(), coarse.flatten()]))[0, 1] > 0.9
+
+    detector = infer.BreastCancerDetector(export_folder)
+    (tmp_path / "use.py").write_text(documented_code()[0])
+    for mode, size in (("L", (50, 31)), ("RGB", (20, 64)), ("L", (32, 32))):
+        picture(*size, 7, mode).save(tmp_path / "a.png")
+        told, wanted = run(tmp_path / "use.py", whole, tmp_path / "a.png"), detector.predict(tmp_path / "a.png")
+        words = told.stdout.split()
+        assert words[0] == wanted["prediction"], told.stderr
+        assert float(words[2]) == pytest.approx(wanted["probability"], abs=1e-4)
+        assert [float(v) for v in words[4:]] == pytest.approx(wanted["box"], abs=0.11)
+
+
+def test_what_is_checked_is_what_a_picture_in_a_file_gets(tmp_path, monkeypatch):
+    """Contrast is evened out once, the views are those that were asked for: as infer.py answers to the same files."""
+    files = class_folders(tmp_path / "set", {"benign": 7, "malignant": 5})
+    model = lively(models.Ensemble([models.CNet("small_cnn", 2, 1)], **SMALL | {"equalise": True}))
+    models.save(tmp_path / "model.pt", model)
+    monkeypatch.setattr(export, "PACKAGES", ())
+    monkeypatch.setattr(export, "write_files", lambda *a: {})
+    asked, fed = [], []
+    clock = {"PyTorch": [0.1, 0.2]}
+    monkeypatch.setattr(export, "clock", lambda engines, feed: asked.append(engines["PyTorch"]) or clock)
+    monkeypatch.setattr(export, "feeds", lambda *a, real=export.feeds: (fed.append(f["images"]) or f for f in real(*a)))
+    said = call(export, tmp_path / "model.pt", "--check", files, "--tta", 3, "--cache", tmp_path / "cache")
+    assert "12 labelled pictures\n" in said.stdout, said.stderr
+    assert "were set for 2 views" in said.stdout
+    paths = sorted(p for p in files.rglob("*.png") if "mask" not in p.name)
+    detector = infer.BreastCancerDetector(tmp_path / "model.pt", tta=3)
+    wanted = torch.tensor([r["probability"] for r in detector.predict(paths)])
+    with torch.inference_mode():
+        found = asked[0](images=fed[-1])["probabilities"][:, 1]
+    close(found.sort().values, wanted.sort().values.double(), 1e-6)
+
+
+@needs_onnx
+def test_what_export_refuses(export_folder, tmp_path, monkeypatch):
+    out = tmp_path / "x.onnx"
+    assert "--check nowhere: no such file" in error_of(call(export, export_folder, "--check", "nowhere", "--out", out))
+    three = class_folders(tmp_path / "three", {"a": 3, "b": 3, "malignant": 3})
+    said = error_of(call(export, export_folder, "--check", three, "--cache", tmp_path, "--out", out))
+    assert "its classes are ['a', 'b', 'malignant']" in said
+    model = models.load(export_folder)
+    model.info["seen"]["train"] = data.phantom_set(size=32).pictures()
+    models.save(tmp_path / "all.pt", model)
+    said = error_of(call(export, tmp_path / "all.pt", "--check", "phantoms", "--out", out))
+    assert "no labelled image is left" in said
+    models.save(tmp_path / "colour.pt", models.Ensemble([models.CNet("small_cnn", 2, 3)], **SMALL | {"channels": 3}))
+    assert "in colour" in error_of(call(export, tmp_path / "colour.pt", "--int8", "phantoms", "--out", out))
+    monkeypatch.setattr(export, "to_onnx", lambda answering: argparse.Namespace(SerializeToString=lambda: b""))
+    wrong = export.Answering(models.load(export_folder)).eval()
+    monkeypatch.setattr(
+        export, "session", lambda content: lambda **feed: {k: v + 0.01 for k, v in wrong(**feed).items()}
+    )
+    assert "differ from PyTorch's" in error_of(call(export, export_folder, "--out", out))
+    assert not out.exists()
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert "pip install onnx onnxscript onnxruntime" in error_of(call(export, export_folder))
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # pretrain.py
 
@@ -6541,9 +6803,12 @@ FLOORS = [
     ["report"],
     ["train"],
     ["person"],
-    ["infer", "explain", "al_loop", "search", "pretrain"],
+    ["infer", "explain", "al_loop", "search", "pretrain", "export"],
     ["bench"],
 ]
+
+
+EXTRAS = {"export": {"onnx", "onnxruntime", "onnxscript"}, "dicom": {"pydicom"}}  # optional packages, each in one file
 
 
 def sources():
@@ -6570,8 +6835,7 @@ def test_a_file_imports_only_files_on_floors_below():
         found = imports_of(tree)
         ours = found & set(floor)
         assert all(floor[other] < floor[name] for other in ours), (name, ours)
-        allowed = {"torch", "torchvision"} if name in FLOORS[0] else packages
-        allowed = allowed | {"pydicom"} if name == "dicom" else allowed
+        allowed = {"torch", "torchvision"} if name in FLOORS[0] else packages | EXTRAS.get(name, set())
         foreign = {m for m in found - set(floor) if m not in sys.stdlib_module_names}
         assert foreign <= allowed, (name, foreign)
 
@@ -6630,7 +6894,7 @@ def test_every_python_block_of_the_readme_runs_as_printed_slow(tmp_path, monkeyp
 def test_the_readme_speaks_of_options_and_files_that_are_there():
     text = (HERE / "README.md").read_text()
     told = set(re.findall(r"(?<![\w-])--([a-z][a-z-]+)", text))
-    tables = "".join((HERE / f"{name}.py").read_text() for name in ("options", "infer", "explain", "al_loop"))
+    tables = "".join((HERE / f"{name}.py").read_text() for name in ("options", "infer", "explain", "al_loop", "export"))
     known = set(re.findall(r'\("([a-z][a-z-]*)", ', tables))
     assert told <= known, told - known
     for name in re.findall(r"`([\w/]+\.(?:py|md|args|txt))`", text) + re.findall(r"\]\(([\w/.]+)\)", text):
