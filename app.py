@@ -15,6 +15,7 @@ import datetime
 import functools
 import hashlib
 import html
+import importlib.util
 import io
 import os
 import re
@@ -116,10 +117,8 @@ def main(argv=None):
     login = read_login(args.auth)
     if args.host not in LOCAL and not (login or args.open):
         raise InputError(f"--host {args.host}: anyone there could ask; give --auth USER:FILE, or say --open")
-    try:
-        import gradio  # noqa: F401
-    except ImportError:
-        raise InputError("the package gradio is not installed: pip install 'gradio>=6'") from None
+    if importlib.util.find_spec("gradio") is None:
+        raise InputError("the package gradio is not installed: pip install 'gradio>=6'")
     detector = ready_detector(args.model, args.device)
     listener, (folder, lock) = listen(args.host, args.port), private_folder()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the folder goes
@@ -139,7 +138,7 @@ def build_app(detector, args, folder, login):
     """The ASGI application: page and service behind the guard. Temporary files of all parts lie in `folder`."""
     os.environ |= {"GRADIO_TEMP_DIR": str(folder), "GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_OFFLINE": "1"}
     tempfile.tempdir = str(folder)
-    import gradio as gr
+    import gradio as gr  # not before, as it makes its folder at once
 
     worker, most = Worker(detector, args.queue), round(args.max_mb * 1e6)
     page = build_page(gr, worker, args, folder, login)
@@ -272,9 +271,12 @@ CSS = """
 .scale i.limit { width: 0; background: none; border-left: 3px dashed var(--body-text-color); }
 .refer { border-left: .4em solid #E69F00; padding: .3em .8em; margin: .5em 0; }
 :root { --block-info-text-color: var(--body-text-color); }
+#gallery .grid-wrap { overflow-x: hidden; padding-top: 2.5em; }
+#gallery .grid-container { grid-template-columns: repeat(auto-fill, minmax(110px, 1fr)); }
+html { scroll-padding-top: 5em; }
 .gradio-container { padding-top: 3.5em !important; max-width: 1300px !important; }
 """
-HEAD = f"<div><h1>miniCADx</h1><strong>{DISCLAIMER}</strong> Pictures stay on this machine.</div>"
+HEAD = f"<div><h1>miniCADx</h1><strong>{DISCLAIMER}</strong></div>"
 HOW = {
     "gradcam": "where the network's deepest features spoke for the answer; coarse",
     "gradcam++": "the same, weighted so that several places count",
@@ -557,22 +559,19 @@ def wire_answers(gr, worker, folder, state, asked, seen, taught):
     settings += [asked.threshold] if asked.threshold else []
 
     def look(given, progress=gr.Progress()):  # noqa: B008  gradio finds it by its default
-        paths, limit = given[asked.files] or [], given[asked.threshold] if asked.threshold else None
-        limit = None if limit == own_threshold(detector.info) else limit
-        meta = {c: str(given[field]).strip() for c, field in asked.patient.items() if str(given[field] or "").strip()}
+        paths, how, meta = read_asked(given, asked, detector.info)
         items = []
         try:
             for start in range(0, len(paths), 8):
                 progress((start, len(paths)), desc="looking", unit="pictures")
-                look = Look(given[asked.tta], tuple(sorted(given[asked.scales])), limit, masks=True)
-                look.of(detector)
+                how.of(detector)
                 part = paths[start : start + 8]
-                answers = worker.ask(part, look, [meta or None] * len(part)).result()
+                answers = worker.ask(part, how, [meta] * len(part)).result()
                 items += [keep_answer(p, a, meta) for p, a in zip(part, answers, strict=True)]
                 yield dict.fromkeys([state, seen.gallery, seen.table], gr.skip())  # here it can be stopped
         except InputError as e:
             raise gr.Error(html.escape(str(e).removeprefix("--")), print_exception=False) from None
-        new = {"items": in_order(items), "chosen": 0, "info": look.of(detector).info} if items else {}
+        new = {"items": in_order(items), "chosen": 0, "info": how.of(detector).info} if items else {}
         several = len(items) > 1
         tiles = [(gallery_tile(item), gallery_words(item)) for item in new["items"]] if several else []
         table = write_table(new["items"], folder) if items else None
@@ -613,6 +612,15 @@ def wire_answers(gr, worker, folder, state, asked, seen, taught):
     for trigger in (asked.method.change, asked.opacity.release):
         events += [trigger(polite(gr, draw_map), inputs, seen.drawn, trigger_mode="always_last", **QUIET)]
     asked.stop.click(None, cancels=events, **QUIET)
+
+
+def read_asked(given, asked, info):
+    """(paths, the Look, the patient's data or None) of the values of the page's controls, {control: value}."""
+    limit = given[asked.threshold] if asked.threshold else None
+    limit = None if limit == own_threshold(info) else limit
+    meta = {column: str(given[field] or "").strip() for column, field in asked.patient.items()}
+    look = Look(given[asked.tta], tuple(sorted(given[asked.scales])), limit, masks=True)
+    return given[asked.files] or [], look, {k: v for k, v in meta.items() if v} or None
 
 
 def map_of(detector, item, method):

@@ -130,6 +130,8 @@ def read_image(path, channels):
         raise InputError("no such file")
     try:
         with open_image(path) as image:
+            if image.width * image.height > Image.MAX_IMAGE_PIXELS:  # the filter of warnings is not ours alone
+                raise Image.DecompressionBombError
             image.load()
             return to_mode(image, channels)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as e:
