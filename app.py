@@ -559,9 +559,9 @@ def wire_answers(gr, worker, folder, state, asked, seen, taught):
     settings += [asked.threshold] if asked.threshold else []
 
     def look(given, progress=gr.Progress()):  # noqa: B008  gradio finds it by its default
-        paths, how, meta = read_asked(given, asked, detector.info)
         items = []
         try:
+            paths, how, meta = read_asked(given, asked, detector.info)
             for start in range(0, len(paths), 8):
                 progress((start, len(paths)), desc="looking", unit="pictures")
                 how.of(detector)
@@ -595,10 +595,10 @@ def wire_answers(gr, worker, folder, state, asked, seen, taught):
         item = kept["items"][kept["chosen"]] if kept else None
         if not item or item["answer"]["error"]:
             return None
-        picture, maps = open_again(item["path"]), item.setdefault("maps", {})
-        if method not in maps:
-            maps[method] = worker.run(map_of, detector, item, method).result()
-        return draw_item(item, picture, maps[method], describe_map(method, item["answer"]["prediction"]), opacity)
+        picture, asked_for = open_again(item["path"]), (kept["chosen"], method)
+        if kept.get("map", (None,))[0] != asked_for:  # another opacity asks the model for nothing
+            kept["map"] = asked_for, worker.run(map_of, detector, item, method).result()
+        return draw_item(item, picture, kept["map"][1], describe_map(method, item["answer"]["prediction"]), opacity)
 
     def choose(kept, event: gr.SelectData):
         return kept and kept | {"chosen": event.index}
@@ -620,7 +620,10 @@ def read_asked(given, asked, info):
     limit = None if limit == own_threshold(info) else limit
     meta = {column: str(given[field] or "").strip() for column, field in asked.patient.items()}
     look = Look(given[asked.tta], tuple(sorted(given[asked.scales])), limit, masks=True)
-    return given[asked.files] or [], look, {k: v for k, v in meta.items() if v} or None
+    paths = given[asked.files] or []
+    if not all(os.path.exists(p) for p in paths):
+        raise InputError("these pictures were removed after their time; drop them again")
+    return paths, look, {k: v for k, v in meta.items() if v} or None
 
 
 def map_of(detector, item, method):

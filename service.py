@@ -293,7 +293,7 @@ class Guard:
                 began = True
                 head = [(k, v) for k, v in message["headers"] if k.lower() != b"content-security-policy"]
                 head += [(b"content-security-policy", POLICY.encode()), (b"x-content-type-options", b"nosniff")]
-                head += [(b"referrer-policy", b"no-referrer")]
+                head += [(b"referrer-policy", b"same-origin")]
                 if "/assets/" not in scope["path"]:
                     head = [
                         *((k, v) for k, v in head if k.lower() != b"cache-control"),

@@ -4026,6 +4026,59 @@ def test_the_page_says_names_and_numbers_as_they_are(detector):
     assert changes[0] < changes[1] < changes[2]
 
 
+def patients_model(path):
+    """Of three classes and two patient data, as a detector."""
+    torch.manual_seed(0)
+    spec = [{"column": "age", "mean": 50.0, "sd": 10.0}, {"column": "sex", "levels": ["female", "male"]}]
+    info = {"classes": ["a", "b", "c"], "size": 32, "load_size": 32, "channels": 1, "meta_spec": spec}
+    models.save(path, models.Ensemble([models.CNet("small_cnn", 3, 1, meta=5)], **info).eval())
+    return infer.BreastCancerDetector(path)
+
+
+@needs_gradio
+def test_the_page_of_a_model_of_patients_and_three_classes(tmp_path, monkeypatch):
+    import gradio
+
+    detector = patients_model(tmp_path / "m.pt")
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
+    args = argparse.Namespace(keep_minutes=1.0, feedback=str(tmp_path / "feedback"), queue=2)
+    worker = service.Worker(detector)
+    blocks = app.build_page(gradio, worker, args, tmp_path, None)
+    parts = {c["props"].get("label"): c["props"] for c in blocks.get_config_file()["components"]}
+    assert [value for value, _ in parts["sex"]["choices"]] == ["", "female", "male"]
+    assert "50 +- 10" in parts["age"]["info"]
+    assert [value for value, _ in parts["What it is"]["choices"]] == ["a", "b", "c"]
+    assert "Threshold" not in parts
+    assert parts["Views"]["value"] == detector.info["views"]
+    image, given = (
+        tmp_path / "i.png",
+        {"f": [str(tmp_path / "i.png")], "v": 2, "s": [1.25, 1.0], "age": " 60", "sex": None},
+    )
+    picture(40, 30).save(image)
+    controls = argparse.Namespace(files="f", tta="v", scales="s", threshold=None, patient={"age": "age", "sex": "sex"})
+    paths, look, meta = app.read_asked(given, controls, detector.info)
+    assert (paths, look, meta) == ([str(image)], service.Look(2, (1.0, 1.25), None, True), {"age": "60"})
+    (answer,) = worker.ask(paths, look, [meta]).result(60)
+    assert answer["probabilities"] == look.of(detector).predict(image, meta)["probabilities"]
+    assert app.map_of(detector, app.keep_answer(str(image), answer, meta), "gradcam").shape == (24, 32)
+    image.unlink()
+    with pytest.raises(InputError, match="drop them again"):
+        app.read_asked(given, controls, detector.info)
+    guarded = service.Guard(service.build_service(worker, tmp_path), service.LOCAL, None, 10**6, 10**6, 5, tmp_path)
+    two = [("files", name, as_png(picture(40, 30))) for name in ("a", "b")]
+    status, both = post(guarded, "/v1/predict", [("meta", "age=20"), ("meta", "sex=male,age=80")], two)
+    assert (status, both[0]["probabilities"] != both[1]["probabilities"]) == (200, True)
+    for options, why in (
+        ([("meta", "sex=x")], "sex=x"),
+        ([("meta", "race=x")], "race"),
+        ([("threshold", "0.5")], "3 classes"),
+    ):
+        status, said = post(guarded, "/v1/predict", options, two)
+        assert (status, why in said["error"]) == (422, True)
+        status, said = post(guarded, "/v1/explain", options, [("file", *two[0][1:])])
+        assert (status, why in said["error"]) == (422, True)
+
+
 def test_app_refuses_to_be_open_by_mistake(detector, tmp_path, monkeypatch):
     for options, why in [
         (("--host", "0.0.0.0"), "anyone there could ask"),
@@ -4255,6 +4308,12 @@ def test_a_person_uses_the_page_slow(page, detector, tmp_path):
         person.find("#beside-box textarea, #beside-box input").send_keys("1 2 30 20")
         person.click("#send")
         person.wait(lambda: "1 in all" in person.text("#said"))
+        driver.get(f"{url}/docs")  # its forms ask, too
+        person.find("form input[type=file]").send_keys(str(tmp_path / order[0]))
+        person.click("form button")
+        person.wait(lambda: len(driver.window_handles) == 2)
+        driver.switch_to.window(driver.window_handles[1])
+        person.wait(lambda: '"prediction":' in person.text("body"))
         assert {u.split("/")[2] for u in person.asked() if u.startswith(("http", "ws"))} == {url[7:]}
         with open(folder / "feedback" / "feedback.csv", newline="") as file:
             (row,) = csv.DictReader(file)
