@@ -274,7 +274,7 @@ CSS = """
 #gallery .grid-wrap { overflow-x: hidden; padding-top: 2.5em; }
 #gallery .grid-container { grid-template-columns: repeat(auto-fill, minmax(110px, 1fr)); }
 html { scroll-padding-top: 5em; }
-.gradio-container { padding-top: 3.5em !important; max-width: 1300px !important; }
+.gradio-container { padding-top: 3.5em !important; max-width: 1300px !important; margin: 0 auto !important; }
 """
 HEAD = f"<div><h1>miniCADx</h1><strong>{DISCLAIMER}</strong></div>"
 HOW = {
@@ -412,7 +412,7 @@ def in_order(items):
 def build_page(gr, worker, args, folder, login):
     """The page, a gradio Blocks; gr is gradio."""
     detector = worker.detector
-    with gr.Blocks(title="miniCADx", analytics_enabled=False) as page:
+    with gr.Blocks(title="miniCADx", analytics_enabled=False, fill_width=True) as page:
         state = gr.State({}, time_to_live=args.keep_minutes * 60)
         gr.HTML(HEAD, elem_id="use")
         with gr.Row():

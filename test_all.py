@@ -4096,7 +4096,7 @@ def test_app_refuses_to_be_open_by_mistake(detector, tmp_path, monkeypatch):
 
 
 @needs_gradio
-def test_a_port_that_is_taken_is_said(detector):
+def test_the_service_says_that_a_port_is_taken(detector):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         assert f"--port {port}: " in error_of(call(app, "--model", detector.path, "--port", port))
