@@ -131,7 +131,7 @@ def main(argv=None):
         serve(app, listener, args.read_seconds)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    return lock
+        lock.close()
 
 
 def build_app(detector, args, folder, login):
@@ -217,41 +217,50 @@ def write_feedback(folder, picture, label, lesion=None, beside=None, box=None, w
     are. Nothing is ever changed or removed; a kill leaves whole files. The picture is named by what it shows, and nothing
     of its file but its pixels is kept. lesion, beside: bool (h, w) of the picture's own pixels, or None; what is "beside the
     point" has a mask of its own (not_this), which says where no evidence should be."""
-    folder, when = Path(folder), datetime.datetime.now(datetime.timezone.utc)
     grey = np.ptp(np.asarray(picture, np.uint8), axis=2).max() == 0
     picture, answer = picture.convert("L") if grey else picture, answer or {}
     shown = hashlib.sha256(np.asarray(picture).tobytes() + repr(picture.size).encode()).hexdigest()[:16]
-    names = {"image": f"pictures/{shown}.png", "mask": "", "not_this": ""}
-    if not (folder / names["image"]).exists():
-        plots.save_png(picture, folder / names["image"])
-    for kind, mask in (("mask", lesion), ("not_this", beside)):
-        if mask is not None and mask.any():
-            names[kind] = f"{kind}/{shown}_{when:%Y%m%dT%H%M%S%f}_{os.getpid()}.png"
-            plots.save_png(Image.fromarray(mask), folder / names[kind])
-    row = names | {"label": label, "box": " ".join(f"{v:g}" for v in box or []), "who": one_line(who or "")[:80]}
-    row |= {"when": when.isoformat(timespec="milliseconds"), "model": model}
+    row = {
+        "image": f"pictures/{shown}.png",
+        "label": label,
+        "box": " ".join(f"{v:g}" for v in box or []),
+        "model": model,
+    }
+    row |= {"who": one_line(who or "").lstrip("=+-@ ")[:80]}  # a spreadsheet would take =... for a formula
     row |= {"said": answer.get("prediction"), "probability": answer.get("probability")}
-    with alone_in(folder):
-        table, text = folder / "feedback.csv", io.StringIO()
-        rows = [own for _, own in read_table(table)[0]] if table.exists() else []
-        writer = csv.DictWriter(text, COLUMNS, extrasaction="ignore", lineterminator="\n")
+    with alone_in(folder) as folder:
+        when, table, text = datetime.datetime.now(datetime.timezone.utc), folder / "feedback.csv", io.StringIO()
+        if not (folder / row["image"]).exists():
+            plots.save_png(picture, folder / row["image"])
+        for kind, mask in (("mask", lesion), ("not_this", beside)):
+            if mask is not None and mask.any():
+                row[kind] = f"{kind}/{shown}_{when:%Y%m%dT%H%M%S%f}.png"
+                plots.save_png(Image.fromarray(mask), folder / row[kind])
+        rows, header = read_table(table) if table.exists() else ([], [])
+        writer = csv.DictWriter(text, list(dict.fromkeys([*header, *COLUMNS])), lineterminator="\n")
         writer.writeheader()
-        writer.writerows([*rows, row])
+        writer.writerows([*(old for _, old in rows), row | {"when": when.isoformat(timespec="milliseconds")}])
         write_atomically(table, text.getvalue().encode())
     return len(rows) + 1
 
 
 @contextlib.contextmanager
 def alone_in(folder):
-    """One writer at a time, of all processes."""
-    with open(Path(folder) / ".lock", "w") as lock:
+    """The folder as a Path, made if it is missing, with one writer at a time, of all processes."""
+    folder = Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = open(folder / ".lock", "w")
+    except OSError as e:
+        raise InputError(f"{folder} can't be written ({e.strerror}); give another --feedback") from None
+    with lock:
         try:
             import fcntl
 
             fcntl.flock(lock, fcntl.LOCK_EX)
         except ImportError:
             pass  # Windows has no such locks
-        yield
+        yield folder
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -349,6 +358,8 @@ def card_text(detector):
     if test:
         lines += ["**How good it is** on held-out images, with 95 % intervals:", "| | |\n|-|-|"]
         lines[-1] += "".join(f"\n| {name.replace('_', ' ')} | {interval_text(m)} |" for name, m in test.items())
+        if told["runs"] > 1:
+            lines += [f"These are of {told['runs']} runs, each on the images that it never saw."]
     else:
         lines += ["**How good it is** is not known: no report.json lies beside the model."]
     if len(told["classes"]) == 2:

@@ -19,6 +19,7 @@ import hmac
 import html
 import io
 import json
+import os
 import re
 import shutil
 import tempfile
@@ -32,6 +33,7 @@ import numpy as np
 
 from data import parse_meta, read_image
 from explain import draw
+from files import parts_of
 from infer import check_views
 from models import DISCLAIMER
 from readers import InputError, one_line
@@ -71,6 +73,11 @@ class Look:
         other.tta, other.scales = check_views(info["views"] if self.tta is None else self.tta, self.scales)
         other.info = info if self.threshold is None else info | {"threshold": self.threshold}
         return other
+
+    def at_once(self, detector):
+        """How many pictures go through the model together: fewer where each is looked at more often, or larger."""
+        looks = (self.tta or detector.info["views"]) * sum(s * s for s in self.scales)
+        return max(1, min(BATCH, round(BATCH * max(5, detector.info["views"]) / looks)))
 
 
 class Worker:
@@ -123,8 +130,11 @@ class Worker:
             if look is None:
                 return batch[0][2].set_result(batch[0][1]())
             pictures = [picture for _, own, _ in batch for picture in own]
-            paths, metas = zip(*pictures, strict=True)
-            answers = iter(look.of(self.detector).predict(list(paths), list(metas), masks=look.masks))
+            detector, most, answers = look.of(self.detector), look.at_once(self.detector), []
+            for start in range(0, len(pictures), most):
+                paths, metas = map(list, zip(*pictures[start : start + most], strict=True))
+                answers += detector.predict(paths, metas, masks=look.masks)
+            answers = iter(answers)
             for _, own, future in batch:
                 future.set_result([next(answers) for _ in own])
         except Exception as e:  # of one alone it is its own; the others' answers do not suffer from it
@@ -144,7 +154,7 @@ def private_folder():
     try:
         import fcntl
     except ImportError:  # Windows
-        return Path(tempfile.mkdtemp(prefix="minicadx-")), None
+        return Path(tempfile.mkdtemp(prefix="minicadx-")), open(os.devnull)
     for old in Path(tempfile.gettempdir()).glob("minicadx-*/.lock"):
         with contextlib.suppress(OSError), open(old) as lock:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -185,7 +195,7 @@ def keep_sweeping(folder, seconds):
 
 def keep_upload(upload, folder):
     """An upload as a file of its own folder, whatever its name leads to: the path."""
-    name = re.sub(r"[^\w.() +-]", "_", re.split(r"[/\\]", upload.filename or "")[-1])[-80:].lstrip(".") or "picture"
+    name = re.sub(r"[^\w.() +-]", "_", re.split(r"[/\\]", upload.filename or "")[-1])[-60:].lstrip(".") or "picture"
     path = Path(tempfile.mkdtemp(dir=folder), name)
     with open(path, "wb") as file:
         shutil.copyfileobj(upload.file, file, 1 << 20)
@@ -206,6 +216,15 @@ async def say(send, status, error, *headers):
     head = [(b"content-type", b"application/json"), (b"connection", b"close"), *headers]
     await send({"type": "http.response.start", "status": status, "headers": head})
     await send({"type": "http.response.body", "body": json.dumps({"error": error}).encode()})
+
+
+async def drop(receive, seconds=2):
+    """Read the rest of a request and forget it: who still sends when a connection is closed does not see the answer."""
+    more, until = True, time.monotonic() + seconds
+    with contextlib.suppress(asyncio.TimeoutError):
+        while more:
+            message = await asyncio.wait_for(receive(), max(0.001, until - time.monotonic()))
+            more = message.get("more_body", False)
 
 
 class Guard:
@@ -231,6 +250,8 @@ class Guard:
         if refusal := self.refuse(scope, headers, most, page):
             if refusal[0] == 401:
                 await asyncio.sleep(1)  # so that guessing takes its time
+            if refusal[0] == 413 and int(headers["content-length"]) <= 2 * most and "expect" not in headers:
+                await drop(receive)
             return await say(send, *refusal)
         await self.pass_on(scope, receive, send, most)
 
@@ -325,12 +346,14 @@ def file_hash(path):
 
 def describe_model(detector):
     """The model's card, as JSON: what it is, what it was trained on, how good it is on images that it never saw (its
-    run's report.json, None where it has none), which map to trust."""
-    info, run = detector.info, Path(detector.path).resolve().parent
+    run's report.json, None where it has none; of several runs, folds, those of each on the images that it never saw), which
+    map to trust."""
+    info, file = detector.info, Path(detector.path).resolve().with_name("report.json")
     report = {}
-    if (run / "report.json").is_file():
-        with contextlib.suppress(ValueError):
-            report = json.loads((run / "report.json").read_text())
+    if file.is_file():
+        with parts_of(file, "move it away, and the model is served without its figures"):
+            report = json.loads(file.read_text())
+            report = {"images": report["data"]["images"], **{k: report.get(k) for k in ("splits", "test", "runs")}}
     told = {
         k: info[k] for k in ("classes", "threshold", "temperature", "lesion_threshold", "views", "size", "channels")
     }
@@ -339,11 +362,11 @@ def describe_model(detector):
     patients = [{k: s[k] for k in ("column", "levels", "mean", "sd") if k in s} for s in info["meta_spec"]]
     trained = {"data": Path(str(info["made"].get("data"))).name}  # where it lay is nobody's business
     trained |= {"placeholder_boxes": bool(info["made"].get("placeholder_boxes"))}
-    trained |= {"images": report.get("data", {}).get("images"), "splits": report.get("splits")}
+    trained |= {k: report.get(k) for k in ("images", "splits")}
     found = any((detector.model.finders, detector.model.tells_outlines))
     return {
-        "model": run.name, "hash": file_hash(detector.path), "members": members, **told, "finds_lesions": found,
-        "patient_data": patients, "trained_on": trained, "test": report.get("test"),
+        "model": file.parent.name, "hash": file_hash(detector.path), "members": members, **told, "finds_lesions": found,
+        "patient_data": patients, "trained_on": trained, "test": report.get("test"), "runs": len(report.get("runs") or [0]),
         "methods": list(METHODS), "recommended_method": method, "note": note, "use": DISCLAIMER,
     }  # fmt: skip
 
@@ -386,6 +409,8 @@ def read_look(tta, scales, threshold, detector):
         scales = tuple(float(s) for s in re.split(r"[\s,]+", scales.strip()))
     except ValueError:
         raise InputError(f"scales {one_line(scales)!r}: give numbers, as in 1,1.25") from None
+    if len(scales) > 8:
+        raise InputError(f"scales: {len(scales)} of them; give 8 or fewer")
     look = Look(tta, scales, threshold)
     look.of(detector)
     return look

@@ -3610,8 +3610,16 @@ def test_what_waits_is_answered_together_in_passes_of_32():
     for i, job in enumerate(jobs):
         assert job.result(30) == [f"{i}a {{'age': {i}}}", f"{i}b None"]
     assert len(large.result(30)) == 70
-    assert [(tta, len(paths)) for tta, paths in detector.seen] == [(1, 32), (2, 32), (1, 8), (2, 8), (1, 70)]
-    assert last.result(30) == 5
+    assert [(tta, len(paths)) for tta, paths in detector.seen] == [
+        (1, 32),
+        (2, 32),
+        (1, 8),
+        (2, 8),
+        (1, 32),
+        (1, 32),
+        (1, 6),
+    ]
+    assert last.result(30) == 7
     release = holding(worker)
     first = worker.ask(["x"])
     assert first.cancel()
@@ -3630,6 +3638,14 @@ def test_one_bad_request_spoils_no_other_and_a_full_queue_is_said():
     assert (good.result(30), other.result(30)) == (["a None"], ["b None"])
     with pytest.raises(InputError, match="bad"):
         bad.result(30)
+    info = argparse.Namespace(info={"views": 5})
+    for look, most in (
+        (service.Look(), 32),
+        (service.Look(1), 32),
+        (service.Look(8, (4.0,)), 1),
+        (service.Look(5, (1.0, 2.0)), 6),
+    ):
+        assert look.at_once(info) == most
     with pytest.raises(InputError, match="3 classes"):
         service.Look(threshold=0.5).of(argparse.Namespace(info={"classes": [0, 1, 2], "views": 1}))
 
@@ -3740,6 +3756,7 @@ def test_each_error_of_the_service_has_its_own_code(served, detector, monkeypatc
         (422, "tta: .*integer", [("tta", "many")], [good]),
         (422, "scales 'a'", [("scales", "a")], [good]),
         (422, "scales nan", [("scales", "nan")], [good]),
+        (422, "scales: 9 of them", [("scales", "1 " * 9)], [good]),
         (422, "threshold: ", [("threshold", "2")], [good]),
         (422, "threshold: ", [("threshold", "nan")], [good]),
         (422, "trained on images alone", [("meta", "age=5")], [good]),
@@ -3831,7 +3848,9 @@ def test_the_guard_reads_no_further_than_it_must(tmp_path):
     assert (status, body, read) == (200, b"1000", 1000)
     assert "default-src 'self'" in headers["content-security-policy"]
     assert headers["cache-control"] == "no-store"
-    assert ask(guard, "POST", "/", bytes(1001), {"content-length": "1001"})[::3] == (413, 0)
+    assert ask(guard, "POST", "/", bytes(1001), {"content-length": "1001", "expect": "100-continue"})[::3] == (413, 0)
+    assert ask(guard, "POST", "/", bytes(2001), {"content-length": "2001"})[::3] == (413, 0)
+    assert ask(guard, "POST", "/", bytes(1500), {"content-length": "1500"})[::3] == (413, 1500)  # forgotten
     status, headers, body, read = ask(guard, "POST", "/", bytes(100_000), piece=100)  # no length is told
     assert (status, read, headers["connection"]) == (413, 1100, "close")
     assert json.loads(body) == {"error": "more than 0.001 MB"}
@@ -3952,10 +3971,18 @@ def test_feedback_is_a_data_set_that_trains(tmp_path):
     app.write_feedback(folder, colour, "benign")
     app.write_feedback(folder, picture(60, 40, 0).convert("RGB"), "malignant", who="B")  # of another opinion
     assert all(p.read_bytes() == content for p, content in before.items())
+    table = (folder / "feedback.csv").read_text().splitlines()  # a person adds a column of her own
+    (folder / "feedback.csv").write_text(
+        "\n".join(f"{line},{'biopsy' if i == 0 else 'B1'}" for i, line in enumerate(table))
+    )
+    app.write_feedback(folder, colour, "benign")
     with open(folder / "feedback.csv", newline="") as file:
         rows = list(csv.DictReader(file))
-    assert list(rows[0]) == app.COLUMNS
-    assert (rows[0]["who"], rows[0]["said"], rows[0]["model"]) == ('=cmd "x",\\n', "benign", "abc")
+    assert rows.pop()["biopsy"] == ""
+    assert {row["biopsy"] for row in rows} == {"B1"}
+    (folder / "feedback.csv").write_text("\n".join(table))
+    assert list(csv.DictReader(table).fieldnames) == app.COLUMNS
+    assert (rows[0]["who"], rows[0]["said"], rows[0]["model"]) == ('cmd "x",\\n', "benign", "abc")
     assert (rows[13]["image"], rows[13]["label"], rows[0]["label"]) == (rows[0]["image"], "malignant", "benign")
     assert np.array_equal(np.asarray(Image.open(folder / rows[1]["not_this"])) > 0, np.roll(mask, 15, 0))
     assert np.array_equal(np.asarray(Image.open(folder / rows[12]["image"])), np.asarray(colour))
