@@ -66,6 +66,7 @@ APP = [
     ("auth", None, "USER:FILE", "ask for this user and the password that the file holds"),
     ("open", False, None, "let anyone who reaches --host in, without a password"),
     ("max-mb", 20.0, (0.001, 1e5), "largest request of the service, and picture of the page"),
+    ("max-megapixels", 25.0, (0.001, 1e5), "largest picture, as each takes memory by its pixels, however small its file"),
     ("queue", 32, (1, 1e6), "requests that may wait; more are told to come back"),
     ("keep-minutes", 10.0, (0.01, 1e5), "how long a picture of the page lies in the temporary folder"),
     ("read-seconds", 60.0, (0.1, 1e5), "how long a request may take to arrive"),
@@ -137,7 +138,7 @@ def main(argv=None):
 def build_app(detector, args, folder, login):
     """The ASGI application: page and service behind the guard. Temporary files of all parts lie in `folder`."""
     os.environ |= {"GRADIO_TEMP_DIR": str(folder), "GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_OFFLINE": "1"}
-    tempfile.tempdir = str(folder)
+    tempfile.tempdir, Image.MAX_IMAGE_PIXELS = str(folder), round(args.max_megapixels * 1e6)
     import gradio as gr  # not before, as it makes its folder at once
 
     worker, most = Worker(detector, args.queue), round(args.max_mb * 1e6)

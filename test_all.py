@@ -4135,7 +4135,20 @@ def page(detector, tmp_path_factory):
     folder = tmp_path_factory.mktemp("page")
     (folder / "tmp").mkdir()
     environment = {**os.environ, "PYTHONPATH": str(HERE), "TMPDIR": str(folder / "tmp"), "OMP_NUM_THREADS": "1"}
-    options = ["--model", detector.path, "--port", 0, "--max-mb", 1, "--read-seconds", 3, "--queue", 40]
+    options = [
+        "--model",
+        detector.path,
+        "--port",
+        0,
+        "--max-mb",
+        1,
+        "--max-megapixels",
+        0.5,
+        "--read-seconds",
+        3,
+        "--queue",
+        40,
+    ]
     command = [sys.executable, HERE / "app.py", *options]
     with subprocess.Popen(
         [*map(str, command)], cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
@@ -4220,6 +4233,7 @@ def bad_contents():
     buffer = io.BytesIO()
     Image.new("1", (10_000, 10_000)).save(buffer, "PNG")
     yield "huge.png", buffer.getvalue()
+    yield "large.png", as_png(Image.new("RGB", (1000, 501)))
     yield "svg.svg", b'<svg xmlns="http://www.w3.org/2000/svg"/>'
     yield "zip.dcm", b"PK\x03\x04" + bytes(100)
 
