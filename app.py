@@ -76,7 +76,7 @@ APP = [
 
 
 def read_login(text):
-    """ "user:password" of a USER:FILE, or None of None."""
+    """The user and the password of a USER:FILE, as in dr:word; None of None."""
     if text is None:
         return None
     user, _, file = text.partition(":")

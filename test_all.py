@@ -2765,7 +2765,7 @@ def test_the_balanced_threshold_has_the_best_balanced_accuracy():
 
 def test_no_option_goes_untested():
     """Every option that -h shows stands in this file, outside this test."""
-    source, modules = Path(__file__).read_text(), (train, search, explain, infer, al_loop, pretrain, bench)
+    source, modules = Path(__file__).read_text(), (train, search, explain, infer, al_loop, pretrain, bench, app)
     for module, *command in [*((m,) for m in modules), (al_loop, "suggest"), (al_loop, "learn")]:
         options = set(re.findall(r"--[a-z][a-z-]+", call(module, *command, "-h").stdout)) - {"--help"}
         assert options
@@ -3998,6 +3998,33 @@ def test_feedback_is_a_data_set_that_trains(tmp_path):
     assert [len(e.masks) for e in entries] == [1] * 4 + [0] * 10
 
 
+def test_train_and_learn_take_the_folder_of_feedback_slow(tmp_path, folders):
+    for i in range(24):
+        kind, image, mask = i % 2, picture(60, 40, 500 + i), np.zeros((40, 60), bool)
+        mask[10:30, 15:45] = True
+        ImageDraw.Draw(image).rectangle([15, 10, 44, 29], fill=250 if kind else 5)
+        app.write_feedback(tmp_path / "f", image.convert("RGB"), ["benign", "malignant"][kind], mask, who="A")
+    run_folder, said, _ = quick(tmp_path, "--name trained", data_folder=tmp_path / "f")
+    assert "24 images" in said
+    assert "boxes: 24" in said
+    assert (run_folder / "model.pt").exists()
+    where = [
+        "--data",
+        folders,
+        "--runs",
+        tmp_path,
+        "--cache",
+        tmp_path / "cache",
+        "--positive",
+        "malignant",
+        "--name",
+        "l",
+    ]
+    result = call(al_loop, "learn", "--labels", tmp_path / "f", *where, *TINY)
+    assert result.returncode == 0, result.stderr
+    assert re.search(r"24 answers: 12 benign.*, 12 malignant", result.stdout)
+
+
 def write_some(folder, seed):
     for i in range(8):
         app.write_feedback(
@@ -4118,7 +4145,7 @@ def test_app_refuses_to_be_open_by_mistake(detector, tmp_path, monkeypatch):
     assert "the file is empty" in error_of(call(app, "--auth", f"dr:{tmp_path}/empty"))
     (tmp_path / "word").write_text("sécret\n")
     assert app.read_login(f"dr:{tmp_path}/word") == "dr:sécret"
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)  # as if nothing were installed
     assert "pip install 'gradio" in error_of(call(app, "--model", detector.path))
 
 
@@ -4129,34 +4156,19 @@ def test_the_service_says_that_a_port_is_taken(detector):
         assert f"--port {port}: " in error_of(call(app, "--model", detector.path, "--port", port))
 
 
-@pytest.fixture(scope="module")
-def page(detector, tmp_path_factory):
+@contextlib.contextmanager
+def started(folder, *options):
     """app.py as a user starts it: its URL, its process, its working folder, the folder of its temporary files."""
-    folder = tmp_path_factory.mktemp("page")
     (folder / "tmp").mkdir()
     environment = {**os.environ, "PYTHONPATH": str(HERE), "TMPDIR": str(folder / "tmp"), "OMP_NUM_THREADS": "1"}
-    options = [
-        "--model",
-        detector.path,
-        "--port",
-        0,
-        "--max-mb",
-        1,
-        "--max-megapixels",
-        0.5,
-        "--read-seconds",
-        3,
-        "--queue",
-        40,
-    ]
-    command = [sys.executable, HERE / "app.py", *options]
+    command = [sys.executable, HERE / "app.py", "--port", 0, *options]
     with subprocess.Popen(
         [*map(str, command)], cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     ) as process:
         lines = []
         for line in process.stdout:
             lines.append(line)
-            if found := re.search(r"http://127.0.0.1:\d+", line):
+            if found := re.search(r"http://[\d.]+:\d+", line):
                 break
         assert process.poll() is None, "".join(lines)
         yield found[0], process, folder, folder / "tmp"
@@ -4164,6 +4176,13 @@ def page(detector, tmp_path_factory):
         process.communicate(timeout=30)
         assert process.returncode == 143
         assert not list((folder / "tmp").iterdir())  # nothing is left behind
+
+
+@pytest.fixture(scope="module")
+def page(detector, tmp_path_factory):
+    small = ["--max-mb", 1, "--max-megapixels", 0.5, "--read-seconds", 3, "--queue", 40]
+    with started(tmp_path_factory.mktemp("page"), "--model", detector.path, *small) as page:
+        yield page
 
 
 def fetch(url, fields=(), files=(), method=None):
@@ -4220,6 +4239,37 @@ def test_the_service_stays_up_whatever_comes_slow(page, detector):
     assert {p.name for p in folder.iterdir()} <= {"tmp", "feedback"}
     assert [p.name for p in temporary.iterdir() if p != private] == []
     assert service.files_in(private) == []
+
+
+@needs_gradio
+def test_the_service_that_is_open_to_all_forgets_pictures_in_time_slow(tmp_path):
+    patients_model(tmp_path / "m.pt")
+    options = [
+        "--model",
+        "m.pt",
+        "--host",
+        "0.0.0.0",
+        "--open",
+        "--keep-minutes",
+        0.05,
+        "--feedback",
+        "told",
+        "--device",
+        "cpu",
+    ]
+    with started(tmp_path, *options) as (url, _, _, temporary):
+        local = url.replace("0.0.0.0", "127.0.0.1")
+        (private,) = (p for p in temporary.iterdir() if p.name.startswith("minicadx"))
+        status, paths = fetch(f"{local}/gradio_api/upload", [], [("files", "../../a.png", as_png(picture()))])
+        (path,) = json.loads(paths)
+        assert (status, Path(path).name, private in Path(path).parents) == (200, "a.png", True)
+        deadline = time.time() + 20
+        while Path(path).exists():
+            assert time.time() < deadline
+            time.sleep(0.2)
+        request = urllib.request.Request(f"{local}/v1/model", headers={"Host": "another.example"})
+        with urllib.request.urlopen(request, timeout=30) as response:
+            assert json.loads(response.read())["classes"] == ["a", "b", "c"]
 
 
 def bad_contents():
@@ -4964,6 +5014,19 @@ def test_the_benchmark_prints_ours_the_floor_and_the_ratio_slow(tmp_path):
     assert "second start: 20 images" in result.stdout
     for line in ("epoch, resnet18", "Grad-CAM, mobilenet_v2", "k-center, resnet18"):
         assert re.search(rf"{line}.*ours +\d+\.\d+ s   floor +\d+\.\d+ s   ratio \d+\.\d+", result.stdout)
+
+
+@needs_gradio
+def test_the_benchmark_of_the_service_counts_answers_of_good_and_hostile_clients_slow(tmp_path):
+    models.save(tmp_path / "m.pt", small_model())
+    result = run(HERE / "bench.py", "--service", tmp_path / "m.pt", "--quick", "--device", "cpu")
+    assert result.returncode == 0, result.stderr
+    lines = [line for line in result.stdout.splitlines() if "pictures/s" in line]
+    assert ["batches of  1", "batches of  1", "batches of 32", "batches of 32"] == [line[12:25] for line in lines]
+    for line in lines:
+        assert float(re.search(r": ([\d.]+) pictures/s", line)[1]) > 0
+        assert re.search(r"codes \{200: \d+\}", line)  # whatever the others send
+    assert set(re.findall(r"(\d+): \d+", lines[3].rpartition("and")[2])) <= {"413", "415"}
 
 
 def test_the_benchmark_weighs_model_files(tmp_path):
