@@ -4149,6 +4149,25 @@ def test_app_refuses_to_be_open_by_mistake(detector, tmp_path, monkeypatch):
     assert "pip install 'gradio" in error_of(call(app, "--model", detector.path))
 
 
+def test_without_a_model_app_trains_that_of_the_phantoms_first(detector, tmp_path, monkeypatch):
+    asked = []
+
+    def trains(options):
+        asked.append(options)
+        (tmp_path / "runs" / "phantoms").mkdir(parents=True)
+        shutil.copy(detector.path, tmp_path / "runs" / "phantoms" / "model.pt")
+        return {}, Path("runs/phantoms")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(train, "main", trains)
+    for _ in range(2):  # once, then it is there
+        assert Path(app.ready_detector(None, "cpu").path) == Path("runs/phantoms/model.pt")
+    assert asked == [["--device", "cpu"]]
+    (tmp_path / "runs" / "phantoms" / "model.pt").write_bytes(b"damaged")
+    with pytest.raises(InputError, match="damaged"):
+        app.ready_detector(None, "cpu")
+
+
 @needs_gradio
 def test_the_service_says_that_a_port_is_taken(detector):
     with socket.create_server(("127.0.0.1", 0)) as taken:
@@ -5022,7 +5041,7 @@ def test_the_benchmark_of_the_service_counts_answers_of_good_and_hostile_clients
     result = run(HERE / "bench.py", "--service", tmp_path / "m.pt", "--quick", "--device", "cpu")
     assert result.returncode == 0, result.stderr
     lines = [line for line in result.stdout.splitlines() if "pictures/s" in line]
-    assert ["batches of  1", "batches of  1", "batches of 32", "batches of 32"] == [line[12:25] for line in lines]
+    assert [line[13:26] for line in lines] == ["batches of  1", "batches of  1", "batches of 32", "batches of 32"]
     for line in lines:
         assert float(re.search(r": ([\d.]+) pictures/s", line)[1]) > 0
         assert re.search(r"codes \{200: \d+\}", line)  # whatever the others send
