@@ -8,6 +8,7 @@
     python bench.py --rows 10000000       k-center alone, on a file of so many embeddings (5 GB)
     python bench.py --pictures 1000000    loading, splitting, an epoch and an answer alone, of so many pictures of 32 px
     python bench.py --clip clip.dcm       frames a second, with fresh networks or with those of --models
+    python bench.py --service A.pt        the service of app.py (needs gradio) under 50 clients, and under hostile ones
 
 The floor of an epoch is the bare forward, backward and AdamW step on one fixed batch, as often as the epoch has steps:
 no shuffling, no augmentation, no logging. The floor of Grad-CAM is one forward pass and a backward pass that stops at
@@ -17,20 +18,26 @@ that of a clip: as many, in batches of 32 frames; nothing is read, nothing lette
 
 import argparse
 import functools
+import http.client
+import io
+import multiprocessing
 import os
 import resource
+import socket
 import statistics
 import subprocess
 import sys
 import tempfile
 import threading
 import time
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 import torchvision
+from PIL import Image
 from torch import nn
 
 import al_loop
@@ -42,8 +49,10 @@ import infer
 import losses
 import models
 import options
+import phantoms
 import query
 import saliency
+import service
 import train
 
 
@@ -420,6 +429,83 @@ def bench_data(source):
             print(f"{what} start: {len(images)} images, {seconds:.2f} s, peak memory of the process {peak:.0f} MB")
 
 
+HEAD = b'--line\r\nContent-Disposition: form-data; name="files"; filename="../../a.png"\r\n\r\n'
+
+
+def as_body(content):
+    return HEAD + content + b"\r\n--line--\r\n"
+
+
+def hostile_bodies():
+    """What else is sent: no picture, of nearly and of more than 20 MB; half a picture; 100 million pixels; nothing."""
+    png = io.BytesIO()
+    Image.new("1", (10_000, 10_000)).save(png, "PNG")
+    return [as_body(c) for c in (bytes(19_900_000), bytes(21_000_000), png.getvalue()[:500], png.getvalue(), b"")]
+
+
+def one_client(address, bodies, until, told):
+    """Ask without a pause; notes (status, seconds), a connection that is cut as status 0."""
+    connection, number = http.client.HTTPConnection(*address, timeout=120), 0
+    while time.time() < until:
+        start, number = time.perf_counter(), number + 1
+        try:
+            try:
+                body = bodies[number % len(bodies)]
+                connection.request("POST", "/v1/predict", body, {"Content-Type": "multipart/form-data; boundary=line"})
+            except (BrokenPipeError, ConnectionResetError):
+                pass  # refused before all was sent: the answer may be there
+            with connection.getresponse() as response:
+                response.read()
+            status = response.status
+        except (OSError, http.client.HTTPException):
+            status = 0
+        told.append((status, time.perf_counter() - start))
+        if status in (0, 413, 503):
+            connection.close()
+            time.sleep(0.1 * (status == 503))
+
+
+def clients(address, good, count, seconds, hostile):
+    """[[(status, seconds)] of the good clients, the same of the hostile]: a process of its own asks."""
+    told, until, bad = [[], []], time.time() + seconds, hostile_bodies() if hostile else []
+    asking = [
+        threading.Thread(target=one_client, args=(address, [as_body(good)], until, told[0])) for _ in range(count)
+    ]
+    asking += [threading.Thread(target=one_client, args=(address, bad, until, told[1])) for _ in range(10 * hostile)]
+    hanging = [socket.create_connection(address) for _ in range(50 * hostile)]
+    for connection in hanging:
+        connection.sendall(b"POST /v1/predict HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9000000\r\n\r\nhalf")
+    for thread in asking:
+        thread.start()
+    for thread in asking:
+        thread.join()
+    return told
+
+
+def bench_service(path, device, seconds):
+    """Pictures a second, and how long an answer takes: one client, 50 one by one, 50 in batches, and with hostile ones."""
+    detector, picture = infer.BreastCancerDetector(path, device), io.BytesIO()
+    Image.fromarray(phantoms.phantoms(1, 256)[0][0, 0].numpy()).save(picture, "PNG")
+    print(f"{path}: a picture of 256 x 256 pixels, {detector.tta} views, {seconds:.0f} s each")
+    with tempfile.TemporaryDirectory() as folder, multiprocessing.get_context("spawn").Pool(1) as pool:
+        worker, listener = service.Worker(detector, 64), socket.create_server(("127.0.0.1", 0), backlog=256)
+        guard = service.Guard(service.build_service(worker, folder), service.LOCAL, None, 20e6, 640e6, 20, Path(folder))
+        threading.Thread(target=service.serve, args=(guard, listener, 20), daemon=True).start()
+        address = listener.getsockname()
+        for batch, count, hostile in ((1, 1, False), (1, 50, False), (32, 50, False), (32, 50, True)):
+            service.BATCH, before = batch, time.process_time()
+            good, bad = pool.apply(clients, (address, picture.getvalue(), count, seconds, hostile))
+            took = sorted(t for status, t in good if status == 200)
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+            print(
+                f"{count:3d} clients, batches of {batch:2d}{', and hostile ones' if hostile else ''}: {len(took) / seconds:.1f} pictures/s,"
+                f" median {took[len(took) // 2]:.3f} s, 99 % {took[int(len(took) * 0.99)]:.3f} s,"
+                f" {(time.process_time() - before) / len(took) * 1000:.1f} ms of CPU each, peak memory {peak:.0f} MB,"
+                f" codes {dict(Counter(status for status, _ in good))}{f' and {dict(Counter(s for s, _ in bad))}' if bad else ''}",
+                flush=True,
+            )
+
+
 def main(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--data", help="also time the loading of this data set")
@@ -433,6 +519,7 @@ def main(argv=None):
     p.add_argument("--pictures", type=int, default=0, help="time the steps on so many pictures, and nothing else")
     p.add_argument("--models", nargs="+", default=[], metavar="FILE", help="time these model files, and nothing else")
     p.add_argument("--clip", metavar="FILE", help="time this clip, and nothing else")
+    p.add_argument("--service", metavar="FILE", help="ask the service for answers of this model file, and nothing else")
     args = p.parse_args(argv)
     if args.sharing:
         return time_epoch(args.quick)
@@ -452,6 +539,8 @@ def main(argv=None):
         bench_pictures(args.pictures, device)
     if args.rows or args.pictures:
         return None
+    if args.service:
+        return bench_service(args.service, device, 2 if args.quick else 60)
     if args.data:
         bench_data(args.data)
     on_gpu = device.type != "cpu"

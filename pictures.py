@@ -131,6 +131,8 @@ def open_frames(source):
         yield dicom.count_frames(header), lambda *which: dicom_frames(source, header, *which)
         return
     with open_image(source) as image:
+        if image.width * image.height > Image.MAX_IMAGE_PIXELS:  # the filter of warnings is not ours alone
+            raise Image.DecompressionBombError
         pages = pages_of(image)
         yield len(pages), lambda numbers, _: pillow_frames(image, pages, numbers)
 

@@ -296,11 +296,11 @@ def colour_bar(height, top):
     return bar
 
 
-def overlay(image, box=None, caption="", heat=None, top=None, mask=None):
+def overlay(image, box=None, caption="", heat=None, top=None, mask=None, opacity=0.75):
     """A PIL image with a box (in pixels of the frame it is a part of, see pictures.Origin) and a caption below, drawn so that the shorter side has 320 px, as far as
     the longer one then has no more than 960; smaller ones are enlarged, larger ones stay.
 
-    heat: (h, w) of any size, raw; laid over the picture, opaque where it is strong, with a colour bar that tells its
+    heat: (h, w) of any size, raw; laid over the picture, of `opacity` where it is strongest, with a colour bar that tells its
     numbers, from 0 to `top` (default: its own largest). Negative values are not drawn, and a map without positive ones
     is said to hold no evidence. mask: bool (h, w) of the whole frame, whose edge is drawn. The sheet is as wide without a heat map, so that both lie in one page."""
     scale, about = max(1.0, min(320 / min(image.size), 960 / max(image.size))), origin(image)
@@ -311,8 +311,8 @@ def overlay(image, box=None, caption="", heat=None, top=None, mask=None):
         top = top or high
         strength = Image.fromarray(np.asarray(heat, np.float32) / top).resize((w, h), Image.Resampling.BILINEAR)
         strength = np.asarray(strength).clip(0, 1)
-        opacity = Image.fromarray((strength**0.7 * 190).astype(np.uint8))
-        picture.paste(Image.fromarray(colour_map(strength)), (0, 0), opacity)
+        alpha = Image.fromarray((strength**0.7 * 255 * opacity).astype(np.uint8))
+        picture.paste(Image.fromarray(colour_map(strength)), (0, 0), alpha)
         bar = colour_bar(max(h, 80), top)
     draw_box(
         picture,

@@ -11,6 +11,7 @@ What lies there decides which reader is taken:
     FOLDER/train/CLASS/*, FOLDER/val/CLASS/*, FOLDER/test/CLASS/*     (or training_set, testing_set)
     FOLDER/PATIENT/0/*, FOLDER/PATIENT/1/*                    (IDC histopathology; a patient is never split)
     FILE.csv              one row an image; flags name the columns
+    FOLDER/feedback.csv   the same, of a folder that app.py writes
     FOLDER/*.png          no labels: a pool to predict on
 
 Where *.png stands any image may lie, DICOM files too, also under names without an ending. The patient that a DICOM file
@@ -223,11 +224,18 @@ def npz_split(path, split, arrays):
 COLUMNS = dict.fromkeys(("image", "label", "group", "split", "mask", "box", "meta"))
 
 
+def table_of(path):
+    """A folder of feedback, see app.py, stands for the table in it; anything else for itself."""
+    table = Path(path) / "feedback.csv"
+    return table if table.is_file() else Path(path)
+
+
 def read_csv(path, columns):
     """One row an image. `columns` names the columns: image, label, group, split, mask, box, meta (see COLUMNS).
 
     The image column holds a path, absolute or relative to the CSV, or a bare name or id that is looked up, with or
     without its ending, in the CSV's folder and below."""
+    path = table_of(path)
     rows, header = read_table(path)
     columns = choose_columns(path, columns, header)
     find, entries = finder(Path(path).parent), []
@@ -367,7 +375,7 @@ def read_source(source, columns, folder):
     """Choose the reader by what lies there."""
     if source == "breastmnist":
         source = download_breastmnist(folder)
-    path = Path(source)
+    path = table_of(source)
     if not path.exists():
         raise InputError(f"--data {source}: no such file or folder")
     if path.suffix.lower() == ".npz":

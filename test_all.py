@@ -6,10 +6,15 @@ HAM10000/). The order is that of the house, from the ground floor up; then the f
 
 import argparse
 import ast
+import asyncio
+import base64
+import concurrent.futures
 import contextlib
 import copy
 import csv
 import dataclasses
+import hashlib
+import html
 import importlib.util
 import io
 import itertools
@@ -23,7 +28,12 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
+import threading
+import time
 import tracemalloc
+import urllib.error
+import urllib.request
 import zipfile
 from pathlib import Path
 
@@ -40,6 +50,7 @@ from torch.utils._pytree import tree_leaves
 
 import al_loop
 import answers
+import app
 import augment
 import backbones
 import bench
@@ -65,6 +76,7 @@ import readers
 import report
 import saliency
 import search
+import service
 import train
 import transfer
 from options import check_against, parse, prepare_folder, run_jobs, run_main
@@ -3533,7 +3545,7 @@ def test_the_balanced_threshold_has_the_best_balanced_accuracy():
 
 def test_no_option_goes_untested():
     """Every option that -h shows stands in this file, outside this test."""
-    source, modules = Path(__file__).read_text(), (train, search, explain, infer, al_loop, pretrain, bench)
+    source, modules = Path(__file__).read_text(), (train, search, explain, infer, al_loop, pretrain, bench, app)
     for module, *command in [*((m,) for m in modules), (al_loop, "suggest"), (al_loop, "learn")]:
         options = set(re.findall(r"--[a-z][a-z-]+", call(module, *command, "-h").stdout)) - {"--help"}
         assert options
@@ -5281,6 +5293,919 @@ def test_what_export_refuses(export_folder, tmp_path, monkeypatch):
     assert "pip install onnx onnxscript onnxruntime" in error_of(call(export, export_folder))
 
 
+# service.py and app.py: pictures over HTTP, the page, feedback
+
+needs_gradio = pytest.mark.skipif(importlib.util.find_spec("gradio") is None, reason="gradio is not installed")
+drives = shutil.which("chromium") and shutil.which("chromedriver") and importlib.util.find_spec("selenium")
+needs_browser = pytest.mark.skipif(not drives, reason="chromium, chromium-driver and selenium are not all installed")
+
+
+class Slowly:
+    """A detector that notes which pictures came together, and answers their names."""
+
+    def __init__(self):
+        self.info, self.seen = {"classes": ["benign", "malignant"], "views": 1, "threshold": 0.5}, []
+
+    def predict(self, paths, metas, masks=False):
+        if "bad" in paths:
+            raise InputError("bad")
+        self.seen.append((self.tta, paths))
+        return [f"{path} {meta}" for path, meta in zip(paths, metas, strict=True)]
+
+
+def holding(worker):
+    """A function that lets a worker go on, which does nothing until then."""
+    let, began = threading.Event(), threading.Event()
+    worker.run(lambda: (began.set(), let.wait(30)))
+    assert began.wait(30)
+    return let.set
+
+
+def test_what_waits_is_answered_together_in_passes_of_32():
+    detector = Slowly()
+    worker = service.Worker(detector, most=100)
+    release = holding(worker)
+    looks = [service.Look(), service.Look(tta=2)]
+    jobs = [worker.ask([f"{i}a", f"{i}b"], looks[i % 2], [{"age": i}, None]) for i in range(40)]
+    large, last = worker.ask([str(i) for i in range(70)]), worker.run(lambda: len(detector.seen))
+    release()
+    for i, job in enumerate(jobs):
+        assert job.result(30) == [f"{i}a {{'age': {i}}}", f"{i}b None"]
+    assert len(large.result(30)) == 70
+    assert [(tta, len(paths)) for tta, paths in detector.seen] == [
+        (1, 32),
+        (2, 32),
+        (1, 8),
+        (2, 8),
+        (1, 32),
+        (1, 32),
+        (1, 6),
+    ]
+    assert last.result(30) == 7
+    release = holding(worker)
+    first = worker.ask(["x"])
+    assert first.cancel()
+    release()
+    assert worker.ask(["y"]).result(30) == ["y None"]  # who went away leaves the others their answers
+
+
+def test_one_bad_request_spoils_no_other_and_a_full_queue_is_said():
+    worker = service.Worker(Slowly(), most=3)
+    release = holding(worker)
+    good, bad, other = worker.ask(["a"]), worker.ask(["bad"]), worker.ask(["b"])
+    for more in (lambda: worker.ask(["c"]), lambda: worker.run(print)):
+        with pytest.raises(service.Full, match="3 requests wait"):
+            more()
+    release()
+    assert (good.result(30), other.result(30)) == (["a None"], ["b None"])
+    with pytest.raises(InputError, match="bad"):
+        bad.result(30)
+    info = argparse.Namespace(info={"views": 5})
+    for look, most in (
+        (service.Look(), 32),
+        (service.Look(1), 32),
+        (service.Look(8, (4.0,)), 1),
+        (service.Look(5, (1.0, 2.0)), 6),
+    ):
+        assert look.at_once(info) == most
+    with pytest.raises(InputError, match="3 classes"):
+        service.Look(threshold=0.5).of(argparse.Namespace(info={"classes": [0, 1, 2], "views": 1}))
+
+
+def form(fields=(), files=(), boundary=b"line"):
+    """(body, headers) of multipart/form-data. files: [(field, file name, bytes)]."""
+    parts = [f'Content-Disposition: form-data; name="{k}"\r\n\r\n{v}'.encode() for k, v in fields]
+    for field, name, content in files:
+        head = f'Content-Disposition: form-data; name="{field}"; filename="{name}"\r\nContent-Type: image/png\r\n\r\n'
+        parts.append(head.encode() + content)
+    body = b"".join(b"--" + boundary + b"\r\n" + part + b"\r\n" for part in parts) + b"--" + boundary + b"--\r\n"
+    return body, {"content-type": "multipart/form-data; boundary=line", "content-length": str(len(body))}
+
+
+def ask(app, method, path, body=b"", headers=None, piece=65536, silent=False):
+    """(status, headers, body, bytes that were read) of one request to an ASGI application. silent: half of the body never
+    comes."""
+    pieces, said, read = [body[i : i + piece] for i in range(0, len(body), piece)] or [b""], [], 0
+    pieces = pieces[: len(pieces) // 2] if silent else pieces
+    waiting = iter(pieces)
+
+    async def receive():
+        nonlocal read
+        if (part := next(waiting, None)) is None:
+            await asyncio.sleep(30)
+            return {"type": "http.disconnect"}
+        read += len(part)
+        return {"type": "http.request", "body": part, "more_body": silent or part is not pieces[-1]}
+
+    async def send(message):
+        said.append(message)
+
+    headers = {"host": "localhost:7860"} | (headers or {})
+    scope = {
+        "type": "http", "asgi": {"version": "3.0"}, "http_version": "1.1", "method": method, "path": path, "scheme": "http",
+        "raw_path": path.encode(), "query_string": b"", "root_path": "", "client": ("127.0.0.1", 1), "server": ("localhost", 7860),
+        "headers": [(k.encode(), v.encode()) for k, v in headers.items()],
+    }  # fmt: skip
+    with contextlib.suppress(RuntimeError):  # a bug is answered, and then told to the log
+        asyncio.run(app(scope, receive, send))
+    start, *rest = said
+    content = b"".join(m.get("body", b"") for m in rest)
+    return start["status"], {k.decode().lower(): v.decode() for k, v in start["headers"]}, content, read
+
+
+def post(app, path, fields=(), files=(), **more):
+    """(status, JSON or bytes) of a form."""
+    body, headers = form(fields, files)
+    status, told, content, _ = ask(app, "POST", path, body, headers | more)
+    return status, json.loads(content) if told["content-type"] == "application/json" else content
+
+
+def as_png(image):
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+@pytest.fixture
+def served(detector, tmp_path):
+    """The service with a guard of 100 kB, its worker, and its folder."""
+    worker = service.Worker(detector, 2)
+    guarded = service.Guard(
+        service.build_service(worker, tmp_path), service.LOCAL, None, 100_000, 1_000_000, 5, tmp_path
+    )
+    return guarded, worker, tmp_path
+
+
+@needs_gradio
+def test_the_service_says_what_infer_says_and_keeps_nothing(served, detector):
+    app, _, folder = served
+    images = [picture(48, 48, 3), picture(80, 40, 4)]
+    files = [
+        ("files", "../../a.png", as_png(images[0])),
+        ("files", "b c.png", as_png(images[1])),
+        ("files", "c.png", b"no"),
+    ]
+    status, answers = post(app, "/v1/predict", [("tta", 2), ("scales", "1, 1.25"), ("threshold", 0.3)], files)
+    assert (status, [a["image"] for a in answers]) == (200, ["a.png", "b c.png", "c.png"])
+    other = service.Look(2, (1.0, 1.25), 0.3).of(detector)
+    for image, said in zip(images, answers[:2], strict=True):
+        expected = other.predict(image) | {"image": said["image"]}
+        assert list(said) == KEYS
+        assert said["probability"] == pytest.approx(expected["probability"], abs=1e-6)
+        assert (said["prediction"], said["refer"]) == (expected["prediction"], expected["refer"])
+    assert "not an image" in answers[2]["error"]
+    assert not list(folder.iterdir())
+    assert detector.info["threshold"] == 0.5
+    status, model = ask(app, "GET", "/v1/model")[::2]
+    model = json.loads(model)
+    assert (status, model["classes"], model["test"]) == (200, ["benign", "malignant"], None)
+    assert model["hash"] == hashlib.sha256(Path(detector.path).read_bytes()).hexdigest()[:16]
+    assert json.loads(ask(app, "GET", "/health")[2]) == {"status": "ok", "waiting": 0}
+
+
+@needs_gradio
+def test_each_error_of_the_service_has_its_own_code(served, detector, monkeypatch):
+    app, worker, folder = served
+    good, bad = ("files", "a.png", as_png(picture(48, 48))), ("files", "b.png", b"\x89PNG\r\n\x1a\nno")
+    huge = io.BytesIO()
+    Image.new("1", (10_000, 10_000)).save(huge, "PNG")
+    for code, why, fields, sent in [
+        (415, "b.png: not an image|b.png: damaged", [], [bad]),
+        (415, "h.png: more than", [], [("files", "h.png", huge.getvalue())]),
+        (415, "empty", [], [("files", "empty", b"")]),
+        (422, "files: Field required", [], []),
+        (422, "tta 9: give 1 to 8", [("tta", 9)], [good]),
+        (422, "tta: .*integer", [("tta", "many")], [good]),
+        (422, "scales 'a'", [("scales", "a")], [good]),
+        (422, "scales nan", [("scales", "nan")], [good]),
+        (422, "scales: 9 of them", [("scales", "1 " * 9)], [good]),
+        (422, "threshold: ", [("threshold", "2")], [good]),
+        (422, "threshold: ", [("threshold", "nan")], [good]),
+        (422, "trained on images alone", [("meta", "age=5")], [good]),
+        (422, "2 patients for 1", [("meta", "age=5"), ("meta", "age=6")], [good]),
+        (413, "more than 0.1 MB", [], [("files", "a.png", bytes(100_000))]),
+    ]:
+        status, said = post(app, "/v1/predict", fields, sent)
+        assert (status, list(said)) == (code, ["error"]), said
+        assert re.search(why, said["error"]), said
+    one = [("file", "a.png", good[2])]
+    for code, fields, sent in [
+        (415, [], [("file", "a.png", b"no")]), (422, [("method", "guess")], one), (422, [("target", "cat")], one),
+        (422, [("method", "smoothgrad"), ("target", "benign")], one), (422, [("format", "gif")], one), (422, [], []),
+    ]:  # fmt: skip
+        assert post(app, "/v1/explain", fields, sent)[0] == code, (fields, sent)
+    assert ask(app, "GET", "/v1/predict")[0] == 405
+    assert ask(app, "GET", "/nowhere")[0] == 404
+    assert ask(app, "POST", "/v1/predict", b"{", {"content-type": "multipart/form-data"})[0] in (400, 422)
+    release = holding(worker)
+    worker.ask(["a"]), worker.ask(["b"])
+    body, headers = form([], [good])
+    status, told, content, _ = ask(app, "POST", "/v1/predict", body, headers)
+    assert (status, told["retry-after"]) == (503, "1")
+    assert "wait already" in json.loads(content)["error"]
+    release()
+
+    def broken(*_):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(detector.model, "look", broken)
+    status, said = post(app, "/v1/predict", [], [good])
+    assert (status, "fault of this program" in said["error"]) == (500, True)
+    assert not list(folder.iterdir())
+
+
+@needs_gradio
+def test_the_service_explains_as_explain_does(served, detector):
+    app, _, _ = served
+    image = picture(64, 40, 5)
+    for method in ("gradcam", "ig"):
+        answer = detector.predict(image)
+        status, content = post(
+            app, "/v1/explain", [("method", method), ("format", "npy")], [("file", "a.png", as_png(image))]
+        )
+        expected = report.explain_picture(
+            detector.model, image, method, detector.info["classes"].index(answer["prediction"])
+        )
+        assert status == 200
+        np.testing.assert_allclose(np.load(io.BytesIO(content)), expected[0], atol=1e-5)
+        status, page = post(app, "/v1/explain", [("method", method)], [("file", "a.png", as_png(image))])
+        assert (status, Image.open(io.BytesIO(page)).format) == (200, "PNG")
+    maps = [
+        np.load(io.BytesIO(post(app, "/v1/explain", [("format", "npy"), ("method", "ig"), ("target", t)], [("file", "a", as_png(image))])[1]))
+        for t in detector.info["classes"]
+    ]  # fmt: skip
+    assert maps[0].max() > 0
+    np.testing.assert_allclose(maps[0], -maps[1], atol=1e-4)
+
+
+@needs_gradio
+def test_the_docs_are_one_page_that_asks_nobody_else(served):
+    app, _, _ = served
+    status, _, page, _ = ask(app, "GET", "/docs")
+    schema = json.loads(ask(app, "GET", "/openapi.json")[2])
+    assert status == 200
+    assert set(schema["paths"]) == {"/v1/predict", "/v1/explain", "/v1/model", "/health"}
+    for path in schema["paths"]:
+        assert f'action="{path}"' in page.decode()
+    assert not re.search(r'(src|href)="(https?:)?//', page.decode())
+    assert page.count(b'type="file"') == 2
+    assert b"<option>layercam</option>" in page
+
+
+async def read_all(scope, receive, send):
+    """An application that reads what comes, and says how much that was."""
+    count, more = 0, True
+    while more:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            raise RuntimeError("gone")
+        count, more = count + len(message["body"]), message["more_body"]
+    await send({"type": "http.response.start", "status": 200, "headers": []})
+    await send({"type": "http.response.body", "body": str(count).encode()})
+
+
+def test_the_guard_reads_no_further_than_it_must(tmp_path):
+    guard = service.Guard(read_all, service.LOCAL, None, 1000, 1500, 0.3, tmp_path)
+    status, headers, body, read = ask(guard, "POST", "/", bytes(1000))
+    assert (status, body, read) == (200, b"1000", 1000)
+    assert "default-src 'self'" in headers["content-security-policy"]
+    assert headers["cache-control"] == "no-store"
+    assert ask(guard, "POST", "/", bytes(1001), {"content-length": "1001", "expect": "100-continue"})[::3] == (413, 0)
+    assert ask(guard, "POST", "/", bytes(2001), {"content-length": "2001"})[::3] == (413, 0)
+    assert ask(guard, "POST", "/", bytes(1500), {"content-length": "1500"})[::3] == (413, 1500)  # forgotten
+    status, headers, body, read = ask(guard, "POST", "/", bytes(100_000), piece=100)  # no length is told
+    assert (status, read, headers["connection"]) == (413, 1100, "close")
+    assert json.loads(body) == {"error": "more than 0.001 MB"}
+    began = time.time()
+    assert ask(guard, "POST", "/", bytes(900), piece=100, silent=True)[0] == 408
+    assert time.time() - began < 5
+    guard.held = 1000  # others are sending
+    assert ask(guard, "POST", "/", bytes(900))[0] == 503
+    assert guard.held == 1000
+    (tmp_path / "a").write_bytes(bytes(1501))
+    assert ask(guard, "POST", "/gradio_api/upload", bytes(900))[::3] == (503, 0)
+    assert ask(guard, "GET", "/")[0] == 200
+
+
+def test_the_guard_lets_nobody_in_who_should_not_be(tmp_path):
+    guard = service.Guard(read_all, service.LOCAL, None, 1000, 1000, 5, tmp_path)
+    for host in ("localhost", "127.0.0.1:7860", "[::1]:7860", "LOCALHOST:1"):
+        assert ask(guard, "GET", "/", headers={"host": host})[0] == 200
+    for host in ("evil.example", "127.0.0.1.evil.example:7860", ""):  # DNS rebinding
+        assert ask(guard, "GET", "/", headers={"host": host})[0] == 403
+    for site, code in (
+        ("http://localhost:7860", 200),
+        ("http://evil.example", 403),
+        ("null", 403),
+        ("https://localhost", 403),
+    ):
+        assert ask(guard, "POST", "/", headers={"origin": site})[0] == code
+    guard = service.Guard(read_all, None, "dr:sécret", 1000, 1000, 5, tmp_path)
+    words = ["", "Basic", "Basic !!", "Basic ZHI6", "Bearer " + base64.b64encode("dr:sécret".encode()).decode()]
+    for word in words:
+        status, headers, _, _ = ask(guard, "GET", "/v1/model", headers={"authorization": word, "host": "any"})
+        assert (status, headers["www-authenticate"].startswith("Basic")) == (401, True)
+    word = "Basic " + base64.b64encode("dr:sécret".encode()).decode()
+    assert ask(guard, "GET", "/v1/model", headers={"authorization": word})[0] == 200
+    assert ask(guard, "GET", "/health")[0] == 200
+
+
+def test_pictures_lie_in_a_private_folder_whatever_their_names(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    folder, lock = service.private_folder()
+    assert folder.stat().st_mode & 0o777 == 0o700
+    for name in (
+        "../../x.png",
+        "/etc/passwd",
+        "..\\..\\y.png",
+        "..",
+        ".lock",
+        "",
+        None,
+        "a\0b\n.png",
+        "é" * 300 + ".dcm",
+    ):
+        path = service.keep_upload(argparse.Namespace(filename=name, file=io.BytesIO(b"1")), folder)
+        assert path.resolve().parent.parent == folder.resolve()
+        assert not path.name.startswith(".")
+        assert path.suffix == Path((name or "").replace("\\", "/")).suffix.replace("\0", "_") or name in (
+            "..",
+            ".lock",
+            "/etc/passwd",
+        )
+    assert {p.name for p in tmp_path.iterdir()} == {folder.name}
+    service.sweep(folder, 60)
+    assert len(service.files_in(folder)) == 9
+    service.sweep(folder, -1)
+    assert [p.name for p in folder.iterdir()] == [".lock"]
+    second, _other = service.private_folder()  # leaves the first alone, whose lock is held
+    assert folder.exists()
+    lock.close()
+    third, _another = service.private_folder()  # as after a kill
+    assert (folder.exists(), second.exists(), third.exists()) == (False, True, True)
+
+
+def test_strokes_become_masks_of_the_picture_that_was_painted_on():
+    image = picture(300, 200, 1).convert("RGB")
+    shown = app.to_paint(image)
+    assert shown.size == (640, 427)
+    layer = Image.new("RGBA", shown.size)
+    ImageDraw.Draw(layer).ellipse([100, 100, 300, 250], outline=(*app.LESION, 255), width=12)
+    ImageDraw.Draw(layer).rectangle([500, 20, 560, 60], fill=(*app.BESIDE, 255))
+    ImageDraw.Draw(layer).line([400, 300, 500, 300], fill=(*app.LESION, 255), width=9)  # encloses nothing
+    lesion, beside = app.painted({"background": shown, "layers": [layer], "composite": None}, image)
+    true, scale = Image.new("1", shown.size), 300 / 640
+    ImageDraw.Draw(true).ellipse([100, 100, 300, 250], fill=1)
+    ImageDraw.Draw(true).line([400, 300, 500, 300], fill=1, width=9)
+    true = np.asarray(true.resize(image.size))
+    assert lesion.shape == beside.shape == (200, 300)
+    assert (lesion & true).sum() / (lesion | true).sum() > 0.97
+    assert data.box_of(beside) == pytest.approx(np.array([500, 20, 561, 61]) * scale, abs=1.5)
+    assert app.painted({"background": None, "layers": [Image.new("RGBA", shown.size)]}, image) == [None, None]
+    assert app.painted(None, image) == [None, None]
+    for background in (None, app.to_paint(picture(300, 200, 2))):
+        with pytest.raises(InputError, match="not the one chosen"):
+            app.painted({"background": background, "layers": [layer]}, image)
+    whole = app.filled(np.ones((5, 700), bool))
+    assert whole.all()
+    assert not app.filled(np.zeros((9, 9), bool)).any()
+    for wrong in ("1 2 3", "a b c d", "5 5 5 9", "0 0 301 20", "-1 0 5 5", "nan 0 5 5"):
+        with pytest.raises(InputError, match="give x_min"):
+            app.read_box(wrong, image.size)
+    assert app.read_box("1, 2.5; 30 40", image.size) == [1, 2.5, 30, 40]
+    assert app.read_box("  ", image.size) is None
+
+
+def test_feedback_is_a_data_set_that_trains(tmp_path):
+    folder, mask = tmp_path / "feedback", np.zeros((40, 60), bool)
+    mask[10:20, 15:45] = True
+    for i in range(12):
+        label = ["benign", "malignant"][i % 2]
+        lesion, box = (mask, None) if i < 4 else (None, [1, 2, 30, 20.5]) if i < 6 else (None, None)
+        beside = np.roll(mask, 15, 0) if i == 1 else None
+        who, answer = '=cmd "x",\n', {"prediction": "benign", "probability": 0.25}
+        count = app.write_feedback(
+            folder, picture(60, 40, i).convert("RGB"), label, lesion, beside, box, who, answer, "abc"
+        )
+        assert count == i + 1
+    colour = picture(60, 40, 99, "RGB")
+    before = {p: p.read_bytes() for p in folder.rglob("*.png")}
+    app.write_feedback(folder, colour, "benign")
+    app.write_feedback(folder, picture(60, 40, 0).convert("RGB"), "malignant", who="B")  # of another opinion
+    assert all(p.read_bytes() == content for p, content in before.items())
+    table = (folder / "feedback.csv").read_text().splitlines()  # a person adds a column of her own
+    (folder / "feedback.csv").write_text(
+        "\n".join(f"{line},{'biopsy' if i == 0 else 'B1'}" for i, line in enumerate(table))
+    )
+    app.write_feedback(folder, colour, "benign")
+    with open(folder / "feedback.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert rows.pop()["biopsy"] == ""
+    assert {row["biopsy"] for row in rows} == {"B1"}
+    (folder / "feedback.csv").write_text("\n".join(table))
+    assert list(csv.DictReader(table).fieldnames) == app.COLUMNS
+    assert (rows[0]["who"], rows[0]["said"], rows[0]["model"]) == ('cmd "x",\\n', "benign", "abc")
+    assert (rows[13]["image"], rows[13]["label"], rows[0]["label"]) == (rows[0]["image"], "malignant", "benign")
+    assert np.array_equal(np.asarray(Image.open(folder / rows[1]["not_this"])) > 0, np.roll(mask, 15, 0))
+    assert np.array_equal(np.asarray(Image.open(folder / rows[12]["image"])), np.asarray(colour))
+    images = quiet_load(folder, 64)
+    assert (len(images), images.classes) == (14, ["benign", "malignant"])
+    assert [int(v) for v in images.labels] == [["benign", "malignant"].index(r["label"]) for r in rows]
+    assert images.outlined.tolist() == [True] * 6 + [False] * 8
+    assert images.masks.flatten(1).any(1).tolist() == [True] * 4 + [False] * 10
+    assert images.groups[0] == images.groups[13]
+    assert quiet_load(folder / "feedback.csv", 64).names == images.names
+    entries = al_loop.read_answers(folder, ["benign", "malignant"])
+    assert [e.label for e in entries] == images.labels.tolist()
+    assert [len(e.masks) for e in entries] == [1] * 4 + [0] * 10
+
+
+def test_train_and_learn_take_the_folder_of_feedback_slow(tmp_path, folders):
+    for i in range(24):
+        kind, image, mask = i % 2, picture(60, 40, 500 + i), np.zeros((40, 60), bool)
+        mask[10:30, 15:45] = True
+        ImageDraw.Draw(image).rectangle([15, 10, 44, 29], fill=250 if kind else 5)
+        app.write_feedback(tmp_path / "f", image.convert("RGB"), ["benign", "malignant"][kind], mask, who="A")
+    run_folder, said, _ = quick(tmp_path, "--name trained", data_folder=tmp_path / "f")
+    assert "24 images" in said
+    assert "boxes: 24" in said
+    assert (run_folder / "model.pt").exists()
+    where = [
+        "--data",
+        folders,
+        "--runs",
+        tmp_path,
+        "--cache",
+        tmp_path / "cache",
+        "--positive",
+        "malignant",
+        "--name",
+        "l",
+    ]
+    result = call(al_loop, "learn", "--labels", tmp_path / "f", *where, *TINY)
+    assert result.returncode == 0, result.stderr
+    assert re.search(r"24 answers: 12 benign.*, 12 malignant", result.stdout)
+
+
+def write_some(folder, seed):
+    for i in range(8):
+        app.write_feedback(
+            folder, picture(40, 40, seed + i).convert("RGB"), "benign", np.ones((40, 40), bool), who=str(seed)
+        )
+
+
+def test_feedback_of_three_processes_at_once_and_a_kill_loses_nothing_slow(tmp_path):
+    code = "import sys, test_all; test_all.write_some(sys.argv[1], int(sys.argv[2]))"
+    command = [sys.executable, "-c", code, str(tmp_path / "feedback")]
+    environment = {**os.environ, "PYTHONPATH": str(HERE)}
+    workers = [subprocess.Popen([*command, str(n)], env=environment) for n in (100, 200, 300)]
+    table = tmp_path / "feedback" / "feedback.csv"
+    deadline = time.time() + 100
+    while not table.exists() and time.time() < deadline:
+        time.sleep(0.002)
+    workers[0].kill()
+    assert [w.wait(100) for w in workers[1:]] == [0, 0]
+    workers[0].wait(100)
+    with open(table, newline="") as file:
+        rows = list(csv.DictReader(file))
+    for seed in ("200", "300"):
+        assert sum(row["who"] == seed for row in rows) == 8
+    for row in rows:
+        for name in (row["image"], row["mask"]):
+            assert Image.open(table.parent / name).size == (40, 40)
+    count = len(rows)
+    assert app.write_feedback(table.parent, picture(40, 40, 7).convert("RGB"), "benign") == count + 1  # no lock is left
+
+
+def test_the_page_says_names_and_numbers_as_they_are(detector):
+    item = {"name": "<img src=x>.png", "answer": detector.predict(picture(48, 48, 3)), "mask": None}
+    words = app.answer_html(item, detector.info)
+    assert "<img" not in words
+    assert infer.verdict(item["answer"], detector.info)[0] in words
+    assert f"left:{100 * detector.info['threshold']:.1f}%" in words
+    if item["answer"]["refer"]:
+        assert item["answer"]["reason"] in html.unescape(words)
+    broken = {"name": "b", "answer": detector.predict(b"no")}
+    assert "no answer: not an image" in app.answer_html(broken, detector.info)
+    sure = {"name": "c", "answer": item["answer"] | {"probability": 2.0}}
+    assert [i["name"] for i in app.in_order([broken, item, sure])] == ["c", item["name"], "b"]
+    three = detector.info | {"classes": ["a", "b", "c"]}
+    told = item["answer"] | {"prediction": "b", "probabilities": {"a": 0.2, "b": 0.5, "c": 0.3}}
+    assert "b 0.500, c 0.300, a 0.200" in app.answer_html({"name": "x", "answer": told}, three)
+    card = app.card_text(detector)
+    assert models.DISCLAIMER in card
+    assert "is not known" in card
+    heat = np.linspace(0, 1, 64).reshape(8, 8)
+    sheets = [np.asarray(plots.overlay(picture(), None, "", heat, opacity=o)).astype(int) for o in (0, 0.5, 1)]
+    plain = np.asarray(plots.overlay(picture())).astype(int)
+    changes = [np.abs(sheet - plain)[:320, :400].mean() for sheet in sheets]
+    assert changes[0] < changes[1] < changes[2]
+
+
+def patients_model(path):
+    """Of three classes and two patient data, as a detector."""
+    torch.manual_seed(0)
+    spec = [{"column": "age", "mean": 50.0, "sd": 10.0}, {"column": "sex", "levels": ["female", "male"]}]
+    info = {"classes": ["a", "b", "c"], "size": 32, "load_size": 32, "channels": 1, "meta_spec": spec}
+    models.save(path, models.Ensemble([models.CNet("small_cnn", 3, 1, meta=5)], **info).eval())
+    return infer.BreastCancerDetector(path)
+
+
+@needs_gradio
+def test_the_page_of_a_model_of_patients_and_three_classes(tmp_path, monkeypatch):
+    import gradio
+
+    detector = patients_model(tmp_path / "m.pt")
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
+    args = argparse.Namespace(keep_minutes=1.0, feedback=str(tmp_path / "feedback"), queue=2)
+    worker = service.Worker(detector)
+    blocks = app.build_page(gradio, worker, args, tmp_path, None)
+    parts = {c["props"].get("label"): c["props"] for c in blocks.get_config_file()["components"]}
+    assert [value for value, _ in parts["sex"]["choices"]] == ["", "female", "male"]
+    assert "50 +- 10" in parts["age"]["info"]
+    assert [value for value, _ in parts["What it is"]["choices"]] == ["a", "b", "c"]
+    assert "Threshold" not in parts
+    assert parts["Views"]["value"] == detector.info["views"]
+    image, given = (
+        tmp_path / "i.png",
+        {"f": [str(tmp_path / "i.png")], "v": 2, "s": [1.25, 1.0], "age": " 60", "sex": None},
+    )
+    picture(40, 30).save(image)
+    controls = argparse.Namespace(files="f", tta="v", scales="s", threshold=None, patient={"age": "age", "sex": "sex"})
+    paths, look, meta = app.read_asked(given, controls, detector.info)
+    assert (paths, look, meta) == ([str(image)], service.Look(2, (1.0, 1.25), None, True), {"age": "60"})
+    (answer,) = worker.ask(paths, look, [meta]).result(60)
+    assert answer["probabilities"] == look.of(detector).predict(image, meta)["probabilities"]
+    assert app.map_of(detector, app.keep_answer(str(image), answer, meta), "gradcam").shape == (24, 32)
+    image.unlink()
+    with pytest.raises(InputError, match="drop them again"):
+        app.read_asked(given, controls, detector.info)
+    guarded = service.Guard(service.build_service(worker, tmp_path), service.LOCAL, None, 10**6, 10**6, 5, tmp_path)
+    two = [("files", name, as_png(picture(40, 30))) for name in ("a", "b")]
+    status, both = post(guarded, "/v1/predict", [("meta", "age=20"), ("meta", "sex=male,age=80")], two)
+    assert (status, both[0]["probabilities"] != both[1]["probabilities"]) == (200, True)
+    for options, why in (
+        ([("meta", "sex=x")], "sex=x"),
+        ([("meta", "race=x")], "race"),
+        ([("threshold", "0.5")], "3 classes"),
+    ):
+        status, said = post(guarded, "/v1/predict", options, two)
+        assert (status, why in said["error"]) == (422, True)
+        status, said = post(guarded, "/v1/explain", options, [("file", *two[0][1:])])
+        assert (status, why in said["error"]) == (422, True)
+
+
+def test_app_refuses_to_be_open_by_mistake(detector, tmp_path, monkeypatch):
+    for options, why in [
+        (("--host", "0.0.0.0"), "anyone there could ask"),
+        (("--host", "0.0.0.0", "--auth", "dr"), "--auth dr: give USER:FILE"),
+        (("--auth", f"dr:{tmp_path}/none"), "give USER:FILE"),
+        (("--model", tmp_path / "none.pt"), "none.pt"),
+    ]:
+        assert why in error_of(call(app, *options))
+    (tmp_path / "empty").write_text("\n")
+    assert "the file is empty" in error_of(call(app, "--auth", f"dr:{tmp_path}/empty"))
+    (tmp_path / "word").write_text("sécret\n")
+    assert app.read_login(f"dr:{tmp_path}/word") == "dr:sécret"
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)  # as if nothing were installed
+    assert "pip install 'gradio" in error_of(call(app, "--model", detector.path))
+
+
+def test_without_a_model_app_trains_that_of_the_phantoms_first(detector, tmp_path, monkeypatch):
+    asked = []
+
+    def trains(options):
+        asked.append(options)
+        (tmp_path / "runs" / "phantoms").mkdir(parents=True)
+        shutil.copy(detector.path, tmp_path / "runs" / "phantoms" / "model.pt")
+        return {}, Path("runs/phantoms")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(train, "main", trains)
+    for _ in range(2):  # once, then it is there
+        assert Path(app.ready_detector(None, "cpu").path) == Path("runs/phantoms/model.pt")
+    assert asked == [["--device", "cpu"]]
+    (tmp_path / "runs" / "phantoms" / "model.pt").write_bytes(b"damaged")
+    with pytest.raises(InputError, match="damaged"):
+        app.ready_detector(None, "cpu")
+
+
+@needs_gradio
+def test_the_service_says_that_a_port_is_taken(detector):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        assert f"--port {port}: " in error_of(call(app, "--model", detector.path, "--port", port))
+
+
+@contextlib.contextmanager
+def started(folder, *options):
+    """app.py as a user starts it: its URL, its process, its working folder, the folder of its temporary files."""
+    (folder / "tmp").mkdir()
+    environment = {**os.environ, "PYTHONPATH": str(HERE), "TMPDIR": str(folder / "tmp"), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, HERE / "app.py", "--port", 0, *options]
+    with subprocess.Popen(
+        [*map(str, command)], cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as process:
+        lines = []
+        for line in process.stdout:
+            lines.append(line)
+            if found := re.search(r"http://[\d.]+:\d+", line):
+                break
+        assert process.poll() is None, "".join(lines)
+        yield found[0], process, folder, folder / "tmp"
+        process.terminate()
+        process.communicate(timeout=30)
+        assert process.returncode == 143
+        assert not list((folder / "tmp").iterdir())  # nothing is left behind
+
+
+@pytest.fixture(scope="module")
+def page(detector, tmp_path_factory):
+    small = ["--max-mb", 1, "--max-megapixels", 0.5, "--read-seconds", 3, "--queue", 40]
+    with started(tmp_path_factory.mktemp("page"), "--model", detector.path, *small) as page:
+        yield page
+
+
+def fetch(url, fields=(), files=(), method=None):
+    """(status, body) over the network."""
+    body, headers = form(fields, files) if files else (None, {})
+    request = urllib.request.Request(url, body, headers, method=method)
+    try:
+        with urllib.request.urlopen(request, timeout=60) as response:
+            return response.status, response.read()
+    except urllib.error.HTTPError as e:
+        return e.code, e.read()
+
+
+@needs_gradio
+def test_the_service_stays_up_whatever_comes_slow(page, detector):
+    url, process, folder, temporary = page
+    port = int(url.rpartition(":")[2])
+    (private,) = (p for p in temporary.iterdir() if p.name.startswith("minicadx"))
+    assert private.stat().st_mode & 0o777 == 0o700
+    good = ("files", "../../../a.png", as_png(picture(48, 48, 3)))
+    hanging = []
+    for start in (
+        b"",
+        b"POST /v1/predict HT",
+        b"POST /v1/predict HTTP/1.1\r\nHost: localhost\r\nContent-Length: 900\r\n"
+        b"Content-Type: multipart/form-data; boundary=line\r\n\r\n--line",
+    ) * 5:
+        hanging.append(socket.create_connection(("127.0.0.1", port)))
+        hanging[-1].sendall(start)
+    with concurrent.futures.ThreadPoolExecutor(20) as pool:
+        answers = list(pool.map(lambda _: fetch(f"{url}/v1/predict", [], [good]), range(60)))
+    expected = detector.predict(picture(48, 48, 3))["probability"]
+    assert {status for status, _ in answers} == {200}
+    for _, body in answers:
+        (answer,) = json.loads(body)
+        assert answer["image"] == "a.png"
+        assert answer["probability"] == pytest.approx(expected, abs=1e-5)
+    for connection in hanging:  # those that sent half are told, the others hung up on
+        connection.settimeout(20)
+        said = connection.recv(10_000)
+        assert said == b"" or b" 408 " in said.split(b"\r\n")[0]
+        connection.close()
+    raw = socket.create_connection(("127.0.0.1", port), 20)
+    raw.sendall(b"nonsense\r\n\r\n")
+    assert b" 400 " in raw.recv(1000)
+    raw.close()
+    hostile = [(name, content) for name, content in bad_contents() if len(content) < 1e6]
+    codes = {name: fetch(f"{url}/v1/predict", [], [("files", name, content)])[0] for name, content in hostile}
+    assert set(codes.values()) == {415}, codes
+    assert fetch(f"{url}/gradio_api/file=/etc/passwd")[0] in (403, 404)
+    assert fetch(f"{url}/gradio_api/file={detector.path}")[0] in (403, 404)
+    assert json.loads(fetch(f"{url}/health")[1]) == {"status": "ok", "waiting": 0}
+    assert process.poll() is None
+    assert {p.name for p in folder.iterdir()} <= {"tmp", "feedback"}
+    assert [p.name for p in temporary.iterdir() if p != private] == []
+    assert service.files_in(private) == []
+
+
+@needs_gradio
+def test_the_service_that_is_open_to_all_forgets_pictures_in_time_slow(tmp_path):
+    patients_model(tmp_path / "m.pt")
+    options = [
+        "--model",
+        "m.pt",
+        "--host",
+        "0.0.0.0",
+        "--open",
+        "--keep-minutes",
+        0.05,
+        "--feedback",
+        "told",
+        "--device",
+        "cpu",
+    ]
+    with started(tmp_path, *options) as (url, _, _, temporary):
+        local = url.replace("0.0.0.0", "127.0.0.1")
+        (private,) = (p for p in temporary.iterdir() if p.name.startswith("minicadx"))
+        status, paths = fetch(f"{local}/gradio_api/upload", [], [("files", "../../a.png", as_png(picture()))])
+        (path,) = json.loads(paths)
+        assert (status, Path(path).name, private in Path(path).parents) == (200, "a.png", True)
+        deadline = time.time() + 20
+        while Path(path).exists():
+            assert time.time() < deadline
+            time.sleep(0.2)
+        request = urllib.request.Request(f"{local}/v1/model", headers={"Host": "another.example"})
+        with urllib.request.urlopen(request, timeout=30) as response:
+            assert json.loads(response.read())["classes"] == ["a", "b", "c"]
+
+
+def bad_contents():
+    """(name, bytes) that are no picture, or one that would fill the memory."""
+    png = as_png(picture(48, 48))
+    yield "empty.png", b""
+    yield "text.png", b"<script>alert(1)</script>"
+    yield "half.png", png[: len(png) // 2]
+    yield "flipped.png", png[:40] + bytes(b ^ 255 for b in png[40:60]) + png[60:]
+    yield "eps.png", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n"
+    buffer = io.BytesIO()
+    Image.new("1", (10_000, 10_000)).save(buffer, "PNG")
+    yield "huge.png", buffer.getvalue()
+    yield "large.png", as_png(Image.new("RGB", (1000, 501)))
+    yield "svg.svg", b'<svg xmlns="http://www.w3.org/2000/svg"/>'
+    yield "zip.dcm", b"PK\x03\x04" + bytes(100)
+
+
+def open_browser(folder, width=1300):
+    """Headless Chromium that logs what it asks the network for."""
+    from selenium import webdriver
+
+    options = webdriver.ChromeOptions()
+    options.binary_location = shutil.which("chromium")
+    for flag in (
+        "--headless=new",
+        "--no-sandbox",
+        "--disable-dev-shm-usage",
+        "--disable-background-networking",
+        f"--window-size={width},1900",
+    ):
+        options.add_argument(flag)
+    options.set_capability("goog:loggingPrefs", {"performance": "ALL"})
+    options.add_experimental_option("prefs", {"download.default_directory": str(folder)})
+    return webdriver.Chrome(options, webdriver.ChromeService(shutil.which("chromedriver")))
+
+
+class Surfer:
+    """What a person does with the page, by CSS selectors."""
+
+    def __init__(self, driver):
+        self.driver = driver
+
+    def find(self, selector):
+        self.wait(lambda: self.all(selector), selector)
+        return self.all(selector)[0]
+
+    def all(self, selector):
+        return self.driver.find_elements("css selector", selector)
+
+    def text(self, selector):
+        return self.driver.execute_script("return document.querySelector(arguments[0])?.innerText || ''", selector)
+
+    def wait(self, condition, what="", seconds=60):
+        deadline = time.time() + seconds
+        while not condition():
+            assert time.time() < deadline, f"{what}: {self.text('body')}"
+            time.sleep(0.1)
+
+    def click(self, selector):
+        self.driver.execute_script("arguments[0].click()", self.find(selector))
+
+    def asked(self):
+        """All URLs that the browser has asked for."""
+        log = (json.loads(entry["message"])["message"] for entry in self.driver.get_log("performance"))
+        return {m["params"]["request"]["url"] for m in log if m["method"] == "Network.requestWillBeSent"}
+
+
+@needs_gradio
+@needs_browser
+def test_a_person_uses_the_page_slow(page, detector, tmp_path):
+    from selenium.webdriver import ActionChains
+
+    url, process, folder, _ = page
+    images = {f"{name} & co.png": picture(120, 90, seed) for name, seed in (("a", 3), ("b", 4), ("c", 5))}
+    for name, image in images.items():
+        image.save(tmp_path / name)
+    (tmp_path / "notes.txt").write_text("no picture")
+    with contextlib.closing(open_browser(tmp_path / "downloads")) as driver:
+        driver.close = driver.quit
+        person = Surfer(driver)
+        driver.get(url)
+        files = "\n".join(str(tmp_path / name) for name in (*images, "notes.txt"))
+        person.find("#files input[type=file]").send_keys(files)
+        person.wait(lambda: "p(malignant)" in person.text("#answer") and len(person.all("#gallery button")) == 4)
+        answers = {name: detector.predict(image.convert("L")) for name, image in images.items()}
+        order = sorted(answers, key=lambda name: -answers[name]["probability"])
+        assert order[0] in person.text("#answer")
+        for key in (f"{answers[order[0]]['probability']:.3f}", f"threshold {detector.info['threshold']:.3f}"):
+            assert key in person.text("#answer")
+        person.wait(lambda: person.all("#drawn img") and person.all("#plain img"))
+        first = person.find("#drawn img").get_attribute("src")
+        person.driver.execute_script("arguments[0].click()", person.all("#gallery button")[2])
+        person.wait(
+            lambda: order[2] in person.text("#answer") and person.find("#drawn img").get_attribute("src") != first
+        )
+        second = person.find("#drawn img").get_attribute("src")
+        person.find("#method input").click()
+        person.wait(lambda: person.all("[role=option]"))
+        next(
+            option for option in person.all("[role=option]") if option.text.strip("✓ \n").startswith("gradcam:")
+        ).click()
+        person.wait(lambda: person.find("#drawn img").get_attribute("src") != second, "another map")
+        person.click("#csv")
+        person.wait(lambda: (tmp_path / "downloads" / "answers.csv").exists())
+        with open(tmp_path / "downloads" / "answers.csv", newline="") as file:
+            rows = list(csv.DictReader(file))
+        assert [row["image"] for row in rows] == [*order, "notes.txt"]
+        assert float(rows[0]["probability"]) == pytest.approx(answers[order[0]]["probability"], abs=1e-5)
+        person.click("#teach button")
+        person.wait(lambda: person.all("#editor canvas"))
+        time.sleep(2)  # the picture comes up
+        canvas = person.find("#editor canvas")
+        strokes = (
+            ActionChains(driver)
+            .scroll_to_element(canvas)
+            .move_to_element_with_offset(canvas, -40, -30)
+            .click_and_hold()
+        )
+        for x, y in ((80, 0), (0, 60), (-80, 0), (0, -60)):
+            strokes = strokes.move_by_offset(x, y)
+        strokes.release().perform()
+        person.click("#send")
+        person.wait(lambda: "say what it is" in person.text("body"))
+        person.click("#label label:nth-of-type(2) input")
+        person.find("#who textarea, #who input").send_keys("Dr A")
+        person.find("#beside-box textarea, #beside-box input").send_keys("1 2 30 20")
+        person.click("#send")
+        person.wait(lambda: "1 in all" in person.text("#said"))
+        driver.get(f"{url}/docs")  # its forms ask, too
+        person.find("form input[type=file]").send_keys(str(tmp_path / order[0]))
+        person.click("form button")
+        person.wait(lambda: len(driver.window_handles) == 2)
+        driver.switch_to.window(driver.window_handles[1])
+        person.wait(lambda: '"prediction":' in person.text("body"))
+        assert {u.split("/")[2] for u in person.asked() if u.startswith(("http", "ws"))} == {url[7:]}
+        with open(folder / "feedback" / "feedback.csv", newline="") as file:
+            (row,) = csv.DictReader(file)
+        assert (row["label"], row["who"], row["model"]) == ("malignant", "Dr A", service.file_hash(detector.path))
+        kept = Image.open(folder / "feedback" / row["image"])
+        assert np.array_equal(np.asarray(kept), np.asarray(images[order[2]]))
+        mask = np.asarray(Image.open(folder / "feedback" / row["mask"]))
+        x0, y0, x1, y1 = data.box_of(mask > 0)
+        assert x0 < 60 < x1  # around the middle, and filled
+        assert y0 < 45 < y1
+        assert mask[45, 60]
+        assert data.box_of(np.asarray(Image.open(folder / "feedback" / row["not_this"])) > 0).tolist() == [1, 2, 30, 20]
+    assert process.poll() is None
+
+
+@needs_gradio
+@needs_browser
+def test_the_page_works_by_keyboard_alone_on_a_narrow_screen_slow(page, tmp_path):
+    url, _, _, _ = page
+    picture(120, 90, 3).save(tmp_path / "a.png")
+    with contextlib.closing(open_browser(tmp_path)) as driver:
+        driver.close = driver.quit
+        size = {"width": 400, "height": 900, "deviceScaleFactor": 1, "mobile": False}
+        driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+        person = Surfer(driver)
+        driver.get(url)
+        person.find("#files input[type=file]").send_keys(str(tmp_path / "a.png"))
+        person.wait(lambda: "p(malignant)" in person.text("#answer") and person.all("#drawn img"))
+        met, active = [], lambda: driver.switch_to.active_element
+        where = "return [...document.querySelectorAll('[id]')].filter(e => e.contains(document.activeElement)).map(e => e.id)"
+        for _ in range(60):
+            active().send_keys("\ue004")
+            met += driver.execute_script(where)
+            if active().tag_name == "button" and "Teach" in active().text and "send" not in met:
+                active().send_keys("\ue007")  # opens it
+                time.sleep(1)
+        for wanted in (
+            "files",
+            "ask",
+            "stop",
+            "method",
+            "opacity",
+            "csv",
+            "teach",
+            "lesion-box",
+            "label",
+            "who",
+            "send",
+            "card",
+        ):
+            assert wanted in met, (wanted, met)
+        driver.execute_script("window.scrollTo(0, 2000)")
+        bar = driver.execute_script(
+            "const r = document.querySelector('#use').getBoundingClientRect(); return [r.top, r.bottom]"
+        )
+        assert bar[0] == 0 < bar[1] < 120  # the line about research is always in sight
+        assert models.DISCLAIMER in person.text("#use")
+        assert driver.execute_script("return document.documentElement.scrollWidth") <= 400
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # pretrain.py
 
@@ -6134,6 +7059,19 @@ def test_the_benchmark_of_many_rows_and_pictures(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
+@needs_gradio
+def test_the_benchmark_of_the_service_counts_answers_of_good_and_hostile_clients_slow(tmp_path):
+    models.save(tmp_path / "m.pt", small_model())
+    result = run(HERE / "bench.py", "--service", tmp_path / "m.pt", "--quick", "--device", "cpu")
+    assert result.returncode == 0, result.stderr
+    lines = [line for line in result.stdout.splitlines() if "pictures/s" in line]
+    assert [line[13:26] for line in lines] == ["batches of  1", "batches of  1", "batches of 32", "batches of 32"]
+    for line in lines:
+        assert float(re.search(r": ([\d.]+) pictures/s", line)[1]) > 0
+        assert re.search(r"codes \{200: \d+\}", line)  # whatever the others send
+    assert set(re.findall(r"(\d+): \d+", lines[3].rpartition("and")[2])) <= {"413", "415"}
+
+
 def test_the_benchmark_weighs_model_files(tmp_path):
     spec = [{"column": "age", "mean": 50.0, "sd": 10.0}]
     nets = [models.CNet("small_cnn", 3, 1, meta=2) for _ in range(2)]
@@ -6804,8 +7742,11 @@ FLOORS = [
     ["train"],
     ["person"],
     ["infer", "explain", "al_loop", "search", "pretrain", "export"],
+    ["service"],
+    ["app"],
     ["bench"],
 ]
+EXTRAS = {"service": {"fastapi", "starlette", "uvicorn"}, "app": {"gradio"}}  # each imported where it is needed alone
 
 
 EXTRAS = {"export": {"onnx", "onnxruntime", "onnxscript"}, "dicom": {"pydicom"}}  # optional packages, each in one file
@@ -6838,6 +7779,8 @@ def test_a_file_imports_only_files_on_floors_below():
         allowed = {"torch", "torchvision"} if name in FLOORS[0] else packages | EXTRAS.get(name, set())
         foreign = {m for m in found - set(floor) if m not in sys.stdlib_module_names}
         assert foreign <= allowed, (name, foreign)
+        at_once = imports_of(ast.Module([node for node in tree.body if not isinstance(node, ast.FunctionDef)], []))
+        assert not at_once & EXTRAS.get(name, set()), name
 
 
 def test_rooms_of_one_sitting():
@@ -6894,7 +7837,8 @@ def test_every_python_block_of_the_readme_runs_as_printed_slow(tmp_path, monkeyp
 def test_the_readme_speaks_of_options_and_files_that_are_there():
     text = (HERE / "README.md").read_text()
     told = set(re.findall(r"(?<![\w-])--([a-z][a-z-]+)", text))
-    tables = "".join((HERE / f"{name}.py").read_text() for name in ("options", "infer", "explain", "al_loop", "export"))
+    scripts = ("options", "infer", "explain", "al_loop", "person", "export", "app")
+    tables = "".join((HERE / f"{name}.py").read_text() for name in scripts)
     known = set(re.findall(r'\("([a-z][a-z-]*)", ', tables))
     assert told <= known, told - known
     for name in re.findall(r"`([\w/]+\.(?:py|md|args|txt))`", text) + re.findall(r"\]\(([\w/.]+)\)", text):
