@@ -206,7 +206,8 @@ def run_head_chain(images, strategy, seed, args, folder):
             now = transfer.with_heads(model, layers) if strategy == "bald" else model
             picks = choose(strategy, now, first, of_pool, labelled, free, args.query, generator, args.pull)
             labelled = torch.cat([labelled, picks])
-            teacher = teacher + model.combine(transfer.answers(layers, embeddings, torch.arange(len(images))))
+            if args.distill != "none":
+                teacher = teacher + model.combine(transfer.answers(layers, embeddings, torch.arange(len(images))))
         rounds.append(result | {"seconds": round(time.time() - began, 1)})
         began = time.time()
     files.write_atomically(file, json.dumps(rounds).encode())

@@ -315,7 +315,7 @@ def query_bald(context, k):
     return highest(mutual_information(context.sampled), context, k)
 
 
-def query_laplace(context, k, most=2000):
+def query_laplace(context, k, most=1000):
     """The labels that are expected to settle the pool's answers most: the largest drop of their summed variance (Cohn et
     al. 1996) under the Laplace approximation of the last layer's posterior (MacKay 1992; Daxberger et al. 2021). Greedy:
     how much a label narrows the posterior does not depend on what it says, so that each pick is counted before the next.
