@@ -831,6 +831,14 @@ def test_spread_draws_by_squared_distance_and_never_twice():
     assert sorted(picks.tolist()) == list(range(6))
 
 
+def test_draws_are_in_proportion_where_multinomial_takes_no_more():
+    weights, draws = torch.zeros(2**24 + 9, dtype=torch.double), seeded()
+    weights[5], weights[-4] = 1, 3
+    found = [query.draw(weights, draws) for _ in range(24)]
+    assert set(found) == {5, 2**24 + 5}
+    assert found.count(5) < 12
+
+
 def test_every_strategy_returns_distinct_unlabelled_images():
     x = torch.randn(30, 9, generator=seeded(1)).repeat(2, 1)  # exact copies
     p = torch.rand(4, 60, 3, generator=seeded(2)).softmax(2)
