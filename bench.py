@@ -467,14 +467,15 @@ def one_client(address, bodies, until, told):
 
 def clients(address, good, count, seconds, hostile):
     """[[(status, seconds)] of the good clients, the same of the hostile]: a process of its own asks."""
-    told, until, bad = [[], []], time.time() + seconds, hostile_bodies() if hostile else []
+    told, bad = [[], []], hostile_bodies() if hostile else []
+    hanging = [socket.create_connection(address) for _ in range(50 * hostile)]
+    for connection in hanging:
+        connection.sendall(b"POST /v1/predict HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9000000\r\n\r\nhalf")
+    until = time.time() + seconds
     asking = [
         threading.Thread(target=one_client, args=(address, [as_body(good)], until, told[0])) for _ in range(count)
     ]
     asking += [threading.Thread(target=one_client, args=(address, bad, until, told[1])) for _ in range(10 * hostile)]
-    hanging = [socket.create_connection(address) for _ in range(50 * hostile)]
-    for connection in hanging:
-        connection.sendall(b"POST /v1/predict HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9000000\r\n\r\nhalf")
     for thread in asking:
         thread.start()
     for thread in asking:
