@@ -47,6 +47,8 @@ def smallest(count, batch, steps=0):
 def share(batch, views=1):
     """Of a batch (N,) that holds each row `views` times, one after another: its length, which of it are this process's,
     and their rows."""
+    if views > 1:  # equal parts: see everyone
+        batch = batch[: len(batch) // world() * world()]
     n, where = len(batch), part(torch.arange(len(batch), device=batch.device))
     where = torch.cat([where + n * i for i in range(views)])
     return n * views, where, batch.repeat(views)[where]
@@ -157,6 +159,16 @@ def part(rows):
 def shared(function, rows):
     """[function(rows)]: of several processes each answers for a part of the rows, and all get all answers in order."""
     return gather(function(part(rows))) if len(rows) >= world() > 1 else [function(rows)]
+
+
+def everyone(x):
+    """The rows x (N, ...) of all processes, equally many, one process after another; gradients go to one's own."""
+    if world() == 1:
+        return x
+    parts = [torch.empty_like(x) for _ in range(world())]
+    dist.all_gather(parts, x.detach().contiguous())
+    parts[rank()] = x
+    return torch.cat(parts)
 
 
 def mean(values):

@@ -17,7 +17,7 @@ from torch import nn
 import options
 import train
 from backbones import BACKBONES, build_backbone, standardise, torchvision_state
-from devices import near
+from devices import everyone, near, world
 from files import save_checkpoint
 from models import choose_device
 from readers import InputError
@@ -48,7 +48,8 @@ class SimCLR(nn.Module):
         self.online, self.temperature = Projected(args.model, **options), args.temperature
 
     def loss(self, a, b):
-        return nt_xent(self.online(a), self.online(b), self.temperature)
+        loss = nt_xent(*map(everyone, (self.online(a), self.online(b))), self.temperature)
+        return world() * loss - (world() - 1) * loss.detach()  # each process has the gradient of its own images alone
 
 
 def nt_xent(a, b, temperature):

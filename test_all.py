@@ -831,6 +831,14 @@ def test_spread_draws_by_squared_distance_and_never_twice():
     assert sorted(picks.tolist()) == list(range(6))
 
 
+def test_draws_are_in_proportion_where_multinomial_takes_no_more():
+    weights, draws = torch.zeros(2**24 + 9, dtype=torch.double), seeded()
+    weights[5], weights[-4] = 1, 3
+    found = [query.draw(weights, draws) for _ in range(24)]
+    assert set(found) == {5, 2**24 + 5}
+    assert found.count(5) < 12
+
+
 def test_every_strategy_returns_distinct_unlabelled_images():
     x = torch.randn(30, 9, generator=seeded(1)).repeat(2, 1)  # exact copies
     p = torch.rand(4, 60, 3, generator=seeded(2)).softmax(2)
@@ -2804,11 +2812,12 @@ def test_every_image_of_a_batch_has_one_process(monkeypatch, n, count, views):
     for rank in range(count):
         monkeypatch.setattr(devices, "rank", lambda rank=rank: rank)
         total, where, rows = devices.share(batch, views)
-        assert (total, rows.tolist()) == (n * views, batch.repeat(views)[where].tolist())
+        kept = n if views == 1 else n // count * count  # with views in equal parts
+        assert (total, rows.tolist()) == (kept * views, batch[:kept].repeat(views)[where].tolist())
         halves = rows.chunk(views)
         assert all(torch.equal(half, halves[0]) for half in halves)  # both views of an image are with one process
         found.append(where)
-    assert sorted(torch.cat(found).tolist()) == list(range(n * views))
+    assert sorted(torch.cat(found).tolist()) == list(range(kept * views))
     for size, steps in ((4, 0), (9, 0), (6, 5)):
         sizes = [len(b) // count for b in devices.draw_batches(torch.arange(37), size, seeded(), steps=steps)]
         assert min(sizes) == devices.smallest(37, size, steps)
@@ -2870,6 +2879,28 @@ print(float(net[1].running_mean[0]))
 """
 
 
+PARTS_OF_SIMCLR = """
+import argparse, torch, devices, pretrain
+devices.start(torch.device("cpu"), 60)
+torch.manual_seed(0)
+net = pretrain.SimCLR(argparse.Namespace(model="small_cnn", temperature=0.3), channels=1, normalise="image", weights="none")
+net.online, (a, b) = torch.nn.Linear(5, 4), torch.randn(2, 6, 5)
+_, shared = devices.together(net, lambda net, rows: net.loss(a[rows], b[rows]))
+loss = shared(net, devices.part(torch.arange(6)))
+loss.backward()
+own = [p.grad.clone() for p in net.parameters()]
+net.zero_grad()
+whole = pretrain.nt_xent(net.online(a), net.online(b), 0.3)
+whole.backward()
+print(abs(float((loss - whole).detach())) < 1e-5, all(torch.allclose(g, p.grad, atol=1e-6) for g, p in zip(own, net.parameters())))
+"""
+
+
+def test_each_of_two_processes_tells_an_image_from_all_others():
+    (code, out, err), (other, silent, _) = ended(processes(PARTS_OF_SIMCLR))
+    assert (code, other, out, silent) == (0, 0, "True True\n", ""), err
+
+
 def test_losses_and_gradients_of_parts_are_those_of_the_whole():
     """Also where one process has no box, and more images without a label than the other."""
     (code, out, err), (other, silent, _) = ended(processes(PARTS_OF_LOSSES))
@@ -2926,7 +2957,7 @@ def test_processes_share_every_training_slow(tmp_path, folders):
     found = model.members[0].state_dict()
     kept = [k for k, v in first.items() if v.dim() > 1 and torch.equal(v, found[k])]
     assert all(k.startswith("dnet.smooth.1.") for k in kept), kept
-    both = ended(processes("pretrain.py", *where, "--method", "byol", "--batch", "15", "--name", "p"))
+    both = ended(processes("pretrain.py", *where, "--batch", "15", "--name", "p"))
     assert [code for code, *_ in both] == [0, 0], both
     assert (tmp_path / "p" / "backbone.pt").exists()
     options = [*where, *LOOP, "--rounds", "1", "--name", "l", "--strategies", "coreset"]
@@ -7120,6 +7151,11 @@ def test_the_benchmark_of_the_service_counts_answers_of_good_and_hostile_clients
         assert float(re.search(r": ([\d.]+) pictures/s", line)[1]) > 0
         assert re.search(r"codes \{200: \d+\}", line)  # whatever the others send
     assert set(re.findall(r"(\d+): \d+", lines[3].rpartition("and")[2])) <= {"413", "415"}
+
+
+def test_the_benchmark_times_an_epoch_for_processes_to_share(capsys):
+    bench.main(["--sharing", "--quick"])
+    assert float(capsys.readouterr().out) > 0
 
 
 def test_the_benchmark_weighs_model_files(tmp_path):

@@ -5,6 +5,7 @@
     python train.py --data BUSI --positive malignant --folds 5        cross-validation by groups, one pooled report
     python train.py @recipes/busi.args --data BUSI         the options of a published result
     python train.py --resume runs/busi                     after a kill at any moment
+    torchrun --standalone --nproc_per_node=4 train.py --data BUSI     the same by four processes, a GPU or a core each
 
     report, folder = train.main(["--data", "BUSI", "--positive", "malignant"])       # the same from Python
 
