@@ -15,9 +15,9 @@ import torch.nn.functional as F
 
 import heads
 import models
+import options
 from grouping import partition
 from judge import judge_by, look_at
-from options import load_images
 from readers import InputError
 
 FOLDS = 5  # of the cross-fitting over what is labelled
@@ -109,7 +109,7 @@ def load_with_start(args):
     """(the images, the Ensemble of --from or None), the options set to how that model was made. InputError where the
     images' classes are others than it knows."""
     if (start := load_start(args)) is None:
-        return load_images(args), None
+        return options.load_images(args), None
     info, nets = start.info, [m.config for m in start.members]
     args.roi = ",".join(dict.fromkeys(net["roi"] for net in nets))
     args.ensemble = ",".join(net["model"] for net in nets[:: len(args.roi.split(","))])
@@ -119,7 +119,7 @@ def load_with_start(args):
     args.size, args.clahe, args.channels, args.weights = info["size"], info["equalise"], info["channels"], "none"
     args.window = info["window"] and ",".join(map(str, info["window"]))
     args.margin, args.meta_columns = info["margin"], [s["column"] for s in info["meta_spec"]] or None
-    images = load_images(args, meta_spec=info["meta_spec"] or None)
+    images = options.load_images(args, meta_spec=info["meta_spec"] or None)
     if not models.same_classes(info["classes"], images.classes):
         raise InputError(
             f"--from {vars(args)['from']}: it knows {info['classes']}, the data has {images.classes}; name them alike "
