@@ -17,6 +17,7 @@ import hashlib
 import html
 import importlib.util
 import io
+import math
 import os
 import re
 import shutil
@@ -34,13 +35,14 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFilter
 
 import plots
+from answers import verdict, write_answers
 from augment import VIEWS
 from files import write_atomically
-from infer import BreastCancerDetector, verdict, write_answers
+from infer import BreastCancerDetector
 from metrics import interval_text
 from models import DISCLAIMER
 from options import build_parser, run_main
-from pictures import origin, read_image
+from pictures import origin, own_part
 from readers import InputError, one_line, read_table
 from report import describe_map, explain_picture, recommended_method
 from saliency import METHODS
@@ -49,9 +51,12 @@ from service import (
     Guard,
     Look,
     Worker,
+    ask_files,
     build_service,
     describe_model,
     file_hash,
+    frame_of,
+    in_order,
     keep_sweeping,
     private_folder,
     serve,
@@ -200,17 +205,22 @@ def tiny(picture):
     return np.asarray(picture.convert("L").resize((32, 32), Image.Resampling.BOX), float)
 
 
-def read_box(text, size):
-    """Four numbers x_min, y_min, x_max, y_max inside a picture of `size` (w, h), or None of an empty text."""
+def read_box(text, picture):
+    """Four numbers x_min, y_min, x_max, y_max in the whole frame's pixels, as answers have them, in the picture's own; or
+    None of an empty text."""
     if not (text or "").strip():
         return None
     try:
         box = [float(v) for v in re.split(r"[\s,;]+", text.strip())]
     except ValueError:
         box = []
-    if len(box) != 4 or not (0 <= box[0] < box[2] <= size[0] and 0 <= box[1] < box[3] <= size[1]):
-        raise InputError(f"box {text!r}: give x_min y_min x_max y_max, inside {size[0]} x {size[1]} pixels")
-    return box
+    own, size = own_box(box, picture) if len(box) == 4 else [math.nan] * 4, picture.size
+    if not (0 <= own[0] < own[2] <= size[0] and 0 <= own[1] < own[3] <= size[1]):
+        left, top = origin(picture).corner
+        raise InputError(
+            f"box {text!r}: give x_min y_min x_max y_max, inside {left} {top} {left + size[0]} {top + size[1]}"
+        )
+    return own
 
 
 def write_feedback(folder, picture, label, lesion=None, beside=None, box=None, who="", answer=None, model=""):
@@ -322,6 +332,12 @@ def answer_html(item, info):
         words += ".</p>"
     elif answer["lesion_score"] is not None:
         words += "<p>No lesion was found.</p>"
+    if clip := answer["clip"]:
+        first, last = clip["stretch"]
+        words += (
+            f"<p>A clip: {clip['looked_at']} of its {clip['frames']} frames were looked at, the most suspicious are "
+        )
+        words += f"{first} to {last}; shown is frame {answer['frame']}.</p>"
     return words + f"<p>Uncertainty {answer['uncertainty']:.3f} (how far views and members differ).</p>"
 
 
@@ -377,15 +393,10 @@ def card_text(detector):
 
 def shrunk(picture):
     """As it is, or so much smaller that its longest side has SHOWN pixels."""
-    small = Image.fromarray(np.asarray(picture))  # without a word of the frame that it was a part of
+    small = picture.copy()
+    small.info = {}  # it stands for itself, wherever in its frame it lay
     small.thumbnail((SHOWN, SHOWN))
     return small
-
-
-def box_on(answer, picture, small):
-    """The box of an answer, which is told in the whole frame's pixels, in those of a smaller copy of the picture."""
-    corner = origin(picture).corner * 2
-    return answer["box"] and [(v - c) * small.width / picture.width for v, c in zip(answer["box"], corner, strict=True)]
 
 
 def to_paint(picture):
@@ -395,33 +406,43 @@ def to_paint(picture):
     return small.resize((max(1, round(small.width * scale)), max(1, round(small.height * scale))))
 
 
-def open_again(path):
-    """A picture of the page, RGB. InputError where its time is over."""
-    if not Path(path).exists():
+def open_again(item):
+    """A picture of the page, RGB; of a clip the frame that the answer is of. InputError where its time is over."""
+    if not Path(item["path"]).exists():
         raise InputError("this picture was removed after its time; drop it again")
-    return read_image(path, 3)
+    return frame_of(item["path"], item["answer"]["frame"], item["window"])
+
+
+def own_box(box, picture):
+    """A box in the whole frame's pixels, see pictures.Origin, in those of the picture, which may be a part of it; or None."""
+    return box and (np.asarray(box) - origin(picture).corner * 2).tolist()
 
 
 def draw_item(item, picture, heat=None, caption="", opacity=0.75):
     """Box and outline, and a map, over a picture of the page."""
-    small, mask, known = shrunk(picture), item["mask"], origin(picture)
-    if mask is not None:  # it is of the whole frame
-        scale, (left, top) = mask.shape[1] / known.whole[0], known.corner
-        rows, columns = (
-            slice(round(a * scale), round((a + n) * scale)) for a, n in ((top, picture.height), (left, picture.width))
-        )
-        mask = mask[rows, columns]
-    return plots.overlay(small, box_on(item["answer"], picture, small), caption, heat, mask=mask, opacity=opacity)
+    answer, small = item["answer"], shrunk(picture)
+    box = answer["box"] and [v * small.width / picture.width for v in own_box(answer["box"], picture)]
+    return plots.overlay(small, box, caption, heat, mask=item["mask"], opacity=opacity)
 
 
-def keep_answer(path, answer, meta):
+def keep_answer(path, answer, meta, window):
     """What the page remembers of a picture; no more of its outline than is shown."""
-    mask = answer.pop("mask", None)
-    mask = None if mask is None else np.asarray(shrunk(Image.fromarray(mask).convert("L"))) > 127
-    return {"path": path, "name": one_line(Path(path).name), "answer": answer, "mask": mask, "meta": meta}
+    mask, item = answer.pop("mask", None), {"path": path, "name": one_line(Path(path).name), "meta": meta}
+    item |= {"answer": answer, "window": window, "mask": None}
+    if mask is not None:
+        mask = Image.fromarray(own_part(mask, origin(open_again(item)))).convert("L")
+        item["mask"] = np.asarray(shrunk(mask)) > 127
+    return item
 
 
-def in_order(items):
+def look_at(worker, paths, how, meta):
+    """What the page remembers of these pictures, which are looked at now."""
+    jobs = ask_files(worker, paths, how, [meta] * len(paths))
+    answers = in_order(jobs, [job.result() for _, job in jobs])
+    return [keep_answer(p, a, meta, worker.detector.window) for p, a in zip(paths, answers, strict=True)]
+
+
+def likeliest_first(items):
     """The highest probability first, what has no answer last."""
     return sorted(
         items, key=lambda item: -1 if item["answer"]["error"] else item["answer"]["probability"], reverse=True
@@ -588,13 +609,11 @@ def wire_answers(gr, worker, folder, state, asked, seen, taught):
             for start in range(0, len(paths), 8):
                 progress((start, len(paths)), desc="looking", unit="pictures")
                 how.of(detector)
-                part = paths[start : start + 8]
-                answers = worker.ask(part, how, [meta] * len(part)).result()
-                items += [keep_answer(p, a, meta) for p, a in zip(part, answers, strict=True)]
+                items += look_at(worker, paths[start : start + 8], how, meta)
                 yield dict.fromkeys([state, seen.gallery, seen.table], gr.skip())  # here it can be stopped
         except InputError as e:
             raise gr.Error(html.escape(str(e).removeprefix("--")), print_exception=False) from None
-        new = {"items": in_order(items), "chosen": 0, "info": how.of(detector).info} if items else {}
+        new = {"items": likeliest_first(items), "chosen": 0, "info": how.of(detector).info} if items else {}
         several = len(items) > 1
         tiles = [(gallery_tile(item), gallery_words(item)) for item in new["items"]] if several else []
         table = write_table(new["items"], folder) if items else None
@@ -610,7 +629,7 @@ def wire_answers(gr, worker, folder, state, asked, seen, taught):
         words = answer_html(item, kept["info"])
         if item["answer"]["error"]:
             return words, None, None, None
-        picture = open_again(item["path"])
+        picture = open_again(item)
         plain, page = plots.overlay(shrunk(picture), caption="untouched\n"), draw_map(kept, method, opacity)
         return words, plain, page, {"background": to_paint(picture), "layers": [], "composite": None}
 
@@ -618,7 +637,7 @@ def wire_answers(gr, worker, folder, state, asked, seen, taught):
         item = kept["items"][kept["chosen"]] if kept else None
         if not item or item["answer"]["error"]:
             return None
-        picture, asked_for = open_again(item["path"]), (kept["chosen"], method)
+        picture, asked_for = open_again(item), (kept["chosen"], method)
         if kept.get("map", (None,))[0] != asked_for:  # another opacity asks the model for nothing
             kept["map"] = asked_for, worker.run(map_of, detector, item, method).result()
         return draw_item(item, picture, kept["map"][1], describe_map(method, item["answer"]["prediction"]), opacity)
@@ -652,10 +671,8 @@ def read_asked(given, asked, info):
 def map_of(detector, item, method):
     """The map (h, w) of a picture of the page, for the class that was said."""
     info = detector.info
-    picture, target = (
-        read_image(item["path"], info["channels"], detector.window),
-        info["classes"].index(item["answer"]["prediction"]),
-    )
+    picture, target = open_again(item), info["classes"].index(item["answer"]["prediction"])
+    picture = picture.convert("L") if info["channels"] == 1 else picture
     return explain_picture(detector.model, picture, method, target, item["meta"])[0]
 
 
@@ -664,10 +681,10 @@ def gallery_tile(item):
 
 
 def tile(item):
-    picture = open_again(item["path"])
-    small = shrunk(picture)
+    picture = open_again(item)
+    box, small = own_box(item["answer"]["box"], picture), picture.copy()
     small.thumbnail((320, 320))
-    return plots.draw_box(small, box_on(item["answer"], picture, small), "#56B4E9")
+    return plots.draw_box(small, box and [v * small.width / picture.width for v in box], "#56B4E9")
 
 
 def gallery_words(item):
@@ -694,12 +711,8 @@ def wire_teaching(gr, detector, folder, state, taught):
         if not label:
             raise InputError("say what it is")
         item = kept["items"][kept["chosen"]]
-        picture = open_again(item["path"])
-        (green, red), box, other = (
-            painted(drawing, picture),
-            read_box(lesion, picture.size),
-            read_box(beside, picture.size),
-        )
+        picture = open_again(item)
+        (green, red), box, other = (painted(drawing, picture), read_box(lesion, picture), read_box(beside, picture))
         if other:
             red = np.zeros(picture.size[::-1], bool) if red is None else red.copy()
             x0, y0, x1, y1 = map(round, other)

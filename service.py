@@ -19,6 +19,7 @@ import hmac
 import html
 import io
 import json
+import math
 import os
 import re
 import shutil
@@ -36,12 +37,13 @@ from explain import draw
 from files import parts_of
 from infer import check_views
 from models import DISCLAIMER
-from pictures import read_image
+from pictures import count_frames, read_frames, read_image
 from readers import InputError, one_line
 from report import explain_picture, recommended_method
 from saliency import CLASSLESS, METHODS
 
 BATCH = 32  # pictures in one pass
+MOST_FRAMES = 256  # of a clip that are looked at, evenly
 LOCAL = ("127.0.0.1", "localhost", "::1")
 
 
@@ -143,6 +145,48 @@ class Worker:
                 batch[0][2].set_exception(e)
             for job in batch if len(batch) > 1 else ():
                 self.answer([job])
+
+
+def ask_files(worker, paths, look, metas=None):
+    """[(rows, future of their answers)] of files: the pictures together, each clip by itself, see predict_clip."""
+    metas = metas or [None] * len(paths)
+    clips = [i for i, path in enumerate(paths) if is_clip(path)]
+    still = [i for i in range(len(paths)) if i not in clips]
+    jobs = [([i], worker.run(look_at_clip, worker.detector, look, paths[i], metas[i])) for i in clips]
+    if still:
+        jobs.append((still, worker.ask([paths[i] for i in still], look, [metas[i] for i in still])))
+    return jobs
+
+
+def in_order(jobs, answers):
+    """The answers of each of these jobs, see ask_files, in the order of the files."""
+    found = {}
+    for (rows, _), some in zip(jobs, answers, strict=True):
+        found |= dict(zip(rows, some, strict=True))
+    return [found[i] for i in sorted(found)]
+
+
+def is_clip(path):
+    try:
+        return count_frames(path) > 1
+    except InputError:
+        return False  # predict says why it can't be read
+
+
+def look_at_clip(detector, look, path, meta):
+    """[the answer to a clip]."""
+    detector = look.of(detector)
+    answer = detector.predict_clip(path, meta, math.ceil(count_frames(path) / MOST_FRAMES))[1]
+    if look.masks:
+        picture = frame_of(path, answer["frame"], detector.window)
+        answer["mask"] = None if answer["error"] else detector.predict(picture, meta, masks=True)["mask"]
+    return [answer]
+
+
+def frame_of(path, number, window):
+    """A frame of a file, from 1 (None: the first), as read_frames gives it, RGB."""
+    with contextlib.closing(read_frames(path, 3, window, number or 1)) as frames:
+        return next(frames)[1]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -389,8 +433,10 @@ def explained(detector, path, look, method, target, meta, form):
     method, note = (method, "") if method else recommended_method(detector.path)
     out, shown = io.BytesIO(), target or answer["prediction"]
     if form == "npy":
-        picture = read_image(path, detector.info["channels"], detector.window)
-        shown = detector.info["classes"].index(shown)
+        picture, shown = (
+            read_image(path, detector.info["channels"], detector.window),
+            detector.info["classes"].index(shown),
+        )
         np.save(out, explain_picture(detector.model, picture, method, shown, meta)[0].astype(np.float32))
     else:
         draw(detector.model, path, [method], meta, None if method in CLASSLESS else shown, note).save(out, "PNG")
@@ -511,8 +557,9 @@ def picture_routes(app, worker, folder):
         if len(metas) not in (0, 1, len(files)):
             raise InputError(f"meta: {len(metas)} patients for {len(files)} files; give one, or one for each")
         async with kept(files, folder) as paths:
-            future = worker.ask(paths, look, metas * len(paths) if len(metas) == 1 else metas or None)
-            answers = await asyncio.wrap_future(future)
+            metas = metas * len(paths) if len(metas) == 1 else metas or None
+            jobs = await asyncio.to_thread(ask_files, worker, paths, look, metas)
+            answers = in_order(jobs, [await asyncio.wrap_future(job) for _, job in jobs])
         if all(map(is_unreadable, answers)):
             raise NoPicture("; ".join(f"{Path(a['image']).name}: {a['error']}" for a in answers))
         return [a | {"image": Path(a["image"]).name} for a in answers]

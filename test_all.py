@@ -5553,6 +5553,55 @@ def test_the_service_explains_as_explain_does(served, detector):
 
 
 @needs_gradio
+@needs_pydicom
+def test_the_service_and_the_page_take_dicom_files_and_clips(served, detector):
+    app_, _, folder = served
+    frames, still = [picture(48, 48, seed) for seed in (3, 4, 5)], picture(48, 48, 6)
+    gif = io.BytesIO()
+    frames[0].save(gif, "GIF", save_all=True, append_images=frames[1:])
+    whole = np.zeros((100, 140), np.uint8)
+    whole[25:85, 30:110] = np.asarray(picture(80, 60, 7))  # the rest is a frame of text
+    scan = dicom_bytes([whole], SequenceOfUltrasoundRegions=regions((30, 25, 109, 84)))
+    names, contents = ["c.gif", "a.png", "us.dcm"], [gif.getvalue(), as_png(still), scan]
+    sent = [("files", name, content) for name, content in zip(names, contents, strict=True)]
+    status, said = post(app_, "/v1/predict", [], sent)
+    assert (status, [a["image"] for a in said]) == (200, names)
+    (folder / "f").mkdir()
+    for name, content in zip(names, contents, strict=True):
+        (folder / "f" / name).write_bytes(content)
+    paths = [str(folder / "f" / name) for name in names]
+    expected = [detector.predict_clip(paths[0])[1], *detector.predict(paths[1:])]
+    for one, other in zip(said, expected, strict=True):
+        assert {k: one[k] for k in ("prediction", "refer", "frame", "clip")} == {
+            k: other[k] for k in ("prediction", "refer", "frame", "clip")
+        }
+        assert one["probability"] == pytest.approx(other["probability"], abs=1e-5)
+    assert (said[0]["clip"]["frames"], said[1]["clip"], said[0]["frame"]) == (3, None, expected[0]["frame"])
+    worker = service.Worker(detector)
+    jobs = service.ask_files(worker, paths, service.Look(masks=True))
+    found = service.in_order(jobs, [job.result(60) for _, job in jobs])
+    items = [app.keep_answer(path, one, None, None) for path, one in zip(paths, found, strict=True)]
+    best = np.asarray(frames[expected[0]["frame"] - 1].convert("RGB"))
+    assert np.abs(np.asarray(app.open_again(items[0])).astype(int) - best).mean() < 3  # a GIF has few greys
+    assert "3 of its 3 frames" in app.answer_html(items[0], detector.info)
+    part = app.open_again(items[2])
+    assert np.array_equal(np.asarray(part)[..., 0], whole[25:85, 30:110])
+    assert items[2]["mask"].shape == (60, 80)
+    assert app.read_box("40 30 60 50", part) == [10, 5, 30, 25]
+    with pytest.raises(InputError, match="inside 30 25 110 85"):
+        app.read_box("0 0 60 50", part)
+    items[2]["answer"] |= {"box": [40.0, 30.0, 60.0, 50.0]}
+    drawn = np.asarray(app.draw_item(items[2] | {"mask": None}, part)).astype(int)
+    blue = (drawn[..., 2] > 200) & (drawn[..., 0] < 120)
+    scale = 320 / 60
+    assert data.box_of(blue) == pytest.approx(np.array([10, 5, 30, 25]) * scale, abs=4)
+    assert app.map_of(detector, items[2], "gradcam").max() >= 0
+    app.write_feedback(folder / "told", part, "benign", items[2]["mask"], who="A", answer=items[2]["answer"])
+    kept = b"".join(p.read_bytes() for p in (folder / "told").rglob("*") if p.is_file()) + json.dumps(said).encode()
+    assert not [secret for secret in SECRETS if secret.encode() in kept]
+
+
+@needs_gradio
 def test_the_docs_are_one_page_that_asks_nobody_else(served):
     app, _, _ = served
     status, _, page, _ = ask(app, "GET", "/docs")
@@ -5685,9 +5734,9 @@ def test_strokes_become_masks_of_the_picture_that_was_painted_on():
     assert not app.filled(np.zeros((9, 9), bool)).any()
     for wrong in ("1 2 3", "a b c d", "5 5 5 9", "0 0 301 20", "-1 0 5 5", "nan 0 5 5"):
         with pytest.raises(InputError, match="give x_min"):
-            app.read_box(wrong, image.size)
-    assert app.read_box("1, 2.5; 30 40", image.size) == [1, 2.5, 30, 40]
-    assert app.read_box("  ", image.size) is None
+            app.read_box(wrong, image)
+    assert app.read_box("1, 2.5; 30 40", image) == [1, 2.5, 30, 40]
+    assert app.read_box("  ", image) is None
 
 
 def test_feedback_is_a_data_set_that_trains(tmp_path):
@@ -5802,7 +5851,7 @@ def test_the_page_says_names_and_numbers_as_they_are(detector):
     broken = {"name": "b", "answer": detector.predict(b"no")}
     assert "no answer: not an image" in app.answer_html(broken, detector.info)
     sure = {"name": "c", "answer": item["answer"] | {"probability": 2.0}}
-    assert [i["name"] for i in app.in_order([broken, item, sure])] == ["c", item["name"], "b"]
+    assert [i["name"] for i in app.likeliest_first([broken, item, sure])] == ["c", item["name"], "b"]
     three = detector.info | {"classes": ["a", "b", "c"]}
     told = item["answer"] | {"prediction": "b", "probabilities": {"a": 0.2, "b": 0.5, "c": 0.3}}
     assert "b 0.500, c 0.300, a 0.200" in app.answer_html({"name": "x", "answer": told}, three)
@@ -5850,7 +5899,7 @@ def test_the_page_of_a_model_of_patients_and_three_classes(tmp_path, monkeypatch
     assert (paths, look, meta) == ([str(image)], service.Look(2, (1.0, 1.25), None, True), {"age": "60"})
     (answer,) = worker.ask(paths, look, [meta]).result(60)
     assert answer["probabilities"] == look.of(detector).predict(image, meta)["probabilities"]
-    assert app.map_of(detector, app.keep_answer(str(image), answer, meta), "gradcam").shape == (24, 32)
+    assert app.map_of(detector, app.keep_answer(str(image), answer, meta, None), "gradcam").shape == (24, 32)
     image.unlink()
     with pytest.raises(InputError, match="drop them again"):
         app.read_asked(given, controls, detector.info)
@@ -6040,6 +6089,7 @@ def bad_contents():
     yield "huge.png", buffer.getvalue()
     yield "large.png", as_png(Image.new("RGB", (1000, 501)))
     yield "svg.svg", b'<svg xmlns="http://www.w3.org/2000/svg"/>'
+    yield "cut.dcm", bytes(128) + b"DICM" + bytes(50)
     yield "zip.dcm", b"PK\x03\x04" + bytes(100)
 
 
