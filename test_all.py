@@ -7136,11 +7136,19 @@ def test_the_benchmark_of_the_service_counts_answers_of_good_and_hostile_clients
     assert set(re.findall(r"(\d+): \d+", lines[3].rpartition("and")[2])) <= {"413", "415"}
 
 
-def test_the_benchmark_times_an_epoch_for_processes_to_share(capsys):
+def test_the_benchmark_times_an_epoch_for_processes_to_share(capsys, monkeypatch):
     bench.main(["--sharing", "--quick"])
     assert float(capsys.readouterr().out) > 0
+    took, asked = iter([0.8, 0.5, 1.2]), []  # two processes, two threads, one thread
+
+    def timed(command, env, **_):
+        asked.append((command[command.index("--nproc_per_node") + 1], env["OMP_NUM_THREADS"]))
+        return argparse.Namespace(stdout=f"{next(took)}\n")
+
+    monkeypatch.setattr(bench.subprocess, "run", timed)
     bench.main(["--processes", "2", "--quick", "--runs", "1"])
-    assert "ratio" in capsys.readouterr().out
+    assert asked == [("2", "1"), ("1", "2"), ("1", "1")]
+    assert "ideal 0.600 s   efficiency 0.75, of threads 1.20" in capsys.readouterr().out
 
 
 def test_the_benchmark_weighs_model_files(tmp_path):
