@@ -36,7 +36,7 @@ import plots
 import train
 import transfer
 from grouping import partition
-from judge import look_at
+from judge import locate, look_at, predict
 from person import ask, choose, learn, suggest
 from query import COLD, STRATEGIES, Context, candidates
 from readers import InputError
@@ -76,18 +76,18 @@ def initial_model(images, args, seed):
 
 def self_teacher(before, known, rows, args):
     """Soft answers (N, K) of the last round's C-Net on the images `rows`; what it is not asked stays undecided."""
-    boxes = None if args.roi == "none" else train.locate(before, known, torch.arange(len(known)))
+    boxes = None if args.roi == "none" else locate(before, known, torch.arange(len(known)))
     answers = torch.full((len(known), len(known.classes)), 1 / len(known.classes))
-    answers[rows] = before.combine(train.predict(before, known, rows, boxes)).float()
+    answers[rows] = before.combine(predict(before, known, rows, boxes)).float()
     return answers
 
 
 def assess(model, images, test, look):
     """{"auc"} of C-Net, and {"iou", "iou_at_50"} where there is a D-Net, on the test images."""
-    answers = model.combine(train.predict(model, images, test, look))
+    answers = model.combine(predict(model, images, test, look))
     result = {"auc": metrics.evaluate(answers, images.labels[test])["auc"]}
     if model.finders:
-        iou = metrics.paired_iou(train.locate(model, images, test), images.boxes[test])
+        iou = metrics.paired_iou(locate(model, images, test), images.boxes[test])
         result |= metrics.means(metrics.localisation(iou))
     return {name: float(value) for name, value in result.items()}
 
@@ -511,7 +511,7 @@ def main(argv=None):
         if not args.redraw:  # of all labels there is one fit, whatever the seed
             jobs = [j for j in jobs if j[0] != "all" or j[1] == args.seed]
     try:
-        with options.claim(folder, not args.resume), train.Interrupt() if by_hand else contextlib.nullcontext():
+        with options.claim(folder, not args.resume), options.Interrupt() if by_hand else contextlib.nullcontext():
             if args.learn == "head" and not (folder / "embeddings.pt").exists():
                 embed_once(images, args, folder)
             for done in options.run_jobs(chain, jobs, images, args, args.workers):
@@ -519,7 +519,7 @@ def main(argv=None):
                 left = (time.time() - began) / len(chains) * (len(jobs) - len(chains))
                 left = f"{left / 60:.0f} min" if left > 90 else f"{left:.0f} s"
                 print(f"{len(chains)} of {len(jobs)} chains, about {left} left", flush=True)
-    except (train.Stopped, KeyboardInterrupt):
+    except (options.Stopped, KeyboardInterrupt):
         options.stop("al_loop.py", folder)
     if args.learn == "head" and not args.redraw:
         full = next(c for c in chains if c["strategy"] == "all")

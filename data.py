@@ -356,8 +356,8 @@ def decode(
     uint8 (N, 1, 28, 28), kept rows).
 
     With a `cache` folder the result is memory-mapped from there: the second start is immediate, and a set larger than
-    memory works. The key is the files' names, sizes and times (or the pixels, where there are no files), and the size. All
-    bad files are reported at once."""
+    memory works. The key is the files' names, sizes and times (or the pixels, where there are no files), and how they are
+    decoded. All bad files are reported at once."""
     layout, work, folder = kept_files(entries, size, channels), (entries, size, channels, equalise, window), None
     if cache:
         folder = Path(cache) / cache_key(*work)

@@ -202,9 +202,8 @@ def together(net, loss_of):
     if world() == 1:
         return net, loss_of
     net = nn.SyncBatchNorm.convert_sync_batchnorm(net) if next(net.parameters()).is_cuda else net
-    step = nn.parallel.DistributedDataParallel(
-        Step(net, loss_of), static_graph=True
-    )  # weights that no loss asks for stay
+    # static: weights that no loss asks for stay
+    step = nn.parallel.DistributedDataParallel(Step(net, loss_of), static_graph=True)
     step.broadcast_buffers = False  # at every step the first one's: see merge
     return net, lambda net, *batch: step(*batch)
 

@@ -30,6 +30,7 @@ from judge import EVAL_BATCH
 from options import DATA, THEIRS, build_parser, images_elsewhere, run_main
 from phantoms import phantoms
 from readers import InputError
+from transfer import learnt
 
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 SAME = 1e-4  # numbers that differ by less, relative above 1, are called equal
@@ -149,12 +150,12 @@ def describe(answering):
     """{key: text, or what JSON can hold}: what must be known to feed the file and to read its answers."""
     model, info = answering.model, answering.model.info
     about = {"format": models.FORMAT, "classes": info["classes"]}
-    about |= {"size": info["load_size"], "channels": info["channels"]}
+    about |= {"size": info["load_size"], "channels": info["channels"], "window": info["window"]}
     about |= {"views": answering.views, "scales": answering.scales, "temperature": info["temperature"]}
     about |= {"threshold": info["threshold"], "lesion_threshold": info["lesion_threshold"]}
     if columns := patient_columns(model):
         about |= {"patients": columns, "patients_spec": info["meta_spec"]}
-    made = {k: Path(str(v)).name if k == "data" else v for k, v in info["made"].items()}  # not where the data lay
+    made = {k: Path(str(v)).name if k in ("data", "from") else v for k, v in info["made"].items()}  # not where they lay
     return about | {"made": made, "disclaimer": models.DISCLAIMER}
 
 
@@ -303,12 +304,6 @@ def write_files(answering, out, calibration):
         write_atomically(path, part)
         print(f"{path}: {len(part) / 1e6:.1f} MB")
     return engines
-
-
-def learnt(images, info):
-    """bool (N,): which of the images the model has learnt from, or was judged by in training."""
-    seen = [info["seen"][split] for split in ("train", "val")] if "seen" in info else [torch.zeros(0, dtype=torch.long)]
-    return torch.isin(images.pictures(), torch.cat(seen))
 
 
 def calibration_rows(images, info):

@@ -111,7 +111,7 @@ class BreastCancerDetector:
         (standard deviation over members and views), box (x_min, y_min, x_max, y_max in the image's own pixels, or None),
         refer, reason (why to refer, or None), lesion_score (how sure it is that there is a lesion at all: below the model's
         threshold box is None), boxes (of all lesions, the likeliest first), outline (area, width_over_height and
-        irregularity of the likeliest, see describe_outline), window (the values that became black and white where the picture
+        irregularity of the likeliest, see answers.describe_outline), window (the values that became black and white where the picture
         has more than 8 bits, or None), frame and clip (None: see predict_clip; of a file with several frames the first is
         looked at, and referred), error (None, or one line of why there is no answer, and the rest None)."""
         images, alone = one_by_one(images)
@@ -511,10 +511,11 @@ def main(argv=None):
     p = build_parser({"options of infer.py": INFER, "the data of --test": THEIRS}, __doc__.split("\n\n")[0])
     p.add_argument("images", nargs="*", help="image files and folders")
     args = p.parse_args(argv)
+    for_pictures = args.images or args.json or args.csv or args.meta or args.save_overlay or args.save_mask
     if args.evaluate:
         from report import clean
 
-        if args.images or args.json or args.meta or args.save_overlay or args.save_mask or args.adapt or args.test:
+        if for_pictures or args.adapt or args.test or args.window:
             raise InputError("--evaluate takes the held-out images of the run, and no images or options for them")
         run = Path(args.model or model_file().parent)
         table = evaluate(run, args.tta, args.scales, args.data, args.cache, choose_device(args.device))
@@ -523,8 +524,8 @@ def main(argv=None):
         print(f"{out}\n{DISCLAIMER}")
         return
     if args.test:
-        if args.images:
-            raise InputError("--test takes a labelled data set, and no pictures beside it")
+        if for_pictures:
+            raise InputError("--test takes a labelled data set, and no pictures or options for them beside it")
         return test(args)
     if not args.images:
         raise InputError("give an image, --evaluate, or --test (see -h)")

@@ -211,8 +211,9 @@ def pool_folds(images, parts, results, args):
     judged = judge_by(images, results, results, args) if members else judge_lesions(images, results, args)
     set_here = ("temperature", "threshold", "lesion_threshold")
     model.info |= {key: judged[key] for key in set_here if judged.get(key) is not None}
-    nothing = torch.zeros(0, dtype=torch.long)
-    model.info["seen"] = {"train": images.pictures()[rows], "val": nothing, "test": nothing}
+    nothing, before = torch.zeros(0, dtype=torch.long), [p.info["seen"]["train"] for p in parts if "seen" in p.info]
+    seen = torch.cat([images.pictures()[rows], *before]).unique()  # before: what their --from had met, too
+    model.info["seen"] = {"train": seen, "val": nothing, "test": nothing}
     return model
 
 

@@ -68,7 +68,7 @@ MODEL = [
     ("ensemble", None, "A,B,C", "C-Net members' backbones, trained one after another, weighted on validation; D-Net keeps --model"),
     ("trunk", "shared", ["shared", "own"], "one backbone that finds, outlines and names, where lesions are known; or D-Net and C-Net each with its own"),
     ("weights", "imagenet", "W", "start from imagenet (a download by torchvision), none, or a state_dict file (members that it does not fit: none); or A=W,B=W for members' own"),
-    ("from", None, "MODEL", "start from this model file or run folder, of the same classes: its networks, size and crops"),
+    ("from", None, "MODEL", "start from this model file or run folder, of the same classes: its networks, size, greys (as --channels, --clahe and --window) and crops"),
     ("learn", "all", ["all", "head"], "all weights, or C-Net's last layer alone: on frozen embeddings, in seconds, pulled towards what it starts from"),
     ("pull", STRENGTH, (1e-6, MANY), "strength of that pull, see heads.fit; more: nearer to what it starts from"),
     ("attention", "none", list(ATTENTION), "between C-Net's backbone and its pooling"),

@@ -25,6 +25,7 @@ import options
 import plots
 import train
 import transfer
+from grouping import near_duplicates
 from pictures import letterbox, origin, original_box, parse_window, read_image
 from query import STRATEGIES, Context, candidates
 from readers import COLUMNS, InputError, read_csv
@@ -107,7 +108,7 @@ def suggest(argv):
     if args.query > len(free):
         raise InputError(f"--query {args.query}: the pool {args.pool} has {len(free)} images without a label")
     everything, generator = torch.arange(len(images)), torch.Generator().manual_seed(args.seed)
-    boxes = train.locate(model, images, everything)
+    boxes = judge.locate(model, images, everything)
     picks = ask(args.strategy, model, images, everything, labelled, free, args.query, generator, boxes)
     title = f"{args.strategy}: {args.query} of {len(free)} images to label"
     write_sheet(out, images, picks, model if args.show_guess else None, boxes, title)
@@ -274,9 +275,9 @@ def learn(argv):
     folder = options.prepare_folder(args, more, "learn-")
     runs = [("before", fixed, val, test, seed), ("after", torch.cat([fixed, rows]), val, test, seed)]
     try:
-        with options.claim(folder, not args.resume), train.Interrupt():
+        with options.claim(folder, not args.resume), options.Interrupt():
             before, after = train.make_runs(more, runs, args, folder)
-    except (train.Stopped, KeyboardInterrupt):
+    except (options.Stopped, KeyboardInterrupt):
         options.stop("al_loop.py learn", folder)
     change = compare(more, [before], [after])
     files.write_atomically(folder / "change.json", json.dumps(clean(change), indent=1).encode())
@@ -335,6 +336,6 @@ def tell_twins(images):
     """Say which answers show the same under two names of patients: one of the names, or of the labels, may be wrong."""
     if images.thumbnails is None:
         return
-    for i, j in data.near_duplicates(images.thumbnails).tolist():
+    for i, j in near_duplicates(images.thumbnails).tolist():
         if images.groups[i] != images.groups[j]:
             print(f"{images.names[i]} and {images.names[j]} look the same, but are of two patients")

@@ -124,9 +124,9 @@ def main(argv=None):
         return net.loss(*x.chunk(2))
 
     try:
-        with options.claim(folder, not args.resume), train.Interrupt():
+        with options.claim(folder, not args.resume), options.Interrupt():
             best, history = train.fit(net, images, rows, loss_of, None, args, views=2, **same)
-    except (train.Stopped, KeyboardInterrupt):
+    except (options.Stopped, KeyboardInterrupt):
         options.stop("pretrain.py", folder)
     net.load_state_dict(best)
     save_checkpoint(folder / "backbone.pt", torchvision_state(args.model, net.online.state_dict()))

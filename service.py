@@ -400,7 +400,8 @@ def describe_model(detector):
             report = json.loads(file.read_text())
             report = {"images": report["data"]["images"], **{k: report.get(k) for k in ("splits", "test", "runs")}}
     told = {
-        k: info[k] for k in ("classes", "threshold", "temperature", "lesion_threshold", "views", "size", "channels")
+        k: info[k]
+        for k in ("classes", "threshold", "temperature", "lesion_threshold", "views", "size", "channels", "window")
     }
     members = [{k: m.config[k] for k in ("model", "roi")} for m in detector.model.members]
     method, note = recommended_method(detector.path)

@@ -3301,7 +3301,8 @@ def test_another_hospitals_set_is_tested_with_the_threshold_that_the_model_bring
     assert "give 32 or more" in error_of(call(infer, *command, "--adapt"))
     assert "its classes are" in error_of(call(infer, *command[:-1], "benign"))
     assert "--test nowhere: no such file" in error_of(call(infer, "--model", whole[0], "--test", "nowhere"))
-    assert "and no pictures beside it" in error_of(call(infer, old, *command))
+    assert "and no pictures or options for them" in error_of(call(infer, old, *command))
+    assert "and no pictures or options for them" in error_of(call(infer, *command, "--csv", tmp_path / "t.csv"))
     assert "no images or options for them" in error_of(call(infer, "--model", whole[0], "--evaluate", "--adapt"))
 
 
@@ -5154,6 +5155,7 @@ def test_a_file_tells_how_to_feed_it_and_nothing_of_the_machine_that_wrote_it(ex
     }  # fmt: skip
     assert (json.loads(about["threshold"]), json.loads(about["lesion_threshold"])) == (0.31, 0.4)
     assert (about["disclaimer"], json.loads(about["made"])) == (models.DISCLAIMER, {"data": "BUSI"})
+    assert about["window"] == "null"
     assert [[d.dim_param or d.dim_value for d in i.type.tensor_type.shape.dim] for i in file.graph.input] == [
         ["N", 1, 64, 64], ["N", 5]
     ]  # fmt: skip
@@ -6944,6 +6946,9 @@ def test_a_head_learnt_by_train_is_the_one_that_fit_gives_slow(tmp_path, elsewhe
     assert call(train, *where, "--from", elsewhere / "home", *fine, "--name", "f").returncode == 0
     fine = models.load(tmp_path / "f")
     torch.testing.assert_close(fine.members[0].head.weight, home.members[0].head.weight, atol=1e-6, rtol=0)
+    assert fine.info["made"]["from"] == str(elsewhere / "home")
+    for later in (model, fine):  # what it came from has not forgotten what it met
+        assert torch.isin(home.info["seen"]["train"], later.info["seen"]["train"]).all()
     # its trunk: a model file is weights like any others
     assert call(train, *where, "--size", "32", "--model", "small_cnn", "--weights", elsewhere / "home" / "model.pt", *fine_options(), "--name", "t").returncode == 0  # fmt: skip
     trunk = models.load(tmp_path / "t").members[0].state_dict()

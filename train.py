@@ -294,8 +294,10 @@ def one_run(images, train, val, test, args, folder, seed, teacher=None):
             result["val_iou"] = [h["val_iou"] for h in history if h["best"]][-1]
     result["lesion_threshold"] = model.info["lesion_threshold"]
     result.update(temperature=model.info["temperature"], weights=model.weights.tolist(), histories=histories)
-    pictures = images.pictures()  # so that nobody takes for new what it has met
-    model.info["seen"] = {"train": pictures[train], "val": pictures[val], "test": pictures[test]}
+    pictures = images.pictures()  # so that nobody takes for new what it has met, nor what its --from has
+    before = [v for split, v in model.info.get("seen", {}).items() if split != "test"]
+    seen = {"train": torch.cat([pictures[train], *before]), "val": pictures[val], "test": pictures[test]}
+    model.info["seen"] = seen
     models.save(Path(folder) / "model.pt", model)
     files.save_checkpoint(Path(folder) / "test.pt", result)
     for path in Path(folder).glob("[cd]net*.pt"):
@@ -312,6 +314,7 @@ def train_model(images, train, val, args, folder, seed, teacher=None, unlabelled
     pixels, masks = near(images.pixels, device), near(images.masks, device)
     images = dataclasses.replace(images, pixels=pixels, masks=masks, meta=meta_for(images, spec), meta_spec=spec)
     info, start, histories = model_info(images, args, seed), start or transfer.load_start(args), []
+    info |= {"seen": start.info["seen"]} if start is not None and "seen" in start.info else {}
     if args.learn == "head":
         model, look = transfer.learn_head(images, train, info, args, start)
     else:
@@ -351,6 +354,7 @@ def choose_trunk(images, train, val, args, start=None):
 def model_info(images, args, seed):
     """What a model file says of itself, see models.Ensemble."""
     made = {"data": images.source, "placeholder_boxes": images.placeholder_boxes, "seed": seed, "torch": str(torch.__version__)}  # fmt: skip
+    made |= {"from": path} if (path := vars(args).get("from")) else {}
     info = {"classes": images.classes, "size": args.size, "load_size": images.pixels.shape[-1]}
     info |= {"channels": images.pixels.shape[1], "equalise": args.clahe, "margin": args.margin, "views": args.views}
     return info | {"window": parse_window(args.window), "meta_spec": images.meta_spec, "made": made}

@@ -129,10 +129,15 @@ def load_with_start(args):
     return images, start
 
 
+def learnt(images, info):
+    """bool (N,): which of the images show what the model of this `info` learnt from, or was chosen by."""
+    seen = [info["seen"][split] for split in ("train", "val")] if "seen" in info else [torch.zeros(0, dtype=torch.long)]
+    return torch.isin(images.pictures(), torch.cat(seen))
+
+
 def met(model, images, rows):
-    """How many of the images in `rows` show what the model learnt from, or was chosen by."""
-    seen = torch.cat([model.info["seen"][split] for split in ("train", "val")])
-    return int(torch.isin(images.take(rows).pictures(), seen).sum())
+    """How many of the images in `rows` the model has learnt from."""
+    return int(learnt(images.take(rows), model.info).sum())
 
 
 def check_unseen(start, images, test, args):
@@ -150,5 +155,5 @@ def learn_head(images, rows, info, args, start):
     seen, labels = look_at(start, images, rows, keep=True), images.labels[rows]
     layers = refit(heads_of(start), seen.embeddings, torch.arange(len(rows)), labels, len(images.classes), args.pull)
     model = with_heads(start, layers)
-    model.info["made"] = info["made"] | {"from": vars(args)["from"]}
+    model.info["made"] = info["made"]
     return model, images.boxes if start.needs_boxes else None
