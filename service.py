@@ -35,7 +35,7 @@ import numpy as np
 from data import parse_meta
 from explain import draw
 from files import parts_of
-from infer import check_views
+from infer import check_views, is_clip
 from models import DISCLAIMER
 from pictures import count_frames, read_frames, read_image
 from readers import InputError, one_line
@@ -164,13 +164,6 @@ def in_order(jobs, answers):
     for (rows, _), some in zip(jobs, answers, strict=True):
         found |= dict(zip(rows, some, strict=True))
     return [found[i] for i in sorted(found)]
-
-
-def is_clip(path):
-    try:
-        return count_frames(path) > 1
-    except InputError:
-        return False  # predict says why it can't be read
 
 
 def look_at_clip(detector, look, path, meta):

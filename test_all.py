@@ -7818,7 +7818,6 @@ FLOORS = [
     ["pictures", "files"],
     ["data"],
     ["backbones"],
-    ["backbones"],
     ["models"],
     ["plots", "answers"],
     ["clips"],
