@@ -187,12 +187,9 @@ def write_best(path, setting, best, args):
         key, value = action.dest, {**vars(args), **setting}.get(action.dest)
         if key in skipped or (value == action.default and key not in setting):
             continue
-        option, given = (
-            action.option_strings[-1],
-            [shlex.quote(str(v)) for v in (value if isinstance(value, list) else [])],
-        )
-        single = value is not True and not isinstance(value, list)  # with =, as --window=-160,240 begins like an option
-        lines.append(f"{option}={shlex.quote(str(value))}" if single else " ".join([option, *given]))
+        given = value if isinstance(value, list) else [] if value is True else [value]
+        joint = " " if isinstance(value, list) or not given else "="  # --window -160,240 would begin like an option
+        lines.append(joint.join([action.option_strings[-1], " ".join(shlex.quote(str(v)) for v in given)]).strip())
     write_atomically(path, "".join(f"{line}\n" for line in lines).encode())
 
 
