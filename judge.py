@@ -212,7 +212,10 @@ def pool_folds(images, parts, results, args):
     set_here = ("temperature", "threshold", "lesion_threshold")
     model.info |= {key: judged[key] for key in set_here if judged.get(key) is not None}
     nothing = torch.zeros(0, dtype=torch.long)
-    model.info["seen"] = {"train": images.pictures()[rows], "val": nothing, "test": nothing}
+    own = images.pictures()[rows]
+    earlier = torch.cat([nothing, *(part.info["seen"]["train"] for part in parts if "seen" in part.info)]).unique()
+    own = torch.cat([own, earlier[~torch.isin(earlier, own)]])  # of a model that they began with
+    model.info["seen"] = {"train": own, "val": nothing, "test": nothing}
     return model
 
 

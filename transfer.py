@@ -111,14 +111,19 @@ def load_with_start(args):
     if (start := load_start(args)) is None:
         return options.load_images(args), None
     info, nets = start.info, [m.config for m in start.members]
-    args.roi = ",".join(dict.fromkeys(net["roi"] for net in nets))
-    args.ensemble = ",".join(net["model"] for net in nets[:: len(args.roi.split(","))])
-    args.model, args.dropout, args.attention, args.normalise = (
-        nets[0][k] for k in ("model", "dropout", "attention", "normalise")
-    )
-    args.size, args.clahe, args.channels, args.weights = info["size"], info["equalise"], info["channels"], "none"
-    args.window = info["window"] and ",".join(map(str, info["window"]))
-    args.margin, args.meta_columns = info["margin"], [s["column"] for s in info["meta_spec"]] or None
+    rois = list(dict.fromkeys(net["roi"] for net in nets))
+    made = {"roi": ",".join(rois), "ensemble": ",".join(net["model"] for net in nets[:: len(rois)])}
+    made |= {k: nets[0][k] for k in ("dropout", "attention", "normalise")}
+    made |= {"model": start.dnets[0].config["model"] if len(start.dnets) else nets[0]["model"], "weights": "none"}
+    made |= {"size": info["size"], "clahe": info["equalise"], "channels": info["channels"], "margin": info["margin"]}
+    made |= {"window": info["window"] and ",".join(map(str, info["window"]))}
+    made |= {"meta_columns": [s["column"] for s in info["meta_spec"]] or None}
+    usual = options.train_parser()
+    usual.set_defaults(**(options.PHANTOM_DEFAULTS if args.data in (None, "phantoms") else {}))
+    given = [k for k, v in made.items() if vars(args)[k] not in (v, usual.get_default(k))]
+    if given:
+        print(f"--from {vars(args)['from']}: of its own, not as given: --{' --'.join(given).replace('_', '-')}")
+    vars(args).update(made)
     images = options.load_images(args, meta_spec=info["meta_spec"] or None)
     if not models.same_classes(info["classes"], images.classes):
         raise InputError(
@@ -129,26 +134,33 @@ def load_with_start(args):
     return images, start
 
 
-def met(model, images, rows):
+def met(model, images, rows, splits=("train", "val")):
     """How many of the images in `rows` show what the model learnt from, or was chosen by."""
-    seen = torch.cat([model.info["seen"][split] for split in ("train", "val")])
+    seen = torch.cat([model.info["seen"][split] for split in splits])
     return int(torch.isin(images.take(rows).pictures(), seen).sum())
 
 
-def check_unseen(start, images, test, args):
-    """InputError where the model of --from has met images that are to test what it learns here."""
+def check_unseen(start, images, test, args, val=None):
+    """InputError where the model of --from has met images that are to test what it learns here, or learnt from those that
+    are to set its threshold."""
     if "seen" not in start.info:
         print(f"--from {vars(args)['from']}: of an older version, which did not note what it learnt from")
     elif known := met(start, images, test):
         raise InputError(
             f"--from {vars(args)['from']}: it learnt from {known} of the {len(test)} test images; take other images to test"
         )
+    elif val is not None and (known := met(start, images, val, ("train",))):
+        raise InputError(
+            f"--from {vars(args)['from']}: it learnt from {known} of the {len(val)} validation images, which are to set the "
+            "threshold; divide the data as for that model (--seed, or a column of splits)"
+        )
 
 
 def learn_head(images, rows, info, args, start):
     """(The model `start` with last layers learnt from the images in `rows`, the boxes that its crops are made from)."""
-    seen, labels = look_at(start, images, rows, keep=True), images.labels[rows]
+    boxes, labels = images.boxes if start.needs_boxes else None, images.labels[rows]
+    seen = look_at(start, images, rows, boxes, keep=True)
     layers = refit(heads_of(start), seen.embeddings, torch.arange(len(rows)), labels, len(images.classes), args.pull)
     model = with_heads(start, layers)
     model.info["made"] = info["made"] | {"from": vars(args)["from"]}
-    return model, images.boxes if start.needs_boxes else None
+    return model, boxes
