@@ -7062,10 +7062,10 @@ def test_no_label_that_a_model_has_learnt_tells_what_it_is_worth_slow(tmp_path, 
     result = call(train, *where, "--data", elsewhere / "there.csv", "--from", home, *step, "--nets", "dnet")
     assert "leave out --nets dnet" in error_of(result)
     result = call(
-        train, *where, "--data", elsewhere / "there.csv", "--from", home, *step, "--size", "48", "--name", "s"
+        train, *where, "--data", elsewhere / "there.csv", "--from", home, *step, "--size", "64", "--name", "s"
     )
     assert "of its own, not as given: --size" in result.stdout
-    assert models.load(tmp_path / "s").info["size"] == 64
+    assert models.load(tmp_path / "s").info["size"] == 32
 
 
 def test_the_pool_of_a_loop_is_that_of_its_seeds(tmp_path, elsewhere):
@@ -7100,12 +7100,13 @@ def test_patient_data_and_members_of_other_kinds_go_on_elsewhere_slow(tmp_path, 
     sheet = answer_sheet(tmp_path / "a.csv", elsewhere, range(0, 80, 2))
     result = call(al_loop, "learn", "--from", tmp_path / "m.pt", "--labels", sheet, *where[:4], "--name", "l")
     assert result.returncode == 0, result.stderr
-    # a D-Net of another backbone than C-Net's, and a C-Net of crops that nobody finds
+    # a D-Net of another backbone than C-Net's or of the first version, and a C-Net of crops that nobody finds
     nets = {"member": models.CNet("small_cnn", 2, 1), "crops": models.CNet("small_cnn", 2, 1, roi="mask")}
     info = {"classes": ["benign", "malignant"], "size": 32, "load_size": 64, "channels": 1}
     models.save(tmp_path / "d.pt", models.Ensemble([nets["member"]], dnets=[models.DNet("resnet18", 1)], **info))
     models.save(tmp_path / "c.pt", models.Ensemble([nets["crops"]], **info))
-    for name, options in (("d", []), ("c", ["--learn", "head"])):
+    models.save(tmp_path / "v.pt", models.Ensemble([nets["member"]], dnets=[models.VotingDNet("small_cnn", 1)], **info))
+    for name, options in (("d", []), ("c", ["--learn", "head"]), ("v", ["--learn", "head"])):
         result = call(
             train, *where, "--size", "32", "--from", tmp_path / f"{name}.pt", *options, "--name", f"of-{name}"
         )
