@@ -494,8 +494,8 @@ def main(argv=None):
     models.choose_device(args.device)
     images, start = transfer.load_with_start(args)
     train.check_split(images, images.rows("test"), "test")
+    tested = torch.nonzero(images.labels >= 0)[:, 0] if args.redraw else images.rows("test")
     if start is not None:
-        tested = torch.nonzero(images.labels >= 0)[:, 0] if args.redraw else images.rows("test")
         transfer.check_unseen(start, images, tested, args)
     seeds = range(args.seed, args.seed + args.repeats)
     most = min(len(divide(images, seed, args)[0]) for seed in (seeds if args.redraw else seeds[:1]))
@@ -504,6 +504,7 @@ def main(argv=None):
         raise InputError(f"{asked}: more than the pool of {most} images")
     if start is None:
         train.check_networks(images, args)
+        transfer.check_weights(images, tested, args)
     other = finished_loop(images, args) if args.against else None
     folder = options.prepare_folder(args, images, "al-")
     print(f"run folder: {folder}")

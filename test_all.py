@@ -7066,6 +7066,16 @@ def test_no_label_that_a_model_has_learnt_tells_what_it_is_worth_slow(tmp_path, 
     )
     assert "of its own, not as given: --size" in result.stdout
     assert models.load(tmp_path / "s").info["size"] == 32
+    swapped = {",val": ",test", ",test": ",val"}
+    text = re.sub(",(val|test)$", lambda m: swapped[m[0]], (tmp_path / "turned.csv").read_text(), flags=re.M)
+    (tmp_path / "turned.csv").write_text(text)
+    trunk = ["--data", tmp_path / "turned.csv", "--weights", tmp_path / "h" / "model.pt", "--model", "small_cnn"]
+    loop = ["--rounds", "1", "--start", "4", "--query", "2"]  # a trunk that has learnt from test images
+    for script, options in ((train, []), (al_loop, loop)):
+        said = error_of(call(script, *where, *trunk, "--size", "32", *options, "--name", "bad"))
+        assert "--weights" in said
+        assert "it learnt from" in said
+    assert not (tmp_path / "bad").exists()
 
 
 def test_the_pool_of_a_loop_is_that_of_its_seeds(tmp_path, elsewhere):

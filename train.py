@@ -645,10 +645,11 @@ def prepare(args):
     if start is not None and args.nets != "both":
         raise InputError(f"--from: the networks are those of that model; leave out --nets {args.nets}")
     runs = plan(images, args)
+    val, test = (torch.cat([run[k] for run in runs]) for k in (2, 3))
     if start is None:
         check_networks(images, args)
+        transfer.check_weights(images, test, args)
     else:
-        val, test = (torch.cat([run[k] for run in runs]) for k in (2, 3))
         transfer.check_unseen(start, images, test, args, val)
     if "mask" in args.roi and images.boxes.isnan().all():
         raise InputError("--roi mask: this data has neither masks nor boxes")

@@ -9,6 +9,7 @@ What the fine-tuning of a whole network does in minutes, and with sixty labels w
 threshold can be cross-fitted, and a query strategy judged by fifty seeds."""
 
 import copy
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +17,7 @@ import torch.nn.functional as F
 import heads
 import models
 import options
+from files import read_checkpoint
 from grouping import partition
 from judge import judge_by, look_at
 from readers import InputError
@@ -154,6 +156,17 @@ def check_unseen(start, images, test, args, val=None):
             f"--from {vars(args)['from']}: it learnt from {known} of the {len(val)} validation images, which are to set the "
             "threshold; divide the data as for that model (--seed, or a column of splits)"
         )
+
+
+def check_weights(images, test, args):
+    """InputError where a model file of --weights has met test images: its trunk has learnt their labels."""
+    for path in {part.split("=")[-1] for part in args.weights.split(",")}:
+        content = read_checkpoint(path, f"--weights {path}") if Path(path).is_file() else None
+        noted = isinstance(content, dict) and "format" in content and "seen" in content
+        if noted and (known := met(models.load(path), images, test)):
+            raise InputError(
+                f"--weights {path}: it learnt from {known} of the {len(test)} test images; take other images to test"
+            )
 
 
 def learn_head(images, rows, info, args, start):
