@@ -313,13 +313,14 @@ def matching_loop(other, images, args):
     """The al.json `other`, if it can be compared with what is asked for."""
     if not {c["seed"] for c in other["chains"]} & set(range(args.seed, args.seed + args.repeats)):
         raise InputError(f"--against {args.against}: no seed in common: nothing to compare")
-    own = {"classes": images.classes, "pool": len(images.rows("train")), "test": len(images.rows("test"))}
+    if other.get("redraw", False) != args.redraw:
+        raise InputError(f"--against {args.against}: one of the two runs was made with --redraw: nothing to compare")
+    pool, test = divide(images, min(c["seed"] for c in other["chains"]), args)
+    own = {"classes": images.classes, "pool": len(pool), "test": len(test)}
     if any(other["data"][k] != v for k, v in own.items()):
         raise InputError(f"--against {args.against}: it has other classes, or another pool or test split")
     if other["labels"] != list(range(args.start, args.start + args.rounds * args.query + 1, args.query)):
         raise InputError(f"--against {args.against}: its rounds have other numbers of labels")
-    if other.get("redraw", False) != args.redraw:
-        raise InputError(f"--against {args.against}: one of the two runs was made with --redraw: nothing to compare")
     options.check_against(args.against, images)
     for chain in other["chains"]:
         curve, count = [r["auc"] for r in chain["rounds"]], 1 if chain["strategy"] == "all" else len(other["labels"])
@@ -349,8 +350,9 @@ def write_al_report(images, chains, args, folder, other=None):
     chains = sorted(chains, key=lambda c: c["seed"])  # workers finish in any order
     by_name = {n: [c["rounds"] for c in chains if c["strategy"] == n] for n in [*args.strategies, "all"]}
     labels = [r["labels"] for r in by_name["random"][0]]
-    about = {"source": images.source, "classes": images.classes, "size": args.size, "pool": len(images.rows("train"))}
-    about |= {"test": len(images.rows("test")), "placeholder_boxes": images.placeholder_boxes}
+    pool, test = divide(images, args.seed, args)
+    about = {"source": images.source, "classes": images.classes, "size": args.size, "pool": len(pool)}
+    about |= {"test": len(test), "placeholder_boxes": images.placeholder_boxes}
     seconds = round(sum(r["seconds"] for c in chains for r in c["rounds"]), 1)
     report = {"data": about, "model": describe_model(args), "distill": args.distill, "seconds": seconds}
     report |= {"redraw": args.redraw, "labels": labels, "chains": chains}
@@ -492,18 +494,20 @@ def main(argv=None):
     models.choose_device(args.device)
     images, start = transfer.load_with_start(args)
     train.check_split(images, images.rows("test"), "test")
+    tested = torch.nonzero(images.labels >= 0)[:, 0] if args.redraw else images.rows("test")
     if start is not None:
-        tested = torch.nonzero(images.labels >= 0)[:, 0] if args.redraw else images.rows("test")
         transfer.check_unseen(start, images, tested, args)
-    if args.start + args.rounds * args.query > (most := len(images.rows("train"))):
+    seeds = range(args.seed, args.seed + args.repeats)
+    most = min(len(divide(images, seed, args)[0]) for seed in (seeds if args.redraw else seeds[:1]))
+    if args.start + args.rounds * args.query > most:
         asked = f"--start {args.start} + --rounds {args.rounds} x --query {args.query}"
         raise InputError(f"{asked}: more than the pool of {most} images")
     if start is None:
         train.check_networks(images, args)
+        transfer.check_weights(images, tested, args)
     other = finished_loop(images, args) if args.against else None
     folder = options.prepare_folder(args, images, "al-")
     print(f"run folder: {folder}")
-    seeds = range(args.seed, args.seed + args.repeats)
     jobs = [(name, seed, args, folder) for seed in seeds for name in ["all", *args.strategies]]
     chains, began, chain, by_hand = [], time.time(), run_chain, args.workers == 1
     if args.learn == "head":

@@ -19,7 +19,7 @@ STRENGTH = 0.1  # of the pull, see fit
 def fit(embeddings, targets, start=None, classes=2, strength=STRENGTH, weights=None):
     """Logistic regression with a Gaussian prior around an old layer (Chelba & Acero 2004; Li et al., L2-SP, 2018):
     minimises sum_i weights_i CE(logits_i, target_i) + strength / 2 |change|^2, in embeddings about their mean that have
-    a mean square of 1, so that a strength means the same whatever the network. As it is fixed in total, few labels
+    a mean square of 1 (less where all but agree), so that a strength means the same whatever the network. As it is fixed in total, few labels
     change little, and many as much as they want to.
 
     embeddings: (..., N, D) float, of one network or of several, each with a fit of its own; targets: (N,) labels, or
@@ -40,7 +40,9 @@ def fit(embeddings, targets, start=None, classes=2, strength=STRENGTH, weights=N
     old, old_bias = old.detach().to(x), old_bias.detach().to(x)
 
     mean = x.mean(-2, keepdim=True)
-    scale = (x - mean).square().sum(-1).mean(-1).sqrt().clamp(min=1e-12)[..., None, None]
+    scale = (x - mean).square().sum(-1).mean(-1).sqrt()
+    # copies of one picture differ by rounding alone, which is nothing to learn from
+    scale = torch.maximum(scale, 0.01 * mean.norm(dim=-1)[..., 0]).clamp(min=1e-12)[..., None, None]
     features = torch.cat([(x - mean) / scale, torch.ones_like(x[..., :1])], -1)  # the last: the bias, pulled alike
     root = features
     if few := n <= d:  # R R' = F F' turns |F' a|^2 into |R' a|^2: the same problem in N coordinates

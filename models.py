@@ -500,6 +500,8 @@ def save(path, model):
     content = {"format": FORMAT, "version": VERSION, "weights": model.weights, **model.info}
     for name in ("members", "dnets"):
         content[name] = [{"config": net.config, "state": net.state_dict()} for net in getattr(model, name)]
+    if any(isinstance(dnet, VotingDNet) for dnet in model.dnets):  # as version 1 had it: one, of folds always the same
+        content["dnet"] = content.pop("dnets")[0]
     save_checkpoint(path, content)
 
 

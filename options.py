@@ -384,7 +384,9 @@ def run_jobs(function, jobs, images, args, workers):
             yield function(images, *job)
         return
     context = torch.multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(workers, context, start_worker, (args, workers, context.Value("i", 0)))
+    pool = ProcessPoolExecutor(
+        workers, context, start_worker, (args, workers, context.Value("i", 0), images.meta_spec, images.classes)
+    )
     try:
         for finished in as_completed([pool.submit(do_job, function, *job) for job in jobs]):
             yield finished.result()
@@ -397,14 +399,15 @@ def run_jobs(function, jobs, images, args, workers):
             worker.join()
 
 
-def start_worker(args, workers, number):
+def start_worker(args, workers, number, spec, classes):
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to answer
     with number.get_lock():
         rank, number.value = number.value, number.value + 1
     if args.device in ("auto", "cuda") and torch.cuda.device_count() > 1:
         torch.cuda.set_device(rank % torch.cuda.device_count())  # of those that the user lets us see
     torch.set_num_threads(max(1, torch.get_num_threads() // workers))
-    do_job.images = load_images(args, log=lambda _: None)
+    do_job.images = load_images(args, log=lambda _: None, meta_spec=spec or None)  # of --from, maybe
+    do_job.images.classes = classes
 
 
 def do_job(function, *job):

@@ -206,6 +206,17 @@ def read_answers(path, classes, partial=False):
     return [entry for entry in entries if entry.label is not None]
 
 
+def all_answers(args, classes):
+    """The Entry objects of all files of --labels, a picture that stands in several rows once."""
+    first, entries = {}, [e for path in args.labels for e in read_answers(path, classes, args.partial)]
+    for e in entries:
+        if first.setdefault(Path(e.image).resolve(), e).label != e.label:
+            raise InputError(f"--labels: {e.image} has two labels; correct one of its rows")
+    if len(first) < len(entries):
+        print(f"{len(entries) - len(first)} rows are left out: they name a picture again")
+    return list(first.values())
+
+
 def answered(entries, info, args):
     """What read_answers gave as an ImageSet, as a model of this info sees it, every image a group; and its entries."""
     how = (info["load_size"], info["channels"], info["equalise"], args.cache, args.skip_bad)
@@ -216,6 +227,7 @@ def answered(entries, info, args):
         pixels, torch.tensor([e.label for e in entries]), boxes, masks, torch.arange(len(entries)),
         ["train"] * len(entries), meta, [e.image for e in entries], info["classes"], outlined=boxes[:, 0].isfinite(),
         thumbnails=thumbnails, group_names=["" if args.split_by_image else e.group for e in entries],
+        meta_spec=info["meta_spec"],
     ), entries  # fmt: skip
 
 
@@ -255,10 +267,15 @@ def learn(argv):
     """Train without and with the answers, alike in all else, and compare the two on the same test images. Returns the
     change, see report.compare, and the run folder."""
     what = "Learn from the answers of a person, and print what changed."
-    args = options.parse(argv, options.train_parser(what, prog="al_loop.py learn", answers=ANSWERS))
+    parser = options.train_parser(what, prog="al_loop.py learn", answers=ANSWERS)
+    args = options.parse(argv, parser)
     if not args.labels:
         raise InputError("learn: give the filled-in to_label.csv with --labels")
     if vars(args)["from"]:
+        idle = [k for k, v in vars(args).items() if k not in HEEDED and v != parser.get_default(k)]
+        if idle:
+            said = ", ".join(f"--{k}".replace("_", "-") for k in idle)
+            raise InputError(f"learn --from: {said} mean nothing here; leave them out")
         return learn_here(args)
     if args.folds > 1 or args.repeats > 1 or args.nets == "dnet" or args.against or args.workers > 1:
         raise InputError(
@@ -266,7 +283,7 @@ def learn(argv):
         )
     images = options.load_images(args)
     train.check_networks(images, args)
-    entries = [e for path in args.labels for e in read_answers(path, images.classes, args.partial)]
+    entries = all_answers(args, images.classes)
     more, rows = add_answers(images, entries, args)
     ((_, fixed, val, test, seed),) = train.plan(images, args)
     added = ", ".join(f"{int((more.labels[rows] == k).sum())} {name}" for k, name in enumerate(images.classes))
@@ -289,19 +306,22 @@ def learn(argv):
 
 
 LEAST = 5  # groups of each class, one for each fold
+HEEDED = {"labels", "partial", "from", "learn", "pull", "seed", "threshold_by", "target_sensitivity"}  # of the options
+HEEDED |= {"split_by_image", "skip_bad", "cache", "runs", "name", "device"}
 
 
 def learn_here(args):
     """Learn the last layer of --from anew from the answers alone: the images that it was trained on need not be here. As
     learn, but what changed is told by cross-fitting over the answers, which are those of images that were chosen."""
-    if args.data or args.folds > 1 or args.repeats > 1 or args.against or args.workers > 1 or args.resume:
-        raise InputError(
-            "learn --from: --data, --folds, --repeats, --workers, --against and --resume mean nothing here; leave them out"
-        )
     model = models.load_classifier(vars(args)["from"], models.choose_device(args.device))
-    entries = [e for path in args.labels for e in read_answers(path, model.info["classes"], args.partial)]
+    entries = all_answers(args, model.info["classes"])
     images, entries = answered(entries, model.info, args)
     rows = torch.arange(len(images))
+    if "seen" in model.info and (known := transfer.met(model, images, rows)):
+        raise InputError(
+            f"--from {vars(args)['from']}: it has met {known} of the {len(rows)} answered images, so they can't tell what it "
+            "is worth; give the model before it, with the files of all answers, or new answers alone"
+        )
     images.groups = data.find_groups(entries, images.labels, images.classes, images.thumbnails, args.split_by_image)
     tell_twins(images)
     counts = [len(images.groups[images.labels == k].unique()) for k in range(len(images.classes))]

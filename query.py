@@ -323,7 +323,8 @@ def query_laplace(context, k, most=1000):
     drawn = torch.randperm(len(context.unlabelled), generator=context.generator)[:most].sort().values
     free, x, p = context.unlabelled[drawn], context.embeddings, context.probabilities
     known = x[context.labelled] if len(context.labelled) > 1 else x[free]
-    x = (x - known.mean(0)) / (known - known.mean(0)).square().sum(1).mean().sqrt().clamp(min=1e-12)
+    mean, spread = known.mean(0), (known - known.mean(0)).square().sum(1).mean().sqrt()
+    x = (x - mean) / torch.maximum(spread, 0.01 * mean.norm()).clamp(min=1e-12)
     x = torch.cat([x, x.new_ones(len(x), 1)], 1).double() / context.pull**0.5  # as heads.fit sees it, its prior 1
     slope = (p * (1 - p)).sum(1).to(x).clamp(min=1e-4) / 2  # of a probability by its logit; of two classes p (1 - p)
     told, asked, noise = x[context.labelled], x[free], 1 / slope[context.labelled]

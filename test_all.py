@@ -6872,6 +6872,15 @@ def test_a_head_keeps_to_what_it_starts_from_as_strongly_as_is_said():
             heads.fit(*bad)
 
 
+def test_copies_of_one_picture_teach_nothing_about_others():
+    """Their embeddings differ by rounding alone; made as long as those of pictures, that would answer 0 or 1 everywhere."""
+    torch.manual_seed(0)
+    x, start = torch.rand(50, 300), (torch.randn(1, 300) / 30, torch.zeros(1))
+    copies = x[:1] * (1 + 1e-7 * torch.randn(5, 300))
+    p = heads.probabilities(x, heads.fit(copies, torch.tensor([0, 1, 0, 1, 1]), start))
+    assert (p > 0.01).all()
+
+
 def test_margins_lead_and_clusters_share_the_picks():
     p = torch.tensor([[0.5, 0.3, 0.2], [0.4, 0.35, 0.25], [0.9, 0.1, 0.0], [0.34, 0.33, 0.33]])
     torch.testing.assert_close(query.margins(p), torch.tensor([0.2, 0.05, 0.8, 0.01]))
@@ -7081,6 +7090,95 @@ def test_a_person_adapts_a_model_without_its_old_images_slow(tmp_path, elsewhere
     assert f"learn --from {tmp_path / 'l'}" in result.stdout
     asked = {int(Path(r["image"]).stem) for r in csv.DictReader((out / "to_label.csv").read_text().splitlines())}
     assert not asked & set(range(0, 120, 2))
+
+
+def test_no_label_that_a_model_has_learnt_tells_what_it_is_worth_slow(tmp_path, elsewhere):
+    """Not by learning from the same file twice, nor in a second step, nor on a validation split; nor the same row twice."""
+    where, home = ["--runs", tmp_path, "--cache", tmp_path / "c"], elsewhere / "home"
+    sheet, step = answer_sheet(tmp_path / "a.csv", elsewhere, range(0, 80, 2)), ["--learn", "head", "--views", "1"]
+    result = call(al_loop, "learn", "--from", home, "--labels", sheet, sheet, *where, "--name", "l")
+    assert "40 rows are left out: they name a picture again" in result.stdout
+    assert "40 answers" in result.stdout
+    again = call(al_loop, "learn", "--from", tmp_path / "l", "--labels", sheet, *where, "--name", "bad")
+    assert "has met 40 of the 40 answered images" in error_of(again)
+    opposite = answer_sheet(tmp_path / "b.csv", elsewhere, [0], **{"0": {"label": "malignant"}})
+    kept = opposite.read_text()
+    opposite.write_text(kept.replace("malignant", "benign") + kept.splitlines()[1] + "\n")
+    assert "has two labels" in error_of(call(al_loop, "learn", "--from", home, "--labels", opposite, *where))
+    said = error_of(call(al_loop, "learn", "--from", home, "--labels", sheet, *where, "--size", "48", "--epochs", "9"))
+    assert "--size, --epochs mean nothing here" in said
+    assert call(train, *where, "--data", elsewhere / "there.csv", "--from", home, *step, "--name", "h").returncode == 0
+    first, old = models.load(tmp_path / "h").info["seen"], models.load(home).info["seen"]
+    assert torch.isin(torch.cat([old["train"], old["val"]]), first["train"]).all()  # what came before is known still
+    rows = list(csv.DictReader((elsewhere / "there.csv").read_text().splitlines()))
+    images = quiet_load(elsewhere / "there.csv", 32)
+    turned = {"train": "val", "val": "train", "test": "test"}  # it has learnt from what is now to set the threshold
+    lines = [f"{elsewhere / r['image']},{r['label']},{r['group']},{turned[s]}" for r, s in zip(rows, images.splits, strict=True)]  # fmt: skip
+    (tmp_path / "turned.csv").write_text("\n".join(["image,label,group,split", *lines]) + "\n")
+    turned = call(train, *where, "--data", tmp_path / "turned.csv", "--from", tmp_path / "h", *step, "--name", "bad")
+    assert "validation images, which are to set the threshold" in error_of(turned)
+    result = call(train, *where, "--data", elsewhere / "there.csv", "--from", home, *step, "--nets", "dnet")
+    assert "leave out --nets dnet" in error_of(result)
+    result = call(
+        train, *where, "--data", elsewhere / "there.csv", "--from", home, *step, "--size", "64", "--name", "s"
+    )
+    assert "of its own, not as given: --size" in result.stdout
+    assert models.load(tmp_path / "s").info["size"] == 32
+    swapped = {",val": ",test", ",test": ",val"}
+    text = re.sub(",(val|test)$", lambda m: swapped[m[0]], (tmp_path / "turned.csv").read_text(), flags=re.M)
+    (tmp_path / "turned.csv").write_text(text)
+    trunk = ["--data", tmp_path / "turned.csv", "--weights", tmp_path / "h" / "model.pt", "--model", "small_cnn"]
+    loop = ["--rounds", "1", "--start", "4", "--query", "2"]  # a trunk that has learnt from test images
+    for script, options in ((train, []), (al_loop, loop)):
+        said = error_of(call(script, *where, *trunk, "--size", "32", *options, "--name", "bad"))
+        assert "--weights" in said
+        assert "it learnt from" in said
+    assert not (tmp_path / "bad").exists()
+
+
+def test_the_pool_of_a_loop_is_that_of_its_seeds(tmp_path, elsewhere):
+    where = ["--runs", tmp_path, "--cache", tmp_path / "c", "--data", elsewhere / "there.csv", "--views", "1"]
+    loop = ["--learn", "head", "--from", elsewhere / "home", "--redraw", "--repeats", "2", "--strategies", "random"]
+    result = call(al_loop, *where, *loop, "--rounds", "1", "--query", "90", "--name", "r")
+    assert result.returncode == 0, result.stderr  # more than the 82 of the source's own split
+    report = json.loads((tmp_path / "r" / "al.json").read_text())
+    assert report["data"]["pool"] + report["data"]["test"] == 120
+    assert report["data"]["pool"] > 90
+    assert "more than the pool" in error_of(call(al_loop, *where, *loop, "--rounds", "1", "--query", "110"))
+
+
+def test_patient_data_and_members_of_other_kinds_go_on_elsewhere_slow(tmp_path, elsewhere):
+    where = ["--runs", tmp_path, "--cache", tmp_path / "c", "--views", "1", *fine_options()]
+    rows = list(csv.DictReader((elsewhere / "there.csv").read_text().splitlines()))
+
+    def table(path, sides):
+        lines = [f"{elsewhere / r['image']},{r['label']},{r['group']},{20 + i},{sides[i % len(sides)]}" for i, r in enumerate(rows)]  # fmt: skip
+        path.write_text("\n".join(["image,label,group,age,side", *lines]) + "\n")
+        return path
+
+    made = call(train, *where, "--data", table(tmp_path / "m.csv", ["left", "right"]), "--meta-columns", "age", "side", "--size", "32", "--model", "small_cnn", "--weights", "none", "--name", "m")  # fmt: skip
+    assert made.returncode == 0, made.stderr
+    home = models.load(tmp_path / "m")
+    home.info.pop("seen")  # so that the same pictures may stand for those of another hospital
+    models.save(tmp_path / "m.pt", home)
+    one_side = table(tmp_path / "one.csv", ["left"])  # a level less than the model knows, in worker processes too
+    result = call(train, *where, "--data", one_side, "--from", tmp_path / "m.pt", "--folds", "2", "--workers", "2", "--name", "f")  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert models.load(tmp_path / "f" / "fold1").info["meta_spec"] == home.info["meta_spec"]
+    sheet = answer_sheet(tmp_path / "a.csv", elsewhere, range(0, 80, 2))
+    result = call(al_loop, "learn", "--from", tmp_path / "m.pt", "--labels", sheet, *where[:4], "--name", "l")
+    assert result.returncode == 0, result.stderr
+    # a D-Net of another backbone than C-Net's or of the first version, and a C-Net of crops that nobody finds
+    nets = {"member": models.CNet("small_cnn", 2, 1), "crops": models.CNet("small_cnn", 2, 1, roi="mask")}
+    info = {"classes": ["benign", "malignant"], "size": 32, "load_size": 64, "channels": 1}
+    models.save(tmp_path / "d.pt", models.Ensemble([nets["member"]], dnets=[models.DNet("resnet18", 1)], **info))
+    models.save(tmp_path / "c.pt", models.Ensemble([nets["crops"]], **info))
+    models.save(tmp_path / "v.pt", models.Ensemble([nets["member"]], dnets=[models.VotingDNet("small_cnn", 1)], **info))
+    for name, options in (("d", []), ("c", ["--learn", "head"]), ("v", ["--learn", "head"])):
+        result = call(
+            train, *where, "--size", "32", "--from", tmp_path / f"{name}.pt", *options, "--name", f"of-{name}"
+        )
+        assert result.returncode == 0, result.stderr
 
 
 def test_learning_from_answers_waits_for_enough_of_each_class(tmp_path, elsewhere):

@@ -310,10 +310,11 @@ def train_model(images, train, val, args, folder, seed, teacher=None, unlabelled
 
     An empty `val`: nothing is chosen or calibrated, the last epoch is kept. teacher (N, K): soft answers for all
     images, to learn beside the labels, also on the rows `unlabelled`. start: the Ensemble whose weights to go on from."""
-    device, spec = models.choose_device(args.device), fit_meta(images, train)
+    device, start = models.choose_device(args.device), start or transfer.load_start(args)
+    spec = start.info["meta_spec"] if start else fit_meta(images, train)  # on whose scale its weights are
     pixels, masks = near(images.pixels, device), near(images.masks, device)
     images = dataclasses.replace(images, pixels=pixels, masks=masks, meta=meta_for(images, spec), meta_spec=spec)
-    info, start, histories = model_info(images, args, seed), start or transfer.load_start(args), []
+    info, histories = model_info(images, args, seed), []
     info |= {"seen": start.info["seen"]} if start is not None and "seen" in start.info else {}
     if args.learn == "head":
         model, look = transfer.learn_head(images, train, info, args, start)
@@ -415,7 +416,8 @@ def train_dnet(images, train, val, info, args, folder, seed, start=None):
         return {"score": [iou], "val_iou": iou}
 
     build = functools.partial(models.DNet, args.model, **network_options(images, args))
-    validate, start = validate if choose else None, next(iter(start.dnets), None) if start else None
+    validate = validate if choose else None  # an older design is not gone on with
+    start = next((d for d in start.dnets if not isinstance(d, models.VotingDNet)), None) if start else None
     lesions = {"masks": images.masks, "boxes": images.boxes}
     net, history = train_or_reload(
         build, images, train, loss_of, validate, args, "dnet", folder, seed, start, **lesions
@@ -640,11 +642,15 @@ def prepare(args):
     images, start = transfer.load_with_start(args)
     if args.learn == "head" and (start is None or args.teacher):
         raise InputError("--learn head: give the model whose trunk it is with --from, and no --teacher")
+    if start is not None and args.nets != "both":
+        raise InputError(f"--from: the networks are those of that model; leave out --nets {args.nets}")
     runs = plan(images, args)
+    val, test = (torch.cat([run[k] for run in runs]) for k in (2, 3))
     if start is None:
         check_networks(images, args)
+        transfer.check_weights(images, test, args)
     else:
-        transfer.check_unseen(start, images, torch.cat([run[3] for run in runs]), args)
+        transfer.check_unseen(start, images, test, args, val)
     if "mask" in args.roi and images.boxes.isnan().all():
         raise InputError("--roi mask: this data has neither masks nor boxes")
     for run in runs if args.teacher else []:

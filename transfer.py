@@ -9,6 +9,7 @@ What the fine-tuning of a whole network does in minutes, and with sixty labels w
 threshold can be cross-fitted, and a query strategy judged by fifty seeds."""
 
 import copy
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +17,7 @@ import torch.nn.functional as F
 import heads
 import models
 import options
+from files import read_checkpoint
 from grouping import partition
 from judge import judge_by, look_at
 from readers import InputError
@@ -111,14 +113,19 @@ def load_with_start(args):
     if (start := load_start(args)) is None:
         return options.load_images(args), None
     info, nets = start.info, [m.config for m in start.members]
-    args.roi = ",".join(dict.fromkeys(net["roi"] for net in nets))
-    args.ensemble = ",".join(net["model"] for net in nets[:: len(args.roi.split(","))])
-    args.model, args.dropout, args.attention, args.normalise = (
-        nets[0][k] for k in ("model", "dropout", "attention", "normalise")
-    )
-    args.size, args.clahe, args.channels, args.weights = info["size"], info["equalise"], info["channels"], "none"
-    args.window = info["window"] and ",".join(map(str, info["window"]))
-    args.margin, args.meta_columns = info["margin"], [s["column"] for s in info["meta_spec"]] or None
+    rois = list(dict.fromkeys(net["roi"] for net in nets))
+    made = {"roi": ",".join(rois), "ensemble": ",".join(net["model"] for net in nets[:: len(rois)])}
+    made |= {k: nets[0][k] for k in ("dropout", "attention", "normalise")}
+    made |= {"model": start.dnets[0].config["model"] if len(start.dnets) else nets[0]["model"], "weights": "none"}
+    made |= {"size": info["size"], "clahe": info["equalise"], "channels": info["channels"], "margin": info["margin"]}
+    made |= {"window": info["window"] and ",".join(map(str, info["window"]))}
+    made |= {"meta_columns": [s["column"] for s in info["meta_spec"]] or None}
+    usual = options.train_parser()
+    usual.set_defaults(**(options.PHANTOM_DEFAULTS if args.data in (None, "phantoms") else {}))
+    given = [k for k, v in made.items() if vars(args)[k] not in (v, usual.get_default(k))]
+    if given:
+        print(f"--from {vars(args)['from']}: of its own, not as given: --{' --'.join(given).replace('_', '-')}")
+    vars(args).update(made)
     images = options.load_images(args, meta_spec=info["meta_spec"] or None)
     if not models.same_classes(info["classes"], images.classes):
         raise InputError(
@@ -129,31 +136,49 @@ def load_with_start(args):
     return images, start
 
 
-def learnt(images, info):
+def learnt(images, info, splits=("train", "val")):
     """bool (N,): which of the images show what the model of this `info` learnt from, or was chosen by."""
-    seen = [info["seen"][split] for split in ("train", "val")] if "seen" in info else [torch.zeros(0, dtype=torch.long)]
+    seen = [info["seen"][split] for split in splits] if "seen" in info else [torch.zeros(0, dtype=torch.long)]
     return torch.isin(images.pictures(), torch.cat(seen))
 
 
-def met(model, images, rows):
-    """How many of the images in `rows` the model has learnt from."""
-    return int(learnt(images.take(rows), model.info).sum())
+def met(model, images, rows, splits=("train", "val")):
+    """How many of the images in `rows` the model has learnt from, see learnt."""
+    return int(learnt(images.take(rows), model.info, splits).sum())
 
 
-def check_unseen(start, images, test, args):
-    """InputError where the model of --from has met images that are to test what it learns here."""
+def check_unseen(start, images, test, args, val=None):
+    """InputError where the model of --from has met images that are to test what it learns here, or learnt from those that
+    are to set its threshold."""
     if "seen" not in start.info:
         print(f"--from {vars(args)['from']}: of an older version, which did not note what it learnt from")
     elif known := met(start, images, test):
         raise InputError(
             f"--from {vars(args)['from']}: it learnt from {known} of the {len(test)} test images; take other images to test"
         )
+    elif val is not None and (known := met(start, images, val, ("train",))):
+        raise InputError(
+            f"--from {vars(args)['from']}: it learnt from {known} of the {len(val)} validation images, which are to set the "
+            "threshold; divide the data as for that model (--seed, or a column of splits)"
+        )
+
+
+def check_weights(images, test, args):
+    """InputError where a model file of --weights has met test images: its trunk has learnt their labels."""
+    for path in {part.split("=")[-1] for part in args.weights.split(",")}:
+        content = read_checkpoint(path, f"--weights {path}") if Path(path).is_file() else None
+        noted = isinstance(content, dict) and "format" in content and "seen" in content
+        if noted and (known := met(models.load(path), images, test)):
+            raise InputError(
+                f"--weights {path}: it learnt from {known} of the {len(test)} test images; take other images to test"
+            )
 
 
 def learn_head(images, rows, info, args, start):
     """(The model `start` with last layers learnt from the images in `rows`, the boxes that its crops are made from)."""
-    seen, labels = look_at(start, images, rows, keep=True), images.labels[rows]
+    boxes, labels = images.boxes if start.needs_boxes else None, images.labels[rows]
+    seen = look_at(start, images, rows, boxes, keep=True)
     layers = refit(heads_of(start), seen.embeddings, torch.arange(len(rows)), labels, len(images.classes), args.pull)
     model = with_heads(start, layers)
     model.info["made"] = info["made"]
-    return model, images.boxes if start.needs_boxes else None
+    return model, boxes
