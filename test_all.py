@@ -2599,12 +2599,12 @@ def test_workers_share_the_gpus_that_the_user_left_visible(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "set_device", taken.append)
     monkeypatch.setattr(torch, "set_num_threads", lambda n: None)
-    monkeypatch.setattr(options, "load_images", lambda *_, **__: None)
+    monkeypatch.setattr(options, "load_images", lambda *_, **__: argparse.Namespace())
     monkeypatch.setattr(signal, "signal", lambda *_: None)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5")
     number = torch.multiprocessing.get_context("spawn").Value("i", 0)
     for device in ("auto", "cuda", "cuda", "cuda:1", "cpu"):
-        options.start_worker(argparse.Namespace(device=device), 4, number)
+        options.start_worker(argparse.Namespace(device=device), 4, number, [], ["a", "b"])
     assert taken == [0, 1, 0]
     assert os.environ["CUDA_VISIBLE_DEVICES"] == "4,5"
 
