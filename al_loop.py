@@ -192,8 +192,8 @@ def run_head_chain(images, strategy, seed, args, folder):
         rows, layers = pool[labelled], old
         if len(rows):
             layers = transfer.refit(old, embeddings, rows, images.labels[rows], len(images.classes), args.pull)
-        if len(rows) and number and args.distill != "none":  # the teacher: all rounds before, together
-            others = pool[~torch.isin(pool, rows)] if args.distill == "pool" else rows
+        others = pool[~torch.isin(pool, rows)] if args.distill == "pool" else rows
+        if len(rows) and len(others) and number and args.distill != "none":  # the teacher: all rounds before, together
             layers = transfer.distil(old, teacher / number, embeddings, rows, images.labels[rows], others, args)
         opinions = transfer.answers(layers, embeddings, torch.cat([pool, test]))
         of_pool, of_test = opinions.split([len(pool), len(test)], 1)

@@ -26,6 +26,7 @@ import plots
 import train
 import transfer
 from grouping import near_duplicates
+from heads import STRENGTH
 from pictures import letterbox, origin, original_box, parse_window, read_image
 from query import STRATEGIES, Context, candidates
 from readers import COLUMNS, InputError, read_csv
@@ -53,7 +54,7 @@ def ask(strategy, model, images, pool, labelled, free, k, generator, boxes=None)
     return choose(strategy, model, embeddings, seen.opinions[:, 0], labelled, free, k, generator)
 
 
-def choose(strategy, model, embeddings, members, labelled, free, k, generator, pull=1.0):
+def choose(strategy, model, embeddings, members, labelled, free, k, generator, pull=STRENGTH):
     """As `ask`, of a pool whose embeddings (P, D) by the first member and members' probabilities (M, P, K) are known."""
     if strategy == "committee" and len(members) < 2:
         raise InputError("committee: the model is one network, a committee needs members; train with --ensemble A,B")
