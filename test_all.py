@@ -5923,6 +5923,7 @@ def test_the_page_of_a_model_of_patients_and_three_classes(tmp_path, monkeypatch
         assert (status, why in said["error"]) == (422, True)
 
 
+@needs_gradio
 def test_app_refuses_to_be_open_by_mistake(detector, tmp_path, monkeypatch):
     for options, why in [
         (("--host", "0.0.0.0"), "anyone there could ask"),
@@ -7776,7 +7777,7 @@ def dies(images):
 def test_a_dead_worker_ends_the_work_with_a_hint_slow(tmp_path, folders):  # 36
     args = parse(["--data", str(folders), "--size", "32", "--cache", str(tmp_path)])
     with pytest.raises(InputError, match=r"a worker died .*--resume"):
-        list(run_jobs(dies, [()] * 3, None, args, 2))
+        list(run_jobs(dies, [()] * 3, load_images(args, log=lambda _: None), args, 2))
 
 
 def test_two_processes_can_not_share_a_run(tmp_path):  # 37
