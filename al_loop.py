@@ -190,11 +190,11 @@ def run_head_chain(images, strategy, seed, args, folder):
         labelled = STRATEGIES["random"](Context(None, None, nothing, free, generator), args.start)
     for number in range(last + 1):
         rows, layers = pool[labelled], old
-        if len(rows):
-            layers = transfer.refit(old, embeddings, rows, images.labels[rows], len(images.classes), args.pull)
         others = pool[~torch.isin(pool, rows)] if args.distill == "pool" else rows
         if len(rows) and len(others) and number and args.distill != "none":  # the teacher: all rounds before, together
             layers = transfer.distil(old, teacher / number, embeddings, rows, images.labels[rows], others, args)
+        elif len(rows):
+            layers = transfer.refit(old, embeddings, rows, images.labels[rows], len(images.classes), args.pull)
         opinions = transfer.answers(layers, embeddings, torch.cat([pool, test]))
         of_pool, of_test = opinions.split([len(pool), len(test)], 1)
         auc = metrics.evaluate(model.combine(of_test), images.labels[test])["auc"]

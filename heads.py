@@ -19,8 +19,8 @@ STRENGTH = 0.1  # of the pull, see fit
 def fit(embeddings, targets, start=None, classes=2, strength=STRENGTH, weights=None):
     """Logistic regression with a Gaussian prior around an old layer (Chelba & Acero 2004; Li et al., L2-SP, 2018):
     minimises sum_i weights_i CE(logits_i, target_i) + strength / 2 |change|^2, in embeddings about their mean that have
-    a mean square of 1 (less where all but agree), so that a strength means the same whatever the network. As it is fixed in total, few labels
-    change little, and many as much as they want to.
+    a mean square of 1 (less where all but agree), so that a strength means the same whatever the network. As it is fixed
+    in total, few labels change little, and many as much as they want to.
 
     embeddings: (..., N, D) float, of one network or of several, each with a fit of its own; targets: (N,) labels, or
     (N, K) soft ones; start: (weight (..., K', D), bias (..., K')), None = zeros; K' = 1 for two classes, else K.

@@ -299,7 +299,9 @@ def query_cluster_margin(context, k):
     hierarchical clustering of the whole pool."""
     least = highest(-margins(context.probabilities), context, 10 * k)
     cluster = k_means(F.normalize(context.embeddings[least], dim=1), min(k, len(least)), context.generator).cpu()
-    turn = torch.stack([(cluster[: i + 1] == c).sum() for i, c in enumerate(cluster)])  # the how manieth of its own
+    turn = torch.stack(
+        [(cluster[: i + 1] == c).sum() for i, c in enumerate(cluster)]
+    )  # of its cluster the first, second ...
     size = torch.bincount(cluster)[cluster]
     order = (turn * (len(least) + 1) + size).argsort(stable=True)
     return least[order[:k].to(least.device)]

@@ -2221,9 +2221,8 @@ def same_run(a, b):
     return same_model(a, b) and logs[0] == logs[1] and report_of(a)["test"] == report_of(b)["test"]
 
 
-def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, monkeypatch, folders):
-    options = "--nets cnet --epochs 2 --ema 0.9 --balanced-sampler --name"
-    quick(tmp_path, options, "whole", data_folder=folders)
+def cut_after_one_epoch(monkeypatch, *how, **more):
+    """What `quick` does, killed in its second epoch."""
     real, calls = train.train_epoch, []
 
     def dies_in_the_second_epoch(*args):
@@ -2235,7 +2234,13 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, monkeypatch, folder
     with monkeypatch.context() as m:
         m.setattr(train, "train_epoch", dies_in_the_second_epoch)
         with pytest.raises(KeyError):
-            quick(tmp_path, options, "cut", data_folder=folders)
+            quick(*how, **more)
+
+
+def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, monkeypatch, folders):
+    options = "--nets cnet --epochs 2 --ema 0.9 --balanced-sampler --name"
+    quick(tmp_path, options, "whole", data_folder=folders)
+    cut_after_one_epoch(monkeypatch, tmp_path, options, "cut", data_folder=folders)
     assert "resuming cnet1 small_cnn after epoch 1" in call(train, "--resume", tmp_path / "cut").stdout
     assert same_run(tmp_path / "whole", tmp_path / "cut")
 
@@ -2609,25 +2614,16 @@ def test_workers_share_the_gpus_that_the_user_left_visible(monkeypatch):
     assert os.environ["CUDA_VISIBLE_DEVICES"] == "4,5"
 
 
-def cut_after_one_epoch(tmp_path, monkeypatch, folders, *options):
-    real, calls = train.train_epoch, []
-
-    def dies_in_the_second_epoch(*args):
-        calls.append(real(*args))
-        if len(calls) == 2:
-            raise KeyError("as good as a kill")
-        return calls[-1]
-
-    with monkeypatch.context() as m:
-        m.setattr(train, "train_epoch", dies_in_the_second_epoch)
-        with pytest.raises(KeyError):
-            quick(tmp_path, "--name x --positive malignant --epochs 6", *options, data_folder=folders)
+def cut_on_another_device(tmp_path, monkeypatch, folders, *options):
+    cut_after_one_epoch(
+        monkeypatch, tmp_path, "--name x --positive malignant --epochs 6", *options, data_folder=folders
+    )
     return tmp_path / "x"  # of the first epoch, before any is taken for the best
 
 
 def test_a_run_goes_on_on_a_device_of_another_kind(tmp_path, monkeypatch, folders):
     """A file of a GPU, as far as its random states tell."""
-    folder = cut_after_one_epoch(tmp_path, monkeypatch, folders, "--device cpu")
+    folder = cut_on_another_device(tmp_path, monkeypatch, folders, "--device cpu")
     saved = torch.load(folder / "last.pt", weights_only=True)
     state = torch.zeros(16, dtype=torch.uint8)
     for older in (True, False):
@@ -2645,7 +2641,7 @@ def test_a_run_goes_on_on_a_device_of_another_kind(tmp_path, monkeypatch, folder
 @needs_cuda
 @pytest.mark.parametrize(("one", "other"), [("cuda", "cpu"), ("cpu", "cuda"), ("cuda", "cuda")])
 def test_cuda_and_cpu_take_up_each_others_runs(tmp_path, monkeypatch, folders, one, other):
-    folder = cut_after_one_epoch(tmp_path, monkeypatch, folders, f"--device {one}")
+    folder = cut_on_another_device(tmp_path, monkeypatch, folders, f"--device {one}")
     said = call(train, "--resume", folder, "--device", other)
     assert said.returncode == 0, said.stderr
     assert "resuming cnet1 small_cnn after epoch 1" in said.stdout

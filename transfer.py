@@ -5,8 +5,8 @@
     opinions = answers(heads, seen.embeddings, others)                # (M, N, K)
     model, results = learn_labels(model, images, rows, args)          # a model.pt like any other, and what it is worth
 
-What the fine-tuning of a whole network does in minutes, and with sixty labels worse, a convex fit does at once: so that a
-threshold can be cross-fitted, and a query strategy judged by fifty seeds."""
+What the fine-tuning of a whole network does in minutes, a convex fit does at once, and at sixty labels no worse by what
+RESULTS.md could show: so that a threshold can be cross-fitted, and a query strategy judged by fifty seeds."""
 
 import copy
 from pathlib import Path
