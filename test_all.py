@@ -1,4 +1,4 @@
-"""All tests: `pytest test_all.py`, three minutes on two CPU cores, no data needed; `-k "not slow"`: one.
+"""All tests: `pytest test_all.py`, eight minutes on two CPU cores, no data needed; `-k "not slow"`: fewer.
 
 Against independent oracles (counting pairs, brute force, loops over pixels, uninterrupted runs), on awkward inputs,
 and through the command lines. With DATA=/path/to/data the real files are read too (breastmnist.npz, BUSI/, IDC/,
