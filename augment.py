@@ -37,11 +37,11 @@ UNMIX = torch.linalg.inv(STAINS)
 
 
 def augment(images, strength=1.0, boxes=None, regions=None, size=None, generator=None, masks=None):
-    """Augment a whole batch: images (N, C, h, w) in [0, 1], boxes (N, 4) or None, masks (N, h, w) in [0, 1] or None.
+    """Augment a whole batch: images (N, C, h, w) in [0, 1], boxes (N, 4) or None, masks as they came, or None.
 
-    images (N, C, H, W), C = 1 or 3; boxes (N, 4) in [0, 1]; masks (N, H, W), bool or in [0, 1]; regions (N, 4): cropped
-    first (see crop_regions); size: (h, w); generator: of the images' device, or see draw. strength 0 only crops and resizes.
-    ValueError where something doesn't fit.
+    images (N, C, H, W), C = 1 or 3; boxes (N, 4) in [0, 1]; masks (N, H, W), or several an image (N, M, H, W), bool or in
+    [0, 1]; regions (N, 4): cropped first (see crop_regions); size: (h, w); generator: of the images' device, or see draw.
+    strength 0 only crops and resizes. ValueError where something doesn't fit.
 
     Flip, rotation (of pixels, whatever the aspect ratio), zoom, shift, elastic deformation and the crop are ONE
     resampling; then come intensity, blur and cutout. Grey is ultrasound, where depth has a meaning: flips are left-
@@ -76,13 +76,14 @@ def follow(images, boxes, masks, matrices, size, displacement=None):
     boxes = None if boxes is None else move_boxes(boxes, matrices, displacement)
     if masks is None:
         return warp(images, matrices, size, displacement), boxes, None
-    if masks.shape != (len(images), *images.shape[-2:]):
-        raise ValueError(f"masks of shape {tuple(masks.shape)} for images {tuple(images.shape)}: give (N, H, W)")
-    x = torch.cat(
-        [to_float(images), masks[:, None].to(images.dtype if images.is_floating_point() else torch.float32)], 1
-    )
-    x = warp(x, matrices, size, displacement, empty=1)
-    return x[:, :-1], boxes, x[:, -1]
+    layers = masks[:, None] if masks.dim() == 3 else masks
+    fits = (len(layers), *layers.shape[2:]) == (len(images), *images.shape[-2:])
+    if masks.dim() not in (3, 4) or not fits or not layers.shape[1]:
+        shapes = f"masks of shape {tuple(masks.shape)} for images {tuple(images.shape)}"
+        raise ValueError(f"{shapes}: give (N, H, W), or (N, M, H, W)")
+    kind, count = images.dtype if images.is_floating_point() else torch.float32, layers.shape[1]
+    x = warp(torch.cat([to_float(images), layers.to(kind)], 1), matrices, size, displacement, empty=count)
+    return x[:, :-count], boxes, x[:, -count:].reshape(*masks.shape[:-2], *x.shape[-2:])
 
 
 def random_matrices(base, tall, u, strength, colour):

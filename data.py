@@ -51,6 +51,7 @@ class ImageSet:
     meta_columns: list[str] = dataclasses.field(default_factory=list)  # the M columns of `meta`
     meta_spec: list[dict] = dataclasses.field(default_factory=list)  # how to encode a new patient: see encode_meta
     outlined: torch.Tensor | None = None  # bool (N,): it is known where the lesion is, or that there is none
+    beside: torch.Tensor | None = None  # bool (N, S, S), what a person called beside the point: no evidence
     placeholder_boxes: bool = False  # the boxes are dummies: every report says so
     source: str = ""
     thumbnails: torch.Tensor | None = None  # uint8 (N, 1, 28, 28): what near-duplicates are found by; None: not known
@@ -97,6 +98,8 @@ class ImageSet:
             lines.append(f"  positive class: {self.classes[-1]}   (wrong? --positive NAME)")
         with_box = int(self.boxes[:, 0].isfinite().sum())
         lines.append(f"  boxes: {with_box}{' PLACEHOLDERS, not lesions' if self.placeholder_boxes else ''}")
+        if self.beside is not None:
+            lines.append(f"  marked as beside the point: {int(self.beside.flatten(1).any(1).sum())}")
         return "\n".join(lines)
 
 
@@ -268,21 +271,7 @@ def decode_entry(entry, size, channels, equalise, window=None):
     about, (pixels, (sx, sy, left, top)) = origin(image), letterbox(image, size)
     if equalise:
         pixels = clahe(torch.from_numpy(pixels)[None])[0].numpy()
-    lesion, mask = np.zeros(image.size[::-1], bool), np.zeros((size, size), bool)
-    for path in entry.masks:
-        m = read_image(path, 1)
-        if m.size != about.whole:
-            raise InputError(f"its mask {path} is {m.width}x{m.height}, the image {about.whole[0]}x{about.whole[1]}")
-        top_value = m.getextrema()[1]
-        if top_value == 1:  # written as 0 and 1
-            m = m.point(lambda v: 255 * v)
-        elif 1 < top_value <= 127:
-            raise InputError(f"its mask {path} goes from 0 to {top_value}; write 0 and 255, or 0 and 1")
-        values = own_part(np.asarray(m), about)
-        lesion |= values > 127
-        x, y, w, h = fit(image.size, size)
-        small = Image.fromarray(values).resize((w, h), Image.Resampling.BILINEAR)
-        mask[y : y + h, x : x + w] |= np.asarray(small) > 127
+    lesion, mask = read_masks(entry.masks, image, about, size)
     box = box_of(lesion) if entry.box is None else np.array(entry.box, np.float32) - about.corner * 2
     if entry.box is not None and not lies_inside(box.tolist(), image.size):
         seen = f"{about.whole[0]}x{about.whole[1]} pixels"
@@ -291,7 +280,31 @@ def decode_entry(entry, size, channels, equalise, window=None):
     box = np.clip((box * [sx, sy, sx, sy] + [left, top, left, top]) / size, 0, 1).astype(np.float32)
     notes = np.array([*(about.window or [math.nan] * 2), about.frames], np.float32)
     plain = read_image(entry.image, channels) if window and about.window else image
-    return {"pixels.u8": pixels, "masks.u8": mask, "boxes.f32": box, "thumbs.u8": thumbnail(plain), "notes.f32": notes}
+    found = {"pixels.u8": pixels, "masks.u8": mask, "boxes.f32": box, "thumbs.u8": thumbnail(plain), "notes.f32": notes}
+    return found | {"beside.u8": read_masks(entry.beside, image, about, size)[1]}
+
+
+def read_masks(paths, image, about, size):
+    """The union of mask files (bool) as the image is seen, in its own pixels and letterboxed to (size, size)."""
+    whole, square = np.zeros(image.size[::-1], bool), np.zeros((size, size), bool)
+    for path in paths:
+        try:
+            m = read_image(path, 1)
+        except InputError as e:
+            raise InputError(f"its mask {path}: {e}") from e
+        if m.size != about.whole:
+            raise InputError(f"its mask {path} is {m.width}x{m.height}, the image {about.whole[0]}x{about.whole[1]}")
+        top_value = m.getextrema()[1]
+        if top_value == 1:  # written as 0 and 1
+            m = m.point(lambda v: 255 * v)
+        elif 1 < top_value <= 127:
+            raise InputError(f"its mask {path} goes from 0 to {top_value}; write 0 and 255, or 0 and 1")
+        values = own_part(np.asarray(m), about)
+        whole |= values > 127
+        x, y, w, h = fit(image.size, size)
+        small = Image.fromarray(values).resize((w, h), Image.Resampling.BILINEAR)
+        square[y : y + h, x : x + w] |= np.asarray(small) > 127
+    return whole, square
 
 
 def lies_inside(box, size):
@@ -341,19 +354,20 @@ def progress(items, what, total):
 
 
 def kept_files(entries, size, channels):
-    """What is kept of each image, {file of the cache: (type, shape)}: masks only where there are any."""
+    """What is kept of each image, {file of the cache: (type, shape)}: masks of either kind only where there are any."""
     files = {"pixels.u8": (np.uint8, (channels, size, size)), "boxes.f32": (np.float32, (4,))}
     files["thumbs.u8"] = (np.uint8, (1, 28, 28))
-    if any(e.masks for e in entries):
-        files["masks.u8"] = (bool, (size, size))
+    for name, some in (("masks.u8", "masks"), ("beside.u8", "beside")):
+        if any(getattr(e, some) for e in entries):
+            files[name] = (bool, (size, size))
     return files | {"notes.f32": (np.float32, (3,))}  # the values that became black and white, or NaN; and the frames
 
 
 def decode(
     entries, size, channels, equalise=False, cache=None, skip_bad=False, box_format="xyxy", window=None, log=print
 ):
-    """Decode all entries in threads: (pixels uint8 (N, C, S, S), masks bool (N, S, S) or None, boxes (N, 4), thumbnails
-    uint8 (N, 1, 28, 28), kept rows).
+    """Decode all entries in threads: (pixels uint8 (N, C, S, S), masks and what is beside the point bool (N, S, S) or None,
+    boxes (N, 4), thumbnails uint8 (N, 1, 28, 28), kept rows).
 
     With a `cache` folder the result is memory-mapped from there: the second start is immediate, and a set larger than
     memory works. The key is the files' names, sizes and times (or the pixels, where there are no files), and how they are
@@ -385,7 +399,7 @@ def decode(
         log(f"{wide} images of more than 8 bits: {fixed or own} (--window)")
     if clips:
         log(f"{clips} clips: of each the first frame is taken")
-    return *map(tensors.get, ("pixels.u8", "masks.u8", "boxes.f32", "thumbs.u8")), kept
+    return *map(tensors.get, ("pixels.u8", "masks.u8", "beside.u8", "boxes.f32", "thumbs.u8")), kept
 
 
 def map_file(path, kind):
@@ -405,7 +419,8 @@ def cache_key(entries, size, channels, equalise, window):
         if isinstance(e.image, np.ndarray):
             key.update(json.dumps([e.image.shape, e.box]).encode() + e.image.tobytes())
             continue
-        for p in [e.image, *e.masks]:
+        key.update(json.dumps(len(e.masks)).encode() if e.beside else b"")
+        for p in [e.image, *e.masks, *e.beside]:
             stat = os.stat(p) if os.path.exists(p) else None
             key.update(json.dumps([os.path.abspath(p), stat and [stat.st_size, stat.st_mtime_ns], e.box]).encode())
     return key.hexdigest()[:16]
@@ -493,7 +508,7 @@ def load(
         raise InputError(f"--data {source}: no image is left")
     channels = channels or (1 if looks_grey(entries) else 3)
     work = (entries, size, channels, equalise, cache, skip_bad, box_format, window, log)
-    pixels, masks, boxes, thumbnails, kept = decode(*work)
+    pixels, masks, beside, boxes, thumbnails, kept = decode(*work)
     entries = [entries[i] for i in kept]
     labels = torch.tensor([e.label for e in entries])
     native = max(entries[0].image.shape[:2]) if isinstance(entries[0].image, np.ndarray) else size
@@ -507,7 +522,7 @@ def load(
     images = ImageSet(
         pixels, labels, boxes, masks, groups, complete_splits([e.split for e in entries], labels, groups, seed), meta,
         [e.name for e in entries], classes, meta_columns, spec,
-        torch.tensor([bool(e.masks) for e in entries]) | boxes[:, 0].isfinite(), bool(unknown.any()), str(source), thumbnails,
+        torch.tensor([bool(e.masks) for e in entries]) | boxes[:, 0].isfinite(), beside, bool(unknown.any()), str(source), thumbnails,
         ["" if split_by_image else e.group for e in entries],
     )  # fmt: skip
     log(images.summary())
@@ -527,11 +542,14 @@ def phantom_set(n=800, size=128, seed=0):
 
 def join(a, b):
     """Two ImageSets of one size, channels and classes as one; a patient of both, and near-duplicates over both, share a
-    group. What describes the set as a whole is that of `a`; metadata and masks are kept where both have them."""
+    group. What describes the set as a whole is that of `a`; metadata is kept where both have it, masks where one has."""
     b = dataclasses.replace(b, groups=b.groups + (int(a.groups.max()) + 1 if len(a) else 0))
     both = {}
-    for name in ("pixels", "labels", "boxes", "masks", "groups", "meta", "outlined", "thumbnails"):
+    for name in ("pixels", "labels", "boxes", "masks", "beside", "groups", "meta", "outlined", "thumbnails"):
         x, y = getattr(a, name), getattr(b, name)
+        if name in ("masks", "beside") and (x is None) != (y is None):
+            none = [torch.zeros(len(s), *s.pixels.shape[2:], dtype=torch.bool) for s in (a, b)]
+            x, y = (mine if own is None else own for own, mine in zip((x, y), none, strict=True))
         both[name] = None if x is None or y is None else torch.cat([x, y])
     both |= {name: getattr(a, name) + getattr(b, name) for name in ("splits", "names", "group_names")}
     first, known = {}, torch.tensor([bool(word) for word in both["group_names"]], dtype=torch.bool)

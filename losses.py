@@ -1,4 +1,4 @@
-"""What is minimised: classification, self-distillation, and a detector of outlines and boxes.
+"""What is minimised: classification, self-distillation, evidence beside the point, and a detector of outlines and boxes.
 
     import torch
     from losses import classification_loss, distillation_loss
@@ -86,6 +86,23 @@ def check_teacher(teacher, shape):
             raise ValueError(f"teacher's row {i} is ({values}): give probabilities that sum to 1; logits: .softmax(1)")
 
 
+def evidence_loss(logits, images, beside):
+    """Share of the evidence that lies where none should be: a network is to be right for the right reasons.
+
+    logits (N, 1) or (N, K), computed from images (N, C, H, W) that require a gradient; beside (N, H, W) in [0, 1], 1 =
+    beside the point; an image without any such place has no part in the mean. The evidence is the squared gradient of
+    the summed log-probabilities (of one logit: of itself) by the pixels, as in Ross et al., Right for the Right Reasons,
+    2017. They penalise its sum, which shrinks wherever all gradients do; its share, in [0, 1], asks only for another
+    place, and needs no weight for every network anew."""
+    score = logits.float().sum() if logits.shape[1] == 1 else logits.float().log_softmax(1).sum()
+    with torch.autocast(images.device.type, enabled=False):
+        (gradient,) = torch.autograd.grad(score, images, create_graph=True)
+    evidence = gradient.float().square().sum(1)
+    share = (evidence * beside).sum((1, 2)) / evidence.sum((1, 2)).clamp(min=1e-12)
+    asked = (beside > 0).flatten(1).any(1).float()
+    return (share * asked).sum() / pooled(asked.sum(), 1)
+
+
 def box_loss(predicted, true):
     """Loss (N,) of boxes (N, 4): smooth L1, a gentle pull near the right place, + GIoU (Rezatofighi et al. 2019),
     which knows the direction from afar. As torchvision's, which picks rows by a mask: a GPU would be waited for."""
@@ -120,10 +137,13 @@ def detection_loss(logits, cells, outlines, boxes):
     return outline + (each * inside).sum() / pooled(boxed.sum(), 1)
 
 
-def ellipses(boxes, h, w):
-    """Outlines (N, h, w), 1 inside, of the ellipses inscribed in boxes (N, 4): what stands for a mask where only a box is
-    known. A box of NaN gives none."""
+def ellipses(boxes, h, w, grown=1.0):
+    """Outlines (N, h, w), 1 inside, of the ellipses inscribed in boxes (N, 4), `grown` times as long and wide: what stands
+    for a mask where only a box is known. A box of NaN gives none."""
     x, y = cell_centres(h, w, boxes.device)
-    centre, half = (boxes[:, :2] + boxes[:, 2:]) / 2, ((boxes[:, 2:] - boxes[:, :2]) / 2).clamp(min=0.5 / max(h, w))
+    centre, half = (
+        (boxes[:, :2] + boxes[:, 2:]) / 2,
+        ((boxes[:, 2:] - boxes[:, :2]) * (grown / 2)).clamp(min=0.5 / max(h, w)),
+    )
     across = ((x - centre[:, 0, None, None]) / half[:, 0, None, None]) ** 2
     return (across + ((y - centre[:, 1, None, None]) / half[:, 1, None, None]) ** 2 <= 1).float()

@@ -233,10 +233,23 @@ class CNet(nn.Module):
     def shared(self):
         return self.config["trunk"] == "shared"
 
-    @property
-    def seen(self):
-        """The layer whose maps the embedding is made of: what Grad-CAM and its kin look at."""
-        return self.dnet.smooth[0] if self.shared else self.features
+    @functools.cached_property
+    def stages(self):
+        """{pixels a cell: number of the backbone's last layer at that resolution}, by a look."""
+        backbone, strides = self.dnet.features if self.shared else self.features, {}
+        x = torch.zeros(1, self.config["channels"], 128, 128, device=self.head.weight.device)
+        with saliency.evaluating(backbone):
+            for i, layer in enumerate(backbone):
+                x = layer(x)
+                strides[128 // x.shape[-1]] = i
+        return strides
+
+    def layer_of(self, stride):
+        """The backbone's last layer with that many pixels a cell, or the next fewer: what Grad-CAM and its kin look at. All
+        evidence comes through it, as it does not through the maps inside of the outline: of them an answer hangs on 2 to
+        5 %, and a map of what lies there would look right whatever the network goes by."""
+        backbone = self.dnet.features if self.shared else self.features
+        return backbone[self.stages[max(s for s in self.stages if s <= stride)]]
 
     def see(self, images, meta=None):
         """The penultimate embedding (N, width): pooled features, and the metadata branch where there is one; and, of a
@@ -425,7 +438,7 @@ class Ensemble(nn.Module):
             boxes = self.locate(images) if boxes is None else boxes
             target = self(images, boxes, meta).argmax(1) if target is None else target
         for member, vote in zip(self.members, (self.weights / self.weights.sum()).tolist(), strict=True):
-            layer = {"layer": member.seen} if method in saliency.CAMS else {}
+            layer = {"layer": member.layer_of(CAM_STRIDES[method])} if method in saliency.CAMS else {}
             regions = self.regions(member, boxes)
             x = crop(images, regions, self.info["size"])
             own = function(WithPatients(member, meta), x, target, **layer, **options)
@@ -463,6 +476,11 @@ def distance(traits, known):
         across = ((x - mean).square().sum(1) - along.square().sum(1)).clamp(min=0)
         total = total + (along.square() / variances[:-1]).sum(1) + across / variances[-1]
     return total.sqrt()
+
+
+# Pixels a cell of the maps that are looked at: the deepest have 4 x 4 cells at 128 pixels, larger than most lesions. What
+# weighs each place by itself may look at finer ones, as Layer-CAM's authors do.
+CAM_STRIDES = {"gradcam": 16, "gradcam++": 16, "layercam": 8}
 
 
 class WithPatients(nn.Module):

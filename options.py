@@ -91,6 +91,7 @@ OPTIMISER = [
 LEARNING = [
     *OPTIMISER,
     ("eval-steps", 0, (0, MANY), "validate an epoch on N batches, always the same; 0 = on all. Threshold and temperature see all"),
+    ("attend", 0.0, (0, MANY), "weight of C-Net's evidence (input gradient) beside the point in the loss: in what feedback marks as not_this; in a set without such marks, far from the lesion. Twice the time"),
     ("label-smoothing", 0.05, (0, 0.99), "share of the label that is spread over the classes"),
     ("pos-weight", "auto", "W", "weight of the positive class in the loss: auto (classes weigh alike), none, or a number"),
     ("balanced-sampler", False, None, "draw every class equally often instead of weighting the loss"),
@@ -219,6 +220,11 @@ def parse(argv=None, parser=None):
         raise InputError("--roi dnet needs D-Net: leave out --nets cnet, or use --roi none")
     if "nets" in args and args.nets == "dnet" and args.roi != "none":
         raise InputError("--roi is what C-Net sees; with --nets dnet there is none")
+    for name, value in (("model", "none"), ("nets", "dnet"), ("learn", "head")):
+        if vars(args).get("attend") and vars(args).get(name) == value:
+            raise InputError(
+                f"--attend moves the evidence of a C-Net that learns from pixels; leave out --{name} {value}"
+            )
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         devices.start(choose_device(args.device), args.timeout)
     return args
@@ -257,7 +263,11 @@ def load_images(args, log=print, **more):
     size = args.size * (1 if args.roi == "none" else 2)
     how = {"equalise": args.clahe, "window": parse_window(args.window)}
     with devices.first_of_machine():
-        return load(args.data, size, drop=args.drop_class, columns=columns, log=log, **how, **same, **more)
+        images = load(args.data, size, drop=args.drop_class, columns=columns, log=log, **how, **same, **more)
+    if vars(args).get("attend") and images.beside is None and images.boxes.isnan().all():
+        needed = "give masks, boxes, or a column not_this"
+        raise InputError(f"--attend: nothing in {images.source} tells what is beside the point; {needed}")
+    return images
 
 
 def images_elsewhere(info, args, option):

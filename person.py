@@ -127,7 +127,8 @@ def read_pool(args, info):
     are the labelled ones and those that the model has met; and how many of the pool it has met."""
     same = {k: info[k] for k in ("channels", "equalise", "window")} | {"cache": args.cache, "skip_bad": True}
     sources = [args.pool, *args.labelled]
-    images, *more = (data.load(source, info["load_size"], **same, log=lambda _: None) for source in sources)
+    loaded = (data.load(source, info["load_size"], **same, log=lambda _: None) for source in sources)
+    images, *more = (dataclasses.replace(some, masks=None, beside=None) for some in loaded)  # of no use here, and large
     count, spec = len(images), info["meta_spec"]
     if not Path(images.names[0]).is_file():
         raise InputError(f"--pool {args.pool}: its images are no files, which a table could name; save each as a file")
@@ -221,14 +222,14 @@ def all_answers(args, classes):
 def answered(entries, info, args):
     """What read_answers gave as an ImageSet, as a model of this info sees it, every image a group; and its entries."""
     how = (info["load_size"], info["channels"], info["equalise"], args.cache, args.skip_bad)
-    pixels, masks, boxes, thumbnails, kept = data.decode(entries, *how, window=info["window"])
+    pixels, masks, beside, boxes, thumbnails, kept = data.decode(entries, *how, window=info["window"])
     entries = [entries[i] for i in kept]
     meta = data.encode_meta([{}] * len(entries), None, info["meta_spec"])[0] if info["meta_spec"] else None
     return data.ImageSet(
         pixels, torch.tensor([e.label for e in entries]), boxes, masks, torch.arange(len(entries)),
         ["train"] * len(entries), meta, [e.image for e in entries], info["classes"], outlined=boxes[:, 0].isfinite(),
         thumbnails=thumbnails, group_names=["" if args.split_by_image else e.group for e in entries],
-        meta_spec=info["meta_spec"],
+        meta_spec=info["meta_spec"], beside=beside,
     ), entries  # fmt: skip
 
 
@@ -242,8 +243,6 @@ def add_answers(images, entries, args):
         "meta_spec": images.meta_spec if images.meta is not None else [],
     }
     new, entries = answered(entries, info, args)
-    if new.masks is None and images.masks is not None:  # so that the others keep theirs
-        new.masks = torch.zeros(len(new), *images.masks.shape[1:], dtype=torch.bool)
     everything = data.join(images, new)
     groups, rows, relatives = everything.groups.tolist(), [], 0
     held_out = {group for group, split in zip(groups, everything.splits, strict=True) if split in ("val", "test")}

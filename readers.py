@@ -57,6 +57,7 @@ class Entry:
     name: str
     label: str = ""  # the source's own word for the class; "" = not labelled
     masks: list[str] = dataclasses.field(default_factory=list)
+    beside: list[str] = dataclasses.field(default_factory=list)  # masks of what a person called beside the point
     box: tuple | None = None  # x_min, y_min, x_max, y_max in pixels of the original image
     group: str = ""  # patient or lesion; "" = not known
     split: str = ""
@@ -221,7 +222,7 @@ def npz_split(path, split, arrays):
     return images, labels[:, 0], boxes
 
 
-COLUMNS = dict.fromkeys(("image", "label", "group", "split", "mask", "box", "meta"))
+COLUMNS = dict.fromkeys(("image", "label", "group", "split", "mask", "not_this", "box", "meta"))
 
 
 def table_of(path):
@@ -231,7 +232,8 @@ def table_of(path):
 
 
 def read_csv(path, columns):
-    """One row an image. `columns` names the columns: image, label, group, split, mask, box, meta (see COLUMNS).
+    """One row an image. `columns` names the columns: image, label, group, split, mask, box, meta (see COLUMNS); not_this, as
+    app.py writes it, is of masks of what is beside the point.
 
     The image column holds a path, absolute or relative to the CSV, or a bare name or id that is looked up, with or
     without its ending, in the CSV's folder and below."""
@@ -254,10 +256,12 @@ def read_csv(path, columns):
             box = ()
         if box is not None and len(box) != 4:
             raise InputError(f"{where}: box {' '.join(numbers)!r} is not four numbers")
-        masks = [find(m.strip(), where, True) for m in get["mask"].split(";") if m.strip()]
+        masks, beside = (
+            [find(m.strip(), where, True) for m in get[k].split(";") if m.strip()] for k in ("mask", "not_this")
+        )
         meta = {c: row[c] for c in columns["meta"]} or None
         image = find(get["image"], where, False)
-        entries.append(Entry(image, image, get["label"], masks, box, get["group"], split, meta, line))
+        entries.append(Entry(image, image, get["label"], masks, beside, box, get["group"], split, meta, line))
     return entries
 
 
@@ -284,7 +288,7 @@ def read_table(path):
 
 def choose_columns(path, columns, header):
     """The columns to read: those that were named, else those of the right name. Patient data have to be asked for."""
-    single = ("image", "label", "group", "split", "mask")
+    single = ("image", "label", "group", "split", "mask", "not_this")
     columns = columns | {k: columns[k] or (k if k in header else None) for k in single}
     columns |= {"box": columns["box"] or (["box"] if "box" in header else []), "meta": columns["meta"] or []}
     there = f"(its columns: {', '.join(header)})"

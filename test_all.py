@@ -249,6 +249,20 @@ def test_boxes_follow_the_augmented_lesion(monkeypatch, crop_first, shape):
     assert metrics.paired_iou(found, still).mean() < iou.mean() - 0.1  # and the images did move
 
 
+def test_several_masks_an_image_move_as_each_by_itself():
+    pixels, boxes = lesions(6, 40, 56)
+    masks = torch.stack([pixels[:, 0] > 99, torch.rand(6, *pixels.shape[2:]) > 0.8], 1)
+    both = augment.augment(pixels, 1.0, boxes, None, (32, 48), seeded(), masks)
+    for m in (0, 1):
+        alone = augment.augment(pixels, 1.0, boxes, None, (32, 48), seeded(), masks[:, m])
+        assert torch.equal(both[2][:, m], alone[2])
+        assert torch.equal(both[0], alone[0])
+    assert both[2].shape == (6, 2, 32, 48)
+    for wrong in (masks[:, :, 1:], masks[1:], masks[:, :0], masks[0, 0], masks[:, :, None]):
+        with pytest.raises(ValueError, match="masks of shape"):
+            augment.augment(pixels, 1.0, boxes, masks=wrong)
+
+
 def test_a_lesion_that_leaves_the_picture_is_not_taught():  # 28
     boxes = torch.tensor([[0.0, 0.4, 0.2, 0.6], [0.4, 0.4, 0.6, 0.6], [0.9, 0.9, 1.0, 1.0], [0.5, 0.5, 0.5, 0.5]])
     shifted = torch.eye(2, 3).repeat(4, 1, 1)
@@ -990,8 +1004,11 @@ def test_join_groups_near_duplicates_over_both_sets():
     assert torch.equal(both.labels, torch.cat([a.labels, b.labels]))
     assert both.names == a.names + b.names
     b.masks = b.thumbnails = None  # of too many images
+    a.beside = torch.ones_like(a.masks)
     both = data.join(a, b)
-    assert both.masks is None
+    assert torch.equal(both.masks[:8], a.masks)  # where one has no masks, the other keeps its own
+    assert not both.masks[8:].any()
+    assert both.beside.flatten(1).all(1).tolist() == [True] * 8 + [False] * 6
     assert len(both.groups.unique()) == 14
 
 
@@ -1249,7 +1266,7 @@ def test_a_cache_larger_than_the_memory_is_read(tmp_path):
         with open(folder / name, "wb") as file:
             file.truncate(n * np.dtype(kind).itemsize * math.prod(shape))
     (folder / "cache.json").write_text(json.dumps({"kept": list(range(n)), "bad": []}))
-    pixels, _, boxes, *_ = data.decode(entries, side, 3, cache=tmp_path / "cache")
+    pixels, _, _, boxes, *_ = data.decode(entries, side, 3, cache=tmp_path / "cache")
     assert pixels.shape == (n, 3, side, side)
     assert not pixels[n - 1, :, 9, 9].any()
     boxes[0] = 1.0  # those of placeholder boxes are written, in memory
@@ -3074,6 +3091,106 @@ def test_an_older_files_detector_votes_as_it_did(tmp_path):
     assert len(answer["box"]) == 4
     said = error_of(call(infer, "--model", tmp_path / "old.pt", "--save-mask", tmp_path, HERE / "docs" / "answer.png"))
     assert "tells no outlines" in said
+
+
+@pytest.mark.parametrize("classes", [1, 3])
+def test_evidence_beside_the_point_by_hand(classes):
+    """Of logits sum(w x^2) the input gradient is 2 w x: the share, and its slope by w, are known without autograd."""
+    w = torch.rand(classes, 1, 4, 5, generator=seeded(), dtype=torch.double).requires_grad_()
+    x, beside = torch.rand(6, 1, 4, 5, generator=seeded(), dtype=torch.double), torch.zeros(6, 4, 5)
+    beside[0, :2], beside[1, 0, 0], beside[2] = 1, 0.5, 1  # 3 to 5: nothing is beside the point
+
+    def loss(w):
+        images = x.clone().requires_grad_()
+        return losses.evidence_loss(torch.einsum("nchw,kchw->nk", images**2, w).double(), images, beside)
+
+    z = torch.einsum("nchw,kchw->nk", x**2, w)
+    slopes = torch.ones(6, 1) if classes == 1 else 1 - classes * z.softmax(1)  # of the summed log-probabilities
+    energy = (torch.einsum("nk,kchw->nchw", slopes.double(), w) * 2 * x).square()[:, 0]
+    share = (energy * beside).sum((1, 2)) / energy.sum((1, 2))
+    close(loss(w).detach().double(), share[:3].mean().detach())
+    loss(w).backward()
+    for k, i, j in ((0, 0, 0), (classes - 1, 3, 2)):
+        step = torch.zeros_like(w)
+        step[k, 0, i, j] = 1e-3
+        slope = (loss(w.detach() + step) - loss(w.detach() - step)) / 2e-3
+        assert float(w.grad[k, 0, i, j]) == pytest.approx(float(slope), rel=2e-2, abs=1e-5)
+    beside[:] = 0
+    assert float(loss(w)) == 0
+    assert torch.equal(torch.autograd.grad(loss(w), w)[0], torch.zeros_like(w))
+
+
+def test_what_lies_far_from_a_lesion_is_beside_the_point():
+    boxes = torch.tensor([[0.4, 0.4, 0.6, 0.7], [math.nan] * 4])
+    x, masks = torch.zeros(2, 1, 100, 100), torch.ones(2, 100, 100)
+    same, far = train.beside_the_point(x, boxes, masks)
+    assert same is masks
+    assert not far[1].any()  # where no lesion is known all may tell
+    assert not far[0, 40:70, 40:60].any()  # the box, and its corners
+    assert far[0, :30].all()
+    assert far[0, :, 70:].all()
+    lesion, marked = train.beside_the_point(x, boxes, torch.stack([masks, masks * 0.5], 1))
+    assert torch.equal(lesion, masks)
+    assert torch.equal(marked, masks * 0.5)
+
+
+def test_attend_turns_a_network_away_from_what_feedback_marks_slow(tmp_path):
+    """A letter in the corner gives the class away, and so does the lesion, less plainly. Who is told not to read looks at
+    the lesion more."""
+    corner, lesion = np.zeros((2, 48, 48), bool)
+    corner[2:14, 2:14], lesion[20:36, 18:38] = True, True
+    for i in range(48):
+        kind, generator = i % 2, np.random.default_rng(i)
+        pixels = generator.integers(60, 140, (48, 48)).astype(np.uint8)
+        pixels[lesion] = generator.integers(60, 160, lesion.sum()) + (20 if kind else 0)
+        pixels[corner] = 250 if kind else 20
+        app.write_feedback(
+            tmp_path / "f", Image.fromarray(pixels).convert("RGB"), ["benign", "malignant"][kind], lesion, corner
+        )
+    seen = quiet_load(tmp_path / "f", 32)
+    assert seen.beside.flatten(1).any(1).all()
+    assert not (seen.beside & seen.masks).any()
+    read, common = {}, "--nets cnet --batch 8 --lr 3e-3 --epochs 12 --augment 0.3"
+    for weight in (0, 4):
+        folder, said, _ = quick(tmp_path, f"--name w{weight} --attend {weight} {common}", data_folder=tmp_path / "f")
+        assert "marked as beside the point: 48" in said
+        model = models.load(folder)
+        x = seen.pixels.float() / 255
+        maps = saliency.input_gradient(model.members[0], x, torch.ones(48, dtype=torch.long)).square().sum(1)
+        read[weight] = [float(saliency.energy_inside(maps, where).mean()) for where in (seen.beside, seen.masks)]
+    assert read[4][0] < read[0][0] / 2, read
+    assert read[4][1] > read[0][1], read
+
+
+def test_attend_says_where_it_has_no_meaning(tmp_path):
+    class_folders(tmp_path / "d", {"benign": 9, "malignant": 9})
+    for path in (tmp_path / "d").rglob("*_mask.png"):
+        path.unlink()
+    for more, why in (
+        ("--nets dnet", "leave out --nets dnet"),
+        ("--learn head", "leave out --learn head"),
+        ("--model none", "leave out --model none"),
+        ("", "tells what is beside the point"),
+    ):
+        where = ["--data", str(tmp_path / "d"), "--runs", str(tmp_path), "--cache", str(tmp_path / "c")]
+        refused(why, train.main, [*where, "--weights", "none", "--attend", "1", *more.split()])
+
+
+def test_the_cache_tells_a_mask_from_what_is_beside_the_point(tmp_path):
+    picture(40, 30).save(tmp_path / "a.png")
+    for name, part in (("l_mask.png", slice(0, 10)), ("n_mask.png", slice(20, 30))):
+        mask = np.zeros((30, 40), np.uint8)
+        mask[part] = 255
+        Image.fromarray(mask).save(tmp_path / name)
+    found = {}
+    for columns in ("l_mask.png;n_mask.png,", "l_mask.png,n_mask.png", "n_mask.png,l_mask.png", "l_mask.png,"):
+        (tmp_path / "t.csv").write_text(f"image,label,mask,not_this\na.png,benign,{columns}\n")
+        images = quiet_load(tmp_path / "t.csv", 40, cache=tmp_path / "cache")
+        beside = None if images.beside is None else int(images.beside.sum())
+        found[columns] = int(images.masks.sum()), beside
+    assert list(found.values()) == [(800, None), (400, 400), (400, 400), (400, None)]
+    (tmp_path / "t.csv").write_text("image,label,mask,not_this\na.png,benign,l_mask.png,gone.png\n")
+    refused("gone.png", quiet_load, tmp_path / "t.csv", 40)
 
 
 def test_what_a_detector_learns_from_masks_boxes_and_neither():
@@ -5779,6 +5896,7 @@ def test_feedback_is_a_data_set_that_trains(tmp_path):
     assert images.masks.flatten(1).any(1).tolist() == [True] * 4 + [False] * 10
     assert images.groups[0] == images.groups[13]
     assert quiet_load(folder / "feedback.csv", 64).names == images.names
+    assert torch.nonzero(images.beside.flatten(1).any(1))[:, 0].tolist() == [1]
     entries = person.read_answers(folder, ["benign", "malignant"])
     assert [e.label for e in entries] == images.labels.tolist()
     assert [len(e.masks) for e in entries] == [1] * 4 + [0] * 10
@@ -7918,8 +8036,8 @@ FLOORS = [
     ["clips"],
     ["options"],
     ["judge"],
-    ["transfer"],
     ["report"],
+    ["transfer"],
     ["train"],
     ["person"],
     ["infer", "explain", "al_loop", "search", "pretrain", "export"],

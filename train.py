@@ -47,11 +47,11 @@ from judge import (
     pool_folds,
     predict,
 )
-from losses import class_weights, classification_loss, detection_loss, distillation_loss, ellipses
+from losses import class_weights, classification_loss, detection_loss, distillation_loss, ellipses, evidence_loss
 from options import Interrupt, Stopped, claim, parse, prepare_folder, run_jobs, run_main, stop
 from pictures import parse_window
 from readers import InputError
-from report import check_history, finished_run, print_report, read_result, same_pictures, write_report
+from report import check_history, finished_run, print_report, read_result, write_report
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The training loop, one for both networks
@@ -480,12 +480,14 @@ def train_members(
     known = (images.labels, images.meta, teacher, *drawing)
     labels, meta, teacher, weights, drawn = (None if v is None else v.to(device) for v in known)
     found_loss, look = finding_loss(images, device) if shared else None, None
-    lesions = {"masks": images.masks, "boxes": images.boxes} if shared else {}
+    lesions = {"masks": with_marks(images, args), "boxes": images.boxes} if shared or args.attend else {}
 
     def loss_of(net, x, boxes, masks, rows):
-        embeddings, found = net.see(x, None if meta is None else meta[rows])
+        masks, beside = beside_the_point(x, boxes, masks) if args.attend else (masks, None)
+        embeddings, found = net.see(x.requires_grad_(args.attend > 0), None if meta is None else meta[rows])
         logits, own = net.classify(embeddings), labels[rows]
         loss = 0.0 if found is None else found_loss(*found, boxes, masks, rows)
+        loss = loss + args.attend * evidence_loss(logits, x, beside) if args.attend else loss
         if teacher is None:
             return loss + classification_loss(logits, own, weights, args.label_smoothing)
         soft, temperature = teacher[rows], args.distill_temperature
@@ -521,6 +523,23 @@ def train_members(
     return list(nets), look, list(histories)
 
 
+def with_marks(images, args):
+    """The masks that move with the images: the lesions' (N, H, W) or None; with --attend, where somebody marked what is
+    beside the point, both (N, 2, H, W)."""
+    if not args.attend or images.beside is None:
+        return images.masks
+    return torch.stack([torch.zeros_like(images.beside) if images.masks is None else images.masks, images.beside], 1)
+
+
+def beside_the_point(x, boxes, masks):
+    """Of a batch: the lesions' masks, and where no evidence should be (N, h, w): as marked, else far from the lesion. What
+    lies around it tells too: its margin, its shadow's beginning. Where no lesion is known all may tell."""
+    if masks is not None and masks.dim() == 4:
+        return masks.unbind(1)
+    far = 1 - ellipses(boxes, *x.shape[-2:], grown=1.5)
+    return masks, far * boxes[:, :1, None].isfinite()
+
+
 def draw_by(images, train, unlabelled, args):
     """What C-Net learns from: its rows, the weights (K,) of the classes in the loss, and those (rows,) by which images
     are drawn; None = alike."""
@@ -545,35 +564,6 @@ def check_size(net, size, meta, alone=False):
     except (RuntimeError, ValueError) as e:
         small = f"--size {size} is too small for {net.config['model']}{' and a single image' if alone else ''}"
         raise InputError(f"{small} ({files.reason(e)}); use a larger --size") from None
-
-
-def load_teacher(images, args, part, test):
-    """The Ensemble of --teacher, checked against the data. A run folder's model for the same part (fold, seed) is
-    taken: a teacher that has learnt from an image of this part's `test` would tell its pupil the answer."""
-    path = Path(args.teacher) / part / "model.pt" if Path(args.teacher).is_dir() else Path(args.teacher)
-    teacher = models.load_classifier(path, models.choose_device(args.device))
-    found, wanted = (
-        {"classes": info["classes"], "channels": info["channels"]}
-        | {"patient data": [(s["column"], s.get("levels")) for s in info["meta_spec"]]}
-        for info in (teacher.info, model_info(images, args, args.seed))
-    )
-    for what, value in wanted.items():
-        if found[what] != value:
-            raise InputError(f"--teacher {path}: its {what} {found[what]} are not those of the data, {value}")
-    if "seen" not in teacher.info:
-        print(f"--teacher {path}: of an older version, which did not note what it learnt from; it may know test images")
-    elif not same_pictures(images, test, teacher.info["seen"]) and (known := transfer.met(teacher, images, test)):
-        advice = "train it with the same --data, --folds and --seed, and give its run folder"
-        raise InputError(f"--teacher {path}: it learnt from {known} of the {len(test)} test images; {advice}")
-    return teacher
-
-
-def teach(images, args, part, test):
-    """The teacher's soft answers (N, K) on all images, or None without --teacher."""
-    if not args.teacher:
-        return None
-    teacher, rows = load_teacher(images, args, part, test), torch.arange(len(images))
-    return teacher.combine(predict(teacher, images, rows, locate(teacher, images, rows))).float()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -654,7 +644,7 @@ def prepare(args):
     if "mask" in args.roi and images.boxes.isnan().all():
         raise InputError("--roi mask: this data has neither masks nor boxes")
     for run in runs if args.teacher else []:
-        load_teacher(images, args, run[0], run[3])
+        transfer.load_teacher(images, args, run[0], run[3])
     return images, runs, finished_run(args.against, images, runs) if args.against else None
 
 
@@ -677,7 +667,7 @@ def make_run(images, run, args, folder):
     if name:
         print(f"\n{name}: {', '.join(f'{n} {what}' for what, n in count_splits([run]).items())}", flush=True)
     (folder / name).mkdir(parents=True, exist_ok=True)
-    one_run(images, train, val, test, args, folder / name, seed, teach(images, args, name, test))
+    one_run(images, train, val, test, args, folder / name, seed, transfer.teach(images, args, name, test))
 
 
 def finish_folds(images, runs, results, args, folder):

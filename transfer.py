@@ -19,8 +19,9 @@ import models
 import options
 from files import read_checkpoint
 from grouping import partition
-from judge import judge_by, look_at
+from judge import judge_by, locate, look_at, predict
 from readers import InputError
+from report import same_pictures
 
 FOLDS = 5  # of the cross-fitting over what is labelled
 
@@ -182,3 +183,37 @@ def learn_head(images, rows, info, args, start):
     model = with_heads(start, layers)
     model.info["made"] = info["made"]
     return model, boxes
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# --teacher: a model whose soft answers are learnt beside the labels
+
+
+def load_teacher(images, args, part, test):
+    """The Ensemble of --teacher, checked against the data. A run folder's model for the same part (fold, seed) is
+    taken: a teacher that has learnt from an image of this part's `test` would tell its pupil the answer."""
+    path = Path(args.teacher) / part / "model.pt" if Path(args.teacher).is_dir() else Path(args.teacher)
+    teacher = models.load_classifier(path, models.choose_device(args.device))
+    own = {"classes": images.classes, "channels": images.pixels.shape[1], "meta_spec": images.meta_spec}
+    found, wanted = (
+        {"classes": info["classes"], "channels": info["channels"]}
+        | {"patient data": [(s["column"], s.get("levels")) for s in info["meta_spec"]]}
+        for info in (teacher.info, own)
+    )
+    for what, value in wanted.items():
+        if found[what] != value:
+            raise InputError(f"--teacher {path}: its {what} {found[what]} are not those of the data, {value}")
+    if "seen" not in teacher.info:
+        print(f"--teacher {path}: of an older version, which did not note what it learnt from; it may know test images")
+    elif not same_pictures(images, test, teacher.info["seen"]) and (known := met(teacher, images, test)):
+        advice = "train it with the same --data, --folds and --seed, and give its run folder"
+        raise InputError(f"--teacher {path}: it learnt from {known} of the {len(test)} test images; {advice}")
+    return teacher
+
+
+def teach(images, args, part, test):
+    """The teacher's soft answers (N, K) on all images, or None without --teacher."""
+    if not args.teacher:
+        return None
+    teacher, rows = load_teacher(images, args, part, test), torch.arange(len(images))
+    return teacher.combine(predict(teacher, images, rows, locate(teacher, images, rows))).float()
