@@ -12,7 +12,6 @@ folder that `python train.py --data feedback` and `al_loop.py learn --labels fee
 import contextlib
 import csv
 import datetime
-import functools
 import hashlib
 import html
 import importlib.util
@@ -41,10 +40,10 @@ from files import write_atomically
 from infer import BreastCancerDetector
 from metrics import interval_text
 from models import DISCLAIMER
-from options import build_parser, run_main
-from pictures import origin, own_part
+from options import WINDOW, build_parser, run_main
+from pictures import origin, own_part, parse_window, read_image
 from readers import InputError, one_line, read_table
-from report import describe_map, explain_picture, recommended_method
+from report import describe_map, explain_steps, recommended_method
 from saliency import METHODS
 from service import (
     LOCAL,
@@ -55,7 +54,6 @@ from service import (
     build_service,
     describe_model,
     file_hash,
-    frame_of,
     in_order,
     keep_sweeping,
     private_folder,
@@ -66,6 +64,7 @@ from service import (
 APP = [
     ("model", None, "MODEL", "model file or run folder; default: the newest under runs/, else that of the phantoms is trained"),
     ("device", "auto", "DEVICE", "auto, cpu, cuda"),
+    WINDOW,
     ("host", "127.0.0.1", "HOST", "address to listen on; other than this machine's own only with --auth or --open"),
     ("port", 7860, (0, 65535), "0 = any that is free"),
     ("auth", None, "USER:FILE", "ask for this user and the password that the file holds"),
@@ -104,17 +103,18 @@ def listen(host, port):
         ) from None
 
 
-def ready_detector(model, device):
+def ready_detector(model, device, window=None):
     """The detector of --model; where none is named and there is none, that of the phantoms is trained."""
+    how = {"device": device, "window": parse_window(window)}
     try:
-        return BreastCancerDetector(model, device)
+        return BreastCancerDetector(model, **how)
     except InputError:
         if model or list(Path("runs").glob("**/model.pt")):
             raise
     import train
 
     print("no model under runs/: training one on phantoms, which takes about a minute or two")
-    return BreastCancerDetector(train.main(["--device", device])[1], device)
+    return BreastCancerDetector(train.main(["--device", device])[1], **how)
 
 
 def main(argv=None):
@@ -125,7 +125,7 @@ def main(argv=None):
         raise InputError(f"--host {args.host}: anyone there could ask; give --auth USER:FILE, or say --open")
     if importlib.util.find_spec("gradio") is None:
         raise InputError("the package gradio is not installed: pip install 'gradio>=6'")
-    detector = ready_detector(args.model, args.device)
+    detector = ready_detector(args.model, args.device, args.window)
     listener, (folder, lock) = listen(args.host, args.port), private_folder()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the folder goes
     try:
@@ -410,7 +410,7 @@ def open_again(item):
     """A picture of the page, RGB; of a clip the frame that the answer is of. InputError where its time is over."""
     if not Path(item["path"]).exists():
         raise InputError("this picture was removed after its time; drop it again")
-    return frame_of(item["path"], item["answer"]["frame"], item["window"])
+    return read_image(item["path"], 3, item["window"], item["answer"]["frame"] or 1)
 
 
 def own_box(box, picture):
@@ -583,17 +583,13 @@ class Few(dict):
             del self[old]
 
 
-def polite(gr, function):
-    """An InputError is told on the page."""
-
-    @functools.wraps(function)
-    def call(*values):
-        try:
-            return function(*values)
-        except InputError as e:
-            raise gr.Error(html.escape(str(e).removeprefix("--")), print_exception=False) from None
-
-    return call
+@contextlib.contextmanager
+def told(gr):
+    """An InputError in here is told on the page."""
+    try:
+        yield
+    except InputError as e:
+        raise gr.Error(html.escape(str(e).removeprefix("--")), print_exception=False) from None
 
 
 def wire_answers(gr, worker, folder, state, asked, seen, taught):
@@ -604,15 +600,13 @@ def wire_answers(gr, worker, folder, state, asked, seen, taught):
 
     def look(given, progress=gr.Progress()):  # noqa: B008  gradio finds it by its default
         items = []
-        try:
+        with told(gr):
             paths, how, meta = read_asked(given, asked, detector.info)
             for start in range(0, len(paths), 8):
                 progress((start, len(paths)), desc="looking", unit="pictures")
                 how.of(detector)
                 items += look_at(worker, paths[start : start + 8], how, meta)
                 yield dict.fromkeys([state, seen.gallery, seen.table], gr.skip())  # here it can be stopped
-        except InputError as e:
-            raise gr.Error(html.escape(str(e).removeprefix("--")), print_exception=False) from None
         new = {"items": likeliest_first(items), "chosen": 0, "info": how.of(detector).info} if items else {}
         several = len(items) > 1
         tiles = [(gallery_tile(item), gallery_words(item)) for item in new["items"]] if several else []
@@ -622,37 +616,48 @@ def wire_answers(gr, worker, folder, state, asked, seen, taught):
             seen.table: gr.DownloadButton(value=table, visible=bool(items)),
         }  # fmt: skip
 
-    def show(kept, method, opacity):
+    def show(kept):
         if not kept:
             return "<p>Drop a picture, and the answer stands here.</p>", None, None, None
         item = kept["items"][kept["chosen"]]
         words = answer_html(item, kept["info"])
         if item["answer"]["error"]:
             return words, None, None, None
-        picture = open_again(item)
-        plain, page = plots.overlay(shrunk(picture), caption="untouched\n"), draw_map(kept, method, opacity)
+        with told(gr):
+            picture = open_again(item)
+        plain, page = plots.overlay(shrunk(picture), caption="untouched\n"), draw_item(item, picture, caption="\n")
         return words, plain, page, {"background": to_paint(picture), "layers": [], "composite": None}
 
-    def draw_map(kept, method, opacity):
+    def draw_map(kept, method, opacity, progress=gr.Progress()):  # noqa: B008
         item = kept["items"][kept["chosen"]] if kept else None
         if not item or item["answer"]["error"]:
-            return None
-        picture, asked_for = open_again(item), (kept["chosen"], method)
-        if kept.get("map", (None,))[0] != asked_for:  # another opacity asks the model for nothing
-            kept["map"] = asked_for, worker.run(map_of, detector, item, method).result()
-        return draw_item(item, picture, kept["map"][1], describe_map(method, item["answer"]["prediction"]), opacity)
+            yield None
+            return
+        with told(gr):
+            picture, asked_for, count = open_again(item), (kept["chosen"], method), len(detector.model.members)
+            if kept.get("map", (None,))[0] != asked_for:  # another opacity asks the model for nothing
+                steps = map_steps(detector, item, method)
+                for number in range(count):
+                    progress((number, count), desc=method, unit="networks")
+                    heat = worker.run(next, steps).result()
+                    yield gr.skip()  # here it can be stopped, and others' pictures get their turn
+                kept["map"] = asked_for, heat
+        yield draw_item(item, picture, kept["map"][1], describe_map(method, item["answer"]["prediction"]), opacity)
 
     def choose(kept, event: gr.SelectData):
         return kept and kept | {"chosen": event.index}
 
-    inputs, events = [state, asked.method, asked.opacity], []
-    for trigger in (asked.ask.click, asked.files.upload):
-        first = trigger(look, set(settings), [state, seen.gallery, seen.table], show_progress_on=seen.words, **QUIET)
-        events += [first, first.then(polite(gr, show), inputs, chosen, **QUIET)]
-    pick = seen.gallery.select(choose, state, state, **QUIET)
-    events += [pick, pick.then(polite(gr, show), inputs, chosen, **QUIET)]
+    inputs, outputs = [state, asked.method, asked.opacity], [state, seen.gallery, seen.table]
+    events = [
+        trigger(look, set(settings), outputs, show_progress_on=seen.words, **QUIET)
+        for trigger in (asked.ask.click, asked.files.upload)
+    ]
+    events.append(seen.gallery.select(choose, state, state, **QUIET))
+    for first in tuple(events):
+        shown = first.then(show, state, chosen, **QUIET)
+        events += [shown, shown.then(draw_map, inputs, seen.drawn, **QUIET)]
     for trigger in (asked.method.change, asked.opacity.release):
-        events += [trigger(polite(gr, draw_map), inputs, seen.drawn, trigger_mode="always_last", **QUIET)]
+        events += [trigger(draw_map, inputs, seen.drawn, trigger_mode="always_last", **QUIET)]
     asked.stop.click(None, cancels=events, **QUIET)
 
 
@@ -668,12 +673,13 @@ def read_asked(given, asked, info):
     return paths, look, {k: v for k, v in meta.items() if v} or None
 
 
-def map_of(detector, item, method):
-    """The map (h, w) of a picture of the page, for the class that was said."""
+def map_steps(detector, item, method):
+    """Yield the map (h, w) of a picture of the page, for the class that was said, after each of the networks."""
     info = detector.info
     picture, target = open_again(item), info["classes"].index(item["answer"]["prediction"])
     picture = picture.convert("L") if info["channels"] == 1 else picture
-    return explain_picture(detector.model, picture, method, target, item["meta"])[0]
+    for heat, *_ in explain_steps(detector.model, picture, method, target, item["meta"]):
+        yield heat
 
 
 def gallery_tile(item):
@@ -706,27 +712,25 @@ def wire_teaching(gr, detector, folder, state, taught):
     model = file_hash(detector.path)
 
     def write(kept, drawing, lesion, beside, label, who):
-        if not kept or kept["items"][kept["chosen"]]["answer"]["error"]:
-            raise InputError("there is no picture to speak of; drop one")
-        if not label:
-            raise InputError("say what it is")
-        item = kept["items"][kept["chosen"]]
-        picture = open_again(item)
-        (green, red), box, other = (painted(drawing, picture), read_box(lesion, picture), read_box(beside, picture))
-        if other:
-            red = np.zeros(picture.size[::-1], bool) if red is None else red.copy()
-            x0, y0, x1, y1 = map(round, other)
-            red[y0:y1, x0:x1] = True
-        count = write_feedback(folder, picture, label, green, red, box, who, item["answer"], model)
-        kinds = [
-            word
-            for word, there in (("a lesion", green is not None or box), ("a place beside the point", red is not None))
-            if there
-        ]
-        return f"<p>Written down: {html.escape(label)}{', with ' + ' and '.join(kinds) if kinds else ''}; {count} in all. Thank you.</p>"
+        with told(gr):
+            if not kept or kept["items"][kept["chosen"]]["answer"]["error"]:
+                raise InputError("there is no picture to speak of; drop one")
+            if not label:
+                raise InputError("say what it is")
+            item = kept["items"][kept["chosen"]]
+            picture = open_again(item)
+            (green, red), box, other = painted(drawing, picture), read_box(lesion, picture), read_box(beside, picture)
+            if other:
+                red = np.zeros(picture.size[::-1], bool) if red is None else red.copy()
+                x0, y0, x1, y1 = map(round, other)
+                red[y0:y1, x0:x1] = True
+            count = write_feedback(folder, picture, label, green, red, box, who, item["answer"], model)
+        kinds = {"a lesion": green is not None or box, "a place beside the point": red is not None}
+        marked = " and ".join(kind for kind, there in kinds.items() if there)
+        return f"<p>Written down: {html.escape(label)}{marked and ', with '}{marked}; {count} in all. Thank you.</p>"
 
     fields = [state, taught.editor, taught.lesion, taught.beside, taught.label, taught.who]
-    taught.send.click(polite(gr, write), fields, taught.said, **QUIET)
+    taught.send.click(write, fields, taught.said, **QUIET)
 
 
 if __name__ == "__main__":

@@ -24,8 +24,8 @@ from data import meta_for, parse_meta
 from files import write_atomically
 from metrics import interval_text, resample
 from models import DISCLAIMER, WithPatients, choose_device, finite, load_classifier, model_file
-from options import build_parser, run_main
-from pictures import origin, read_image
+from options import WINDOW, build_parser, run_main
+from pictures import origin, parse_window, read_image
 from readers import InputError
 from report import clean, describe_map, explain_picture, held_out, recommended_method
 from saliency import (
@@ -146,7 +146,7 @@ def measure_batch(name, model, blind, images, index):
     with torch.no_grad():
         boxes = model.locate(x, known)
         target = model(x, boxes, meta).argmax(1)
-    parts = model.member_maps(x, name, target, meta, boxes)
+    parts = list(model.member_maps(x, name, target, meta, boxes))
     maps = sum(parts)
     inside = energy_inside(maps, masks)
     found = {"energy": inside, "energy/area": inside / masks.float().mean((1, 2))}
@@ -304,9 +304,9 @@ def write_suspects(images, rows, predicted, shares, per_area, regions, out):
 # One picture, and the command line
 
 
-def draw(model, path, methods, meta=None, target=None, note=""):
-    """The picture of the explanation, a PIL image: the untouched picture, then a map a method; with target "all" a row
-    a class. One scale a method."""
+def draw(model, picture, name, methods, meta=None, target=None, note="", frame=1):
+    """The picture of the explanation, a PIL image: the untouched picture (of pictures.read_image), then a map a method; with
+    target "all" a row a class. One scale a method."""
     classes = model.info["classes"]
     if target not in (None, "all", *classes):
         raise InputError(f"--target {target}: the model knows {', '.join(classes)}; or give all")
@@ -315,12 +315,8 @@ def draw(model, path, methods, meta=None, target=None, note=""):
             f"--target: the map of {', '.join(free)} has no class, it shows what the score is sensitive to"
         )
     wanted = range(len(classes)) if target == "all" else [None if target is None else classes.index(target)]
-    try:
-        picture = read_image(path, model.info["channels"], model.info["window"])
-    except InputError as e:
-        raise InputError(f"{path}: {e}") from e
     frames = origin(picture).frames
-    name = Path(path).name + (f", frame 1 of {frames}" if frames > 1 else "")
+    name += f", frame {frame} of {frames}" if frames > 1 else ""
     found = [[explain_picture(model, picture, m, t, meta) for m in methods] for t in wanted]
     tops = [max(float(row[i][0].max()) for row in found) for i in range(len(methods))]
     tiles = []
@@ -348,6 +344,8 @@ OPTIONS = [
     ("ring", 0.25, (0, 10), "width of the ring around the lesion, in its diameters"),
     ("data", None, "PATH", "where the run's images lie, if not where they lay when it was trained"),
     ("cache", "runs/cache", "DIR", "folder of decoded images"),
+    ("frame", 1, (1, 1e9), "of a clip, the one that is shown"),
+    WINDOW,
     ("meta", None, "A=X,B=Y", "patient data for a model trained with it"),
     ("device", "auto", "DEVICE", "auto, cpu, cuda"),
 ]
@@ -361,6 +359,8 @@ def main(argv=None):
     args = p.parse_args(argv)
     if args.image and (args.evaluate or args.hotspots):
         raise InputError("--evaluate and --hotspots take the held-out images of the run, and no picture")
+    if not args.image and (args.window or args.frame > 1):
+        raise InputError("--window and --frame are of a picture; the images of a run are read as its config.json says")
     if not (args.image or args.evaluate or args.hotspots):
         raise InputError("give an image, or --evaluate, or --hotspots (see -h)")
     if not args.image:
@@ -371,7 +371,12 @@ def main(argv=None):
     method, note = recommended_method(file) if args.method is None else (args.method, "")
     methods = [m for m in METHODS if not (args.target and m in CLASSLESS)] if method == "all" else [method]
     meta, model = parse_meta(args.meta), load_classifier(file, choose_device(args.device))
-    sheet = draw(model, args.image, methods, meta, args.target, note)
+    try:
+        window = parse_window(args.window or model.info["window"])
+        picture = read_image(args.image, model.info["channels"], window, args.frame)
+    except InputError as e:
+        raise InputError(f"{args.image}: {e}") from e
+    sheet = draw(model, picture, Path(args.image).name, methods, meta, args.target, note, args.frame)
     out = Path(args.out or f"{Path(args.image).stem}_{method}.png")
     plots.save_png(sheet, out)
     print(f"{out}\n{DISCLAIMER}")

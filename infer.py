@@ -45,7 +45,7 @@ from augment import VIEWS, clahe
 from data import encode_meta, meta_for, parse_meta
 from files import write_atomically
 from models import DISCLAIMER, choose_device, load_classifier, model_file
-from options import THEIRS, build_parser, images_elsewhere, run_main
+from options import THEIRS, WINDOW, build_parser, images_elsewhere, run_main
 from pictures import (
     Origin,
     count_frames,
@@ -363,7 +363,7 @@ INFER = [
     ("csv", None, "FILE", "write the answers as a table too"),
     ("save-overlay", None, "DIR", "write each picture with its box and answer into DIR; of a clip its best frame, and an animation"),
     ("every", 1, (1, 1e9), "of a clip (DICOM, GIF, TIFF ...) look at every so many-th frame"),
-    ("window", None, "LOW,HIGH", "the values that become black and white in pictures of more than 8 bits; default: as in training"),
+    WINDOW,
     ("save-mask", None, "DIR", "write the outline of the lesions of each picture into DIR, white on black"),
     ("device", "auto", "DEVICE", "auto, cpu, cuda"),
     ("evaluate", False, None, "what --tta and --scales are worth on the held-out images of a run folder"),

@@ -431,9 +431,9 @@ class Ensemble(nn.Module):
         return sum(self.member_maps(images, method, target, meta, boxes, **options))
 
     def member_maps(self, images, method="gradcam", target=None, meta=None, boxes=None, **options):
-        """The summands of `explain`, one a member. method: of saliency.METHODS or BASELINES; target: class index, (N,),
+        """Yield the summands of `explain`, one a member. method: of saliency.METHODS or BASELINES; target: class index, (N,),
         or None = the likeliest; boxes: D-Net's, found here if not given."""
-        function, maps = {**saliency.METHODS, **saliency.BASELINES}[method], []
+        function = {**saliency.METHODS, **saliency.BASELINES}[method]
         with torch.no_grad():
             boxes = self.locate(images) if boxes is None else boxes
             target = self(images, boxes, meta).argmax(1) if target is None else target
@@ -442,8 +442,7 @@ class Ensemble(nn.Module):
             regions = self.regions(member, boxes)
             x = crop(images, regions, self.info["size"])
             own = function(WithPatients(member, meta), x, target, **layer, **options)
-            maps.append(vote * place(own, regions, images.shape[-1]))
-        return maps
+            yield vote * place(own, regions, images.shape[-1])
 
 
 def familiar(train, val, axes=16):

@@ -60,6 +60,7 @@ DATA = [
     ("box-columns", None, "NAME ...", "one column with four numbers, or four columns"),
     ("meta-columns", None, "NAME ...", "patient metadata that C-Net gets beside the image"),
 ]
+WINDOW = ("window", None, "LOW,HIGH", "the values that become black and white in pictures of more than 8 bits; default: as in training")
 THEIRS = ("positive", "drop-class", "skip-bad", "label-column", "group-column", "mask-column", "box-format", "box-columns")
 THEIRS = [line for line in DATA if line[0] in THEIRS]  # how a set lies that a finished model is to look at
 MODEL = [

@@ -70,10 +70,12 @@ def open_image(source):
         yield Image.open(source, formats=FORMATS)
 
 
-def read_image(source, channels, window=None):
-    """The first frame of a file or array, see read_frames."""
-    with contextlib.closing(read_frames(source, channels, window)) as frames:
-        return next(frames)[1]
+def read_image(source, channels, window=None, number=1):
+    """One frame of a file or array, see read_frames."""
+    with contextlib.closing(read_frames(source, channels, window, number)) as frames:
+        for _, picture in frames:
+            return picture
+    raise InputError(f"no frame {number}; it has fewer")
 
 
 def count_frames(source):

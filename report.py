@@ -393,6 +393,12 @@ SPARSE = ("ig", "smoothgrad")  # single pixels: smoothed, so that they can be se
 def explain_picture(model, picture, method, target=None, meta=None):
     """(map on the picture (h, w), box in the whole frame's pixels or None, probabilities (K,), the class explained) of a PIL image of
     the model's channels. target: index of a class, None = the predicted one."""
+    *_, last = explain_steps(model, picture, method, target, meta)
+    return last
+
+
+def explain_steps(model, picture, method, target=None, meta=None):
+    """Yield what explain_picture returns, after each member: the map is that of the members so far."""
     info = model.info
     pixels, placement = letterbox(picture, info["load_size"])
     x = torch.from_numpy(pixels)[None].to(model.device)
@@ -403,14 +409,15 @@ def explain_picture(model, picture, method, target=None, meta=None):
         p = finite(model(x, boxes, patient))[0].tolist()
     if target is None:
         target = int(p[1] >= info["threshold"]) if len(p) == 2 else int(np.argmax(p))
-    heat = model.explain(x, method, target, patient, boxes)
-    if method in SPARSE:
-        heat = blur(heat[None], torch.full((1,), info["load_size"] / 40, device=x.device))[0]
     box = None
     if boxes is not None:
         box = original_box(boxes[0].tolist(), placement, info["load_size"], origin(picture))
-    left, top, w, h = fit(picture.size, info["load_size"])  # without the bars
-    return heat[0, top : top + h, left : left + w].cpu().numpy(), box, p, target
+    (left, top, w, h), total = fit(picture.size, info["load_size"]), 0.0  # without the bars
+    for part in model.member_maps(x, method, target, patient, boxes):
+        total = heat = total + part
+        if method in SPARSE:
+            heat = blur(total[None], torch.full((1,), info["load_size"] / 40, device=x.device))[0]
+        yield heat[0, top : top + h, left : left + w].cpu().numpy(), box, p, target
 
 
 def describe_map(method, label):

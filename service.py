@@ -37,7 +37,7 @@ from explain import draw
 from files import parts_of
 from infer import check_views, is_clip
 from models import DISCLAIMER
-from pictures import count_frames, read_frames, read_image
+from pictures import count_frames, read_image
 from readers import InputError, one_line
 from report import explain_picture, recommended_method
 from saliency import CLASSLESS, METHODS
@@ -171,15 +171,9 @@ def look_at_clip(detector, look, path, meta):
     detector = look.of(detector)
     answer = detector.predict_clip(path, meta, math.ceil(count_frames(path) / MOST_FRAMES))[1]
     if look.masks:
-        picture = frame_of(path, answer["frame"], detector.window)
+        picture = read_image(path, 3, detector.window, answer["frame"] or 1)
         answer["mask"] = None if answer["error"] else detector.predict(picture, meta, masks=True)["mask"]
     return [answer]
-
-
-def frame_of(path, number, window):
-    """A frame of a file, from 1 (None: the first), as read_frames gives it, RGB."""
-    with contextlib.closing(read_frames(path, 3, window, number or 1)) as frames:
-        return next(frames)[1]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -420,20 +414,20 @@ def is_unreadable(answer):
 
 
 def explained(detector, path, look, method, target, meta, form):
-    """The bytes of a picture's map: the page of explain.py as PNG, or the map itself as a .npy, float32 (h, w)."""
-    answer = look.of(detector).predict(path, meta)
+    """The bytes of a picture's map: the page of explain.py as PNG, or the map itself as a .npy, float32 (h, w); of a clip
+    that of its best frame."""
+    answer = look_at_clip(detector, look, path, meta)[0] if is_clip(path) else look.of(detector).predict(path, meta)
     if answer["error"] is not None:
         raise NoPicture(answer["error"]) if is_unreadable(answer) else RuntimeError(answer["error"])
     method, note = (method, "") if method else recommended_method(detector.path)
-    out, shown = io.BytesIO(), target or answer["prediction"]
+    out, shown, frame = io.BytesIO(), target or answer["prediction"], answer["frame"] or 1
+    picture = read_image(path, detector.info["channels"], detector.window, frame)
     if form == "npy":
-        picture, shown = (
-            read_image(path, detector.info["channels"], detector.window),
-            detector.info["classes"].index(shown),
-        )
+        shown = detector.info["classes"].index(shown)
         np.save(out, explain_picture(detector.model, picture, method, shown, meta)[0].astype(np.float32))
     else:
-        draw(detector.model, path, [method], meta, None if method in CLASSLESS else shown, note).save(out, "PNG")
+        shown = None if method in CLASSLESS else shown
+        draw(detector.model, picture, Path(path).name, [method], meta, shown, note, frame).save(out, "PNG")
     return out.getvalue()
 
 

@@ -5564,6 +5564,55 @@ def served(detector, tmp_path):
 
 
 @needs_gradio
+def test_the_map_of_a_clip_is_that_of_its_best_frame(served, detector, tmp_path):
+    app, _, _ = served
+    frames = [picture(60, 40, i) for i in range(5)]
+    path = save_clip(tmp_path / "c.tif", frames)
+    best, sent = detector.predict_clip(path)[1], [("file", "c.tif", path.read_bytes())]
+    shown = detector.info["classes"].index(best["prediction"])
+    heats = [report.explain_picture(detector.model, frame, "ig", shown)[0] for frame in frames]
+    status, content = post(app, "/v1/explain", [("method", "ig"), ("format", "npy")], sent)
+    assert status == 200
+    found = np.load(io.BytesIO(content))
+    assert [np.allclose(found, heat, atol=1e-5) for heat in heats] == [i + 1 == best["frame"] for i in range(5)]
+    assert post(app, "/v1/explain", [("method", "ig")], sent)[0] == 200
+
+
+def test_a_frame_of_a_clip_and_a_window_are_explained(tmp_path, detector, monkeypatch):
+    frames, drawn, draw = [picture(60, 40, i) for i in range(3)], [], explain.draw
+    path, model = str(save_clip(tmp_path / "c.gif", frames)), ["--model", str(detector.path), "--method", "ig"]
+    monkeypatch.setattr(explain, "draw", lambda model, shown, *args: drawn.append(shown) or draw(model, shown, *args))
+    for i in (1, 3):
+        explain.main([path, *model, "--frame", str(i), "--out", str(tmp_path / f"{i}.png")])
+        assert np.array_equal(drawn.pop(), frames[i - 1])
+    refused("no frame 4", explain.main, [path, *model, "--frame", "4"])
+    for more in (["--frame", "2"], ["--window", "0,9"]):
+        refused("are of a picture", explain.main, ["--evaluate", *model, *more])
+    wide = np.linspace(0, 60_000, 40 * 60).reshape(40, 60).astype(np.uint16)
+    Image.fromarray(wide).save(tmp_path / "w.png")
+    out = [str(tmp_path / "w.png"), *model, "--out", str(tmp_path / "o.png")]
+    explain.main(out)
+    explain.main([*out, "--window", "30000,60000"])
+    values = [np.asarray(image).astype(float) for image in drawn]
+    np.testing.assert_allclose(values[1], (wide / 30_000.0 - 1).clip(0) * 255, atol=0.51)
+    np.testing.assert_allclose(values[0], wide / 60_000.0 * 255, atol=0.51)
+    refused("give the values", explain.main, [*out, "--window", "9"])
+
+
+def test_the_steps_of_a_map_add_up_to_it(ensemble):
+    model = models.load(ensemble[0])
+    image = picture(60, 40, 3)
+    steps = [heat for heat, *_ in report.explain_steps(model, image, "gradcam", 1)]
+    assert len(steps) == len(model.members) > 1
+    assert np.array_equal(steps[-1], report.explain_picture(model, image, "gradcam", 1)[0])
+    x = torch.from_numpy(data.letterbox(image, model.info["load_size"])[0])[None]
+    parts = [p[0] for p in model.member_maps(x, "gradcam", 1)]
+    left, top, w, h = data.fit(image.size, model.info["load_size"])
+    for k, step in enumerate(steps, 1):
+        np.testing.assert_allclose(step, sum(parts[:k])[top : top + h, left : left + w].numpy(), atol=1e-6)
+
+
+@needs_gradio
 def test_the_service_says_what_infer_says_and_keeps_nothing(served, detector):
     app, _, folder = served
     images = [picture(48, 48, 3), picture(80, 40, 4)]
@@ -5708,7 +5757,7 @@ def test_the_service_and_the_page_take_dicom_files_and_clips(served, detector):
     blue = (drawn[..., 2] > 200) & (drawn[..., 0] < 120)
     scale = 320 / 60
     assert data.box_of(blue) == pytest.approx(np.array([10, 5, 30, 25]) * scale, abs=4)
-    assert app.map_of(detector, items[2], "gradcam").max() >= 0
+    assert [*app.map_steps(detector, items[2], "gradcam")][-1].max() >= 0
     app.write_feedback(folder / "told", part, "benign", items[2]["mask"], who="A", answer=items[2]["answer"])
     kept = b"".join(p.read_bytes() for p in (folder / "told").rglob("*") if p.is_file()) + json.dumps(said).encode()
     assert not [secret for secret in SECRETS if secret.encode() in kept]
@@ -6013,7 +6062,8 @@ def test_the_page_of_a_model_of_patients_and_three_classes(tmp_path, monkeypatch
     assert (paths, look, meta) == ([str(image)], service.Look(2, (1.0, 1.25), None, True), {"age": "60"})
     (answer,) = worker.ask(paths, look, [meta]).result(60)
     assert answer["probabilities"] == look.of(detector).predict(image, meta)["probabilities"]
-    assert app.map_of(detector, app.keep_answer(str(image), answer, meta, None), "gradcam").shape == (24, 32)
+    steps = app.map_steps(detector, app.keep_answer(str(image), answer, meta, None), "gradcam")
+    assert [heat.shape for heat in steps] == [(24, 32)] * len(detector.model.members)
     image.unlink()
     with pytest.raises(InputError, match="drop them again"):
         app.read_asked(given, controls, detector.info)
