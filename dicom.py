@@ -6,8 +6,9 @@
     print(patient(header))                                    # {"group": the hashed PatientID, "age": "45", "laterality": "L"}
 
 Needs pydicom (3 or newer), which decodes uncompressed pixels, RLE, and with Pillow JPEG of 8 bits and JPEG 2000; with
-pylibjpeg the rest. Pixels are taken to be square: what the header says of their size is not read. Errors are ValueErrors of one line, and never in the words of pydicom: it quotes what the header holds.
-A hash keeps a PatientID from the eye, not from who can try all IDs; take it for a pseudonym."""
+pylibjpeg the rest. Pixels are taken to be square: what the header says of their size is not read. Errors are ValueErrors
+of one line, and never in the words of pydicom: it quotes what the header holds. A hash keeps a PatientID from the eye, not from
+who can try all IDs; take it for a pseudonym."""
 
 import contextlib
 import hashlib

@@ -69,6 +69,7 @@ from readers import (
     read_csv,
     read_table,
     stem,
+    table_of,
     walk,
 )
 
@@ -331,9 +332,9 @@ def array_image(array, window=None):
 
 def collect(paths, columns=(), image_column=None):
     """[(file, patient data or None)]. Files as they are; of a folder all images in it and below, but not the masks beside
-    them; of a CSV (see readers.read_csv) its images, with those of the columns that it has."""
+    them; of a CSV (see readers.read_csv), and of a folder of feedback, its images, with those of the columns that it has."""
     files = []
-    for path in map(Path, paths):
+    for path in map(table_of, paths):
         if path.suffix.lower() == ".csv":
             told = [c for c in columns if c in read_table(path)[1]]
             entries = read_csv(path, COLUMNS | {"image": image_column, "meta": told})

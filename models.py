@@ -329,9 +329,9 @@ class Ensemble(nn.Module):
     dnets: the detectors that stand by themselves; members with a shared trunk bring their own.
 
     info: "classes", "size" (what C-Net and D-Net see), "load_size" (what the file is letterboxed to), "channels",
-    "equalise" (CLAHE), "window" (see pictures.read_frames) or None, "margin" of the crops, "meta_spec", "temperature", "threshold" and the "views" of an image that
-    both were set for, "lesion_threshold" (of the outline's largest probability: below it no lesion is said to be found),
-    "made", and "familiar", see familiar, where it is known."""
+    "equalise" (CLAHE), "window" (see pictures.read_frames) or None, "margin" of the crops, "meta_spec", "temperature",
+    "threshold" and the "views" of an image that both were set for, "lesion_threshold" (of the outline's largest
+    probability: below it no lesion is said to be found), "made", and "familiar", see familiar, where it is known."""
 
     def __init__(self, members, weights=None, dnets=(), **info):
         super().__init__()

@@ -226,9 +226,23 @@ def parse(argv=None, parser=None):
             raise InputError(
                 f"--attend moves the evidence of a C-Net that learns from pixels; leave out --{name} {value}"
             )
+    check_learn(args, parser)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         devices.start(choose_device(args.device), args.timeout)
     return args
+
+
+def check_learn(args, parser):
+    """InputError for options that what is learnt, --learn, would pass over."""
+    head = vars(args).get("learn") == "head"
+    names = [line[0] for line in LEARNING] if head else ["pull"]
+    given = (
+        vars(args) if "learn" in args and not vars(args).get("labels") else {}
+    )  # al_loop.py learn has a list of its own
+    for name, key in ((name, name.replace("-", "_")) for name in names):
+        if given.get(key) != parser.get_default(key) and key in given:
+            other = "--learn head is a convex fit without epochs" if head else "the pull is that of --learn head"
+            raise InputError(f"--{name}: {other}; leave it out")
 
 
 def saved_args(config, parser):

@@ -297,12 +297,14 @@ def colour_bar(height, top):
 
 
 def overlay(image, box=None, caption="", heat=None, top=None, mask=None, opacity=0.75):
-    """A PIL image with a box (in pixels of the frame it is a part of, see pictures.Origin) and a caption below, drawn so that the shorter side has 320 px, as far as
-    the longer one then has no more than 960; smaller ones are enlarged, larger ones stay.
+    """A PIL image with a box (in pixels of the frame it is a part of, see pictures.Origin) and a caption below, drawn so that
+    the shorter side has 320 px, as far as the longer one then has no more than 960; smaller ones are enlarged, larger ones
+    stay.
 
     heat: (h, w) of any size, raw; laid over the picture, of `opacity` where it is strongest, with a colour bar that tells its
     numbers, from 0 to `top` (default: its own largest). Negative values are not drawn, and a map without positive ones
-    is said to hold no evidence. mask: bool (h, w) of the whole frame, whose edge is drawn. The sheet is as wide without a heat map, so that both lie in one page."""
+    is said to hold no evidence. mask: bool (h, w) of the whole frame, whose edge is drawn. The sheet is as wide without a
+    heat map, so that both lie in one page."""
     scale, about = max(1.0, min(320 / min(image.size), 960 / max(image.size))), origin(image)
     w, h = max(1, round(image.width * scale)), max(1, round(image.height * scale))
     picture, bar = image.convert("RGB").resize((w, h)), None

@@ -3157,6 +3157,16 @@ def test_attend_turns_a_network_away_from_what_feedback_marks_slow(tmp_path):
     assert read[4][1] > read[0][1], read
 
 
+def test_options_that_what_is_learnt_would_pass_over():
+    head = ["--learn", "head", "--from", "m.pt"]
+    for more in (["--epochs", "9"], ["--lr", "0.1"], ["--ema", "0.5"], ["--augment", "0"]):
+        refused(f"{more[0]}: --learn head", parse, [*head, *more])
+        refused(f"{more[0]}: --learn head", al_loop.parse, [*head, *more])
+    refused("the pull is that of --learn head", parse, ["--pull", "2"])
+    refused("the pull is that of --learn head", parse, ["--data", "x", "--pull", "2"])
+    assert parse([*head, "--pull", "2"]).pull == 2
+
+
 def test_attend_says_where_it_has_no_meaning(tmp_path):
     class_folders(tmp_path / "d", {"benign": 9, "malignant": 9})
     for path in (tmp_path / "d").rglob("*_mask.png"):
@@ -5941,6 +5951,7 @@ def test_feedback_is_a_data_set_that_trains(tmp_path):
     assert images.groups[0] == images.groups[13]
     assert quiet_load(folder / "feedback.csv", 64).names == images.names
     assert torch.nonzero(images.beside.flatten(1).any(1))[:, 0].tolist() == [1]
+    assert [p for p, _ in infer.collect([folder])] == images.names  # and none of its masks
     entries = person.read_answers(folder, ["benign", "malignant"])
     assert [e.label for e in entries] == images.labels.tolist()
     assert [len(e.masks) for e in entries] == [1] * 4 + [0] * 10
@@ -7308,7 +7319,7 @@ def test_the_pool_of_a_loop_is_that_of_its_seeds(tmp_path, elsewhere):
 
 
 def test_patient_data_and_members_of_other_kinds_go_on_elsewhere_slow(tmp_path, elsewhere):
-    where = ["--runs", tmp_path, "--cache", tmp_path / "c", "--views", "1", *fine_options()]
+    where, epochs = ["--runs", tmp_path, "--cache", tmp_path / "c", "--views", "1"], fine_options()
     rows = list(csv.DictReader((elsewhere / "there.csv").read_text().splitlines()))
 
     def table(path, sides):
@@ -7316,13 +7327,13 @@ def test_patient_data_and_members_of_other_kinds_go_on_elsewhere_slow(tmp_path, 
         path.write_text("\n".join(["image,label,group,age,side", *lines]) + "\n")
         return path
 
-    made = call(train, *where, "--data", table(tmp_path / "m.csv", ["left", "right"]), "--meta-columns", "age", "side", "--size", "32", "--model", "small_cnn", "--weights", "none", "--name", "m")  # fmt: skip
+    made = call(train, *where, *epochs, "--data", table(tmp_path / "m.csv", ["left", "right"]), "--meta-columns", "age", "side", "--size", "32", "--model", "small_cnn", "--weights", "none", "--name", "m")  # fmt: skip
     assert made.returncode == 0, made.stderr
     home = models.load(tmp_path / "m")
     home.info.pop("seen")  # so that the same pictures may stand for those of another hospital
     models.save(tmp_path / "m.pt", home)
     one_side = table(tmp_path / "one.csv", ["left"])  # a level less than the model knows, in worker processes too
-    result = call(train, *where, "--data", one_side, "--from", tmp_path / "m.pt", "--folds", "2", "--workers", "2", "--name", "f")  # fmt: skip
+    result = call(train, *where, *epochs, "--data", one_side, "--from", tmp_path / "m.pt", "--folds", "2", "--workers", "2", "--name", "f")  # fmt: skip
     assert result.returncode == 0, result.stderr
     assert models.load(tmp_path / "f" / "fold1").info["meta_spec"] == home.info["meta_spec"]
     sheet = answer_sheet(tmp_path / "a.csv", elsewhere, range(0, 80, 2))
@@ -7334,7 +7345,7 @@ def test_patient_data_and_members_of_other_kinds_go_on_elsewhere_slow(tmp_path, 
     models.save(tmp_path / "d.pt", models.Ensemble([nets["member"]], dnets=[models.DNet("resnet18", 1)], **info))
     models.save(tmp_path / "c.pt", models.Ensemble([nets["crops"]], **info))
     models.save(tmp_path / "v.pt", models.Ensemble([nets["member"]], dnets=[models.VotingDNet("small_cnn", 1)], **info))
-    for name, options in (("d", []), ("c", ["--learn", "head"]), ("v", ["--learn", "head"])):
+    for name, options in (("d", epochs), ("c", ["--learn", "head"]), ("v", ["--learn", "head"])):
         result = call(
             train, *where, "--size", "32", "--from", tmp_path / f"{name}.pt", *options, "--name", f"of-{name}"
         )

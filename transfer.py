@@ -195,8 +195,10 @@ def load_teacher(images, args, part, test):
     path = Path(args.teacher) / part / "model.pt" if Path(args.teacher).is_dir() else Path(args.teacher)
     teacher = models.load_classifier(path, models.choose_device(args.device))
     own = {"classes": images.classes, "channels": images.pixels.shape[1], "meta_spec": images.meta_spec}
+    own |= {"equalise": args.clahe, "window": options.parse_window(args.window)}
     found, wanted = (
         {"classes": info["classes"], "channels": info["channels"]}
+        | {"greys (--clahe, --window)": (info["equalise"], info["window"] and tuple(info["window"]))}
         | {"patient data": [(s["column"], s.get("levels")) for s in info["meta_spec"]]}
         for info in (teacher.info, own)
     )
