@@ -281,7 +281,8 @@ def decode_entry(entry, size, channels, equalise, window=None):
     notes = np.array([*(about.window or [math.nan] * 2), about.frames], np.float32)
     plain = read_image(entry.image, channels) if window and about.window else image
     found = {"pixels.u8": pixels, "masks.u8": mask, "boxes.f32": box, "thumbs.u8": thumbnail(plain), "notes.f32": notes}
-    return found | {"beside.u8": read_masks(entry.beside, image, about, size)[1]}
+    beside = read_masks(entry.beside, image, about, size)[1] if entry.beside else np.zeros((size, size), bool)
+    return found | {"beside.u8": beside}
 
 
 def read_masks(paths, image, about, size):

@@ -233,16 +233,15 @@ def parse(argv=None, parser=None):
 
 
 def check_learn(args, parser):
-    """InputError for options that what is learnt, --learn, would pass over."""
-    head = vars(args).get("learn") == "head"
-    names = [line[0] for line in LEARNING] if head else ["pull"]
-    given = (
-        vars(args) if "learn" in args and not vars(args).get("labels") else {}
-    )  # al_loop.py learn has a list of its own
-    for name, key in ((name, name.replace("-", "_")) for name in names):
-        if given.get(key) != parser.get_default(key) and key in given:
-            other = "--learn head is a convex fit without epochs" if head else "the pull is that of --learn head"
-            raise InputError(f"--{name}: {other}; leave it out")
+    """InputError for options that what is learnt, --learn, would pass over. Those of a run that is resumed were checked
+    when it was started; `al_loop.py learn --from` has a list of its own."""
+    if args.resume or "learn" not in args or (vars(args).get("labels") and vars(args)["from"]):
+        return
+    head = args.learn == "head"
+    why = "--learn head is a convex fit without epochs" if head else "the pull is that of --learn head"
+    for name in [line[0] for line in LEARNING] if head else ["pull"]:
+        if vars(args)[key := name.replace("-", "_")] != parser.get_default(key):
+            raise InputError(f"--{name}: {why}; leave it out")
 
 
 def saved_args(config, parser):

@@ -312,8 +312,8 @@ def train_model(images, train, val, args, folder, seed, teacher=None, unlabelled
     images, to learn beside the labels, also on the rows `unlabelled`. start: the Ensemble whose weights to go on from."""
     device, start = models.choose_device(args.device), start or transfer.load_start(args)
     spec = start.info["meta_spec"] if start else fit_meta(images, train)  # on whose scale its weights are
-    pixels, masks = near(images.pixels, device), near(images.masks, device)
-    images = dataclasses.replace(images, pixels=pixels, masks=masks, meta=meta_for(images, spec), meta_spec=spec)
+    tables = {name: near(getattr(images, name), device) for name in ("pixels", "masks", "beside")}
+    images = dataclasses.replace(images, **tables, meta=meta_for(images, spec), meta_spec=spec)
     info, histories = model_info(images, args, seed), []
     info |= {"seen": start.info["seen"]} if start is not None and "seen" in start.info else {}
     if args.learn == "head":
@@ -528,7 +528,8 @@ def with_marks(images, args):
     beside the point, both (N, 2, H, W)."""
     if not args.attend or images.beside is None:
         return images.masks
-    return torch.stack([torch.zeros_like(images.beside) if images.masks is None else images.masks, images.beside], 1)
+    lesions = torch.zeros_like(images.beside) if images.masks is None else images.masks.to(images.beside.device)
+    return torch.stack([lesions, images.beside], 1)
 
 
 def beside_the_point(x, boxes, masks):
