@@ -196,12 +196,14 @@ class Step(nn.Module):
         return self.loss_of(self.net, *batch)
 
 
-def together(net, loss_of):
+def together(net, loss_of, twice=False):
     """(net, loss_of), of several processes so that a backward pass averages the gradients over them all. On GPUs
-    BatchNorm takes its statistics from the whole batch, on CPUs from each process's part."""
+    BatchNorm takes its statistics from the whole batch; on CPUs, and for a loss that is made of gradients (`twice`: torch's
+    SyncBatchNorm has no second derivative), from each process's part."""
     if world() == 1:
         return net, loss_of
-    net = nn.SyncBatchNorm.convert_sync_batchnorm(net) if next(net.parameters()).is_cuda else net
+    whole = next(net.parameters()).is_cuda and not twice
+    net = nn.SyncBatchNorm.convert_sync_batchnorm(net) if whole else net
     # static: weights that no loss asks for stay
     step = nn.parallel.DistributedDataParallel(Step(net, loss_of), static_graph=True)
     step.broadcast_buffers = False  # at every step the first one's: see merge

@@ -215,7 +215,8 @@ def fit(net, images, rows, loss_of, validate, args, *, name, folder, seed, regio
     device = models.choose_device(args.device)
     if not smallest(len(rows), args.batch, args.steps_per_epoch):
         raise InputError(f"--batch {args.batch}: too few of the {len(rows)} images for {world()} processes")
-    net, loss_of = together(net.to(device, memory_format=torch.channels_last), loss_of)
+    net = net.to(device, memory_format=torch.channels_last)
+    net, loss_of = together(net, loss_of, twice=bool(vars(args).get("attend")))
     steps = args.epochs * (args.steps_per_epoch or math.ceil(len(rows) / args.batch))
     optimizer, scheduler = build_optimizer(net, args, steps)
     averaged = copy.deepcopy(net).eval() if args.ema else None
