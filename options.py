@@ -221,11 +221,9 @@ def parse(argv=None, parser=None):
         raise InputError("--roi dnet needs D-Net: leave out --nets cnet, or use --roi none")
     if "nets" in args and args.nets == "dnet" and args.roi != "none":
         raise InputError("--roi is what C-Net sees; with --nets dnet there is none")
-    for name, value in (("model", "none"), ("nets", "dnet"), ("learn", "head")):
+    for name, value in (("model", "none"), ("nets", "dnet")):
         if vars(args).get("attend") and vars(args).get(name) == value:
-            raise InputError(
-                f"--attend moves the evidence of a C-Net that learns from pixels; leave out --{name} {value}"
-            )
+            raise InputError(f"--attend moves the evidence of a C-Net that sees pixels; leave out --{name} {value}")
     check_learn(args, parser)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         devices.start(choose_device(args.device), args.timeout)
@@ -278,10 +276,16 @@ def load_images(args, log=print, **more):
     how = {"equalise": args.clahe, "window": parse_window(args.window)}
     with devices.first_of_machine():
         images = load(args.data, size, drop=args.drop_class, columns=columns, log=log, **how, **same, **more)
+    if not vars(args).get("labels"):  # whose marks come later
+        check_marks(images, args)
+    return images
+
+
+def check_marks(images, args):
+    """InputError where --attend has nothing to go by."""
     if vars(args).get("attend") and images.beside is None and images.boxes.isnan().all():
         needed = "give masks, boxes, or a column not_this"
         raise InputError(f"--attend: nothing in {images.source} tells what is beside the point; {needed}")
-    return images
 
 
 def images_elsewhere(info, args, option):

@@ -285,10 +285,10 @@ def learn(argv):
     train.check_networks(images, args)
     entries = all_answers(args, images.classes)
     more, rows = add_answers(images, entries, args)
+    options.check_marks(more, args)
     ((_, fixed, val, test, seed),) = train.plan(images, args)
     added = ", ".join(f"{int((more.labels[rows] == k).sum())} {name}" for k, name in enumerate(images.classes))
     print(f"{len(rows)} answers: {added}")
-    train.check_networks(images, args)
     folder = options.prepare_folder(args, more, "learn-")
     runs = [("before", fixed, val, test, seed), ("after", torch.cat([fixed, rows]), val, test, seed)]
     try:

@@ -3173,12 +3173,34 @@ def test_attend_says_where_it_has_no_meaning(tmp_path):
         path.unlink()
     for more, why in (
         ("--nets dnet", "leave out --nets dnet"),
-        ("--learn head", "leave out --learn head"),
+        ("--learn head", "--attend: --learn head is a convex fit"),
         ("--model none", "leave out --model none"),
         ("", "tells what is beside the point"),
     ):
         where = ["--data", str(tmp_path / "d"), "--runs", str(tmp_path), "--cache", str(tmp_path / "c")]
         refused(why, train.main, [*where, "--weights", "none", "--attend", "1", *more.split()])
+
+
+def test_a_persons_answers_may_bring_the_only_marks(tmp_path, monkeypatch):
+    class_folders(tmp_path / "d", {"benign": 9, "malignant": 9})
+    for path in (tmp_path / "d").rglob("*_mask.png"):
+        path.unlink()
+    corner, seen = np.zeros((40, 60), bool), []
+    corner[:9, :9] = True
+
+    def make_runs(images, *_):
+        seen.append(images)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train, "make_runs", make_runs)
+    where = ["--data", str(tmp_path / "d"), "--runs", str(tmp_path), "--cache", str(tmp_path / "c"), "--size", "32"]
+    where += ["--model", "small_cnn", "--weights", "none", "--attend", "1"]
+    for name, beside in (("plain", None), ("marked", corner)):
+        app.write_feedback(tmp_path / name, picture(60, 40, 99).convert("RGB"), "benign", beside=beside)
+    refused("tells what is beside the point", al_loop.main, ["learn", "--labels", str(tmp_path / "plain"), *where])
+    with pytest.raises(SystemExit):
+        al_loop.main(["learn", "--labels", str(tmp_path / "marked"), *where])
+    assert seen[0].beside.flatten(1).any(1).tolist() == [False] * 18 + [True]
 
 
 def test_the_cache_tells_a_mask_from_what_is_beside_the_point(tmp_path):
