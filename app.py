@@ -629,20 +629,7 @@ def wire_answers(gr, worker, folder, state, asked, seen, taught):
         return words, plain, page, {"background": to_paint(picture), "layers": [], "composite": None}
 
     def draw_map(kept, method, opacity, progress=gr.Progress()):  # noqa: B008
-        item = kept["items"][kept["chosen"]] if kept else None
-        if not item or item["answer"]["error"]:
-            yield None
-            return
-        with told(gr):
-            picture, asked_for, count = open_again(item), (kept["chosen"], method), len(detector.model.members)
-            if kept.get("map", (None,))[0] != asked_for:  # another opacity asks the model for nothing
-                steps = map_steps(detector, item, method)
-                for number in range(count):
-                    progress((number, count), desc=method, unit="networks")
-                    heat = worker.run(next, steps).result()
-                    yield gr.skip()  # here it can be stopped, and others' pictures get their turn
-                kept["map"] = asked_for, heat
-        yield draw_item(item, picture, kept["map"][1], describe_map(method, item["answer"]["prediction"]), opacity)
+        yield from map_pages(gr, worker, kept, method, opacity, progress)
 
     def choose(kept, event: gr.SelectData):
         return kept and kept | {"chosen": event.index}
@@ -671,6 +658,24 @@ def read_asked(given, asked, info):
     if not all(os.path.exists(p) for p in paths):
         raise InputError("these pictures were removed after their time; drop them again")
     return paths, look, {k: v for k, v in meta.items() if v} or None
+
+
+def map_pages(gr, worker, kept, method, opacity, progress):
+    """Yield nothing new after each of the networks, then the page with the map; None where there is no picture."""
+    item, detector = kept["items"][kept["chosen"]] if kept else None, worker.detector
+    if not item or item["answer"]["error"]:
+        yield None
+        return
+    with told(gr):
+        picture, asked_for, count = open_again(item), (kept["chosen"], method), len(detector.model.members)
+        if kept.get("map", (None,))[0] != asked_for:  # another opacity asks the model for nothing
+            steps = map_steps(detector, item, method)
+            for number in range(count):
+                progress((number, count), desc=method, unit="networks")
+                heat = worker.run(next, steps).result()
+                yield gr.skip()  # here it can be stopped, and others' pictures get their turn
+            kept["map"] = asked_for, heat
+    yield draw_item(item, picture, kept["map"][1], describe_map(method, item["answer"]["prediction"]), opacity)
 
 
 def map_steps(detector, item, method):

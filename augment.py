@@ -37,7 +37,7 @@ UNMIX = torch.linalg.inv(STAINS)
 
 
 def augment(images, strength=1.0, boxes=None, regions=None, size=None, generator=None, masks=None):
-    """Augment a whole batch: images (N, C, h, w) in [0, 1], boxes (N, 4) or None, masks as they came, or None.
+    """Augment a whole batch: images (N, C, h, w), boxes (N, 4) or None, masks (N, h, w), (N, M, h, w) or None; in [0, 1].
 
     images (N, C, H, W), C = 1 or 3; boxes (N, 4) in [0, 1]; masks (N, H, W), or several an image (N, M, H, W), bool or in
     [0, 1]; regions (N, 4): cropped first (see crop_regions); size: (h, w); generator: of the images' device, or see draw.

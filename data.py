@@ -549,8 +549,8 @@ def join(a, b):
     for name in ("pixels", "labels", "boxes", "masks", "beside", "groups", "meta", "outlined", "thumbnails"):
         x, y = getattr(a, name), getattr(b, name)
         if name in ("masks", "beside") and (x is None) != (y is None):
-            none = [torch.zeros(len(s), *s.pixels.shape[2:], dtype=torch.bool) for s in (a, b)]
-            x, y = (mine if own is None else own for own, mine in zip((x, y), none, strict=True))
+            both_of = ((x, a), (y, b))
+            x, y = (torch.zeros(len(s), *s.pixels.shape[2:], dtype=torch.bool) if m is None else m for m, s in both_of)
         both[name] = None if x is None or y is None else torch.cat([x, y])
     both |= {name: getattr(a, name) + getattr(b, name) for name in ("splits", "names", "group_names")}
     first, known = {}, torch.tensor([bool(word) for word in both["group_names"]], dtype=torch.bool)

@@ -371,8 +371,8 @@ def main(argv=None):
     method, note = recommended_method(file) if args.method is None else (args.method, "")
     methods = [m for m in METHODS if not (args.target and m in CLASSLESS)] if method == "all" else [method]
     meta, model = parse_meta(args.meta), load_classifier(file, choose_device(args.device))
+    window = parse_window(args.window or model.info["window"])
     try:
-        window = parse_window(args.window or model.info["window"])
         picture = read_image(args.image, model.info["channels"], window, args.frame)
     except InputError as e:
         raise InputError(f"{args.image}: {e}") from e

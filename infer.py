@@ -112,9 +112,9 @@ class BreastCancerDetector:
         (standard deviation over members and views), box (x_min, y_min, x_max, y_max in the image's own pixels, or None),
         refer, reason (why to refer, or None), lesion_score (how sure it is that there is a lesion at all: below the model's
         threshold box is None), boxes (of all lesions, the likeliest first), outline (area, width_over_height and
-        irregularity of the likeliest, see answers.describe_outline), window (the values that became black and white where the picture
-        has more than 8 bits, or None), frame and clip (None: see predict_clip; of a file with several frames the first is
-        looked at, and referred), error (None, or one line of why there is no answer, and the rest None)."""
+        irregularity of the likeliest, see answers.describe_outline), window (the values that became black and white where
+        the picture has more than 8 bits, or None), frame and clip (None: see predict_clip; of a file with several frames
+        the first is looked at, and referred), error (None, or one line of why there is no answer, and the rest None)."""
         images, alone = one_by_one(images)
         metas = meta if isinstance(meta, (list, tuple)) else [meta] * len(images)
         boxes = [None] * len(images) if boxes is None else [boxes] if alone else list(boxes)

@@ -141,9 +141,7 @@ def ellipses(boxes, h, w, grown=1.0):
     """Outlines (N, h, w), 1 inside, of the ellipses inscribed in boxes (N, 4), `grown` times as long and wide: what stands
     for a mask where only a box is known. A box of NaN gives none."""
     x, y = cell_centres(h, w, boxes.device)
-    centre, half = (
-        (boxes[:, :2] + boxes[:, 2:]) / 2,
-        ((boxes[:, 2:] - boxes[:, :2]) * (grown / 2)).clamp(min=0.5 / max(h, w)),
-    )
+    centre = (boxes[:, :2] + boxes[:, 2:]) / 2
+    half = ((boxes[:, 2:] - boxes[:, :2]) * (grown / 2)).clamp(min=0.5 / max(h, w))
     across = ((x - centre[:, 0, None, None]) / half[:, 0, None, None]) ** 2
     return (across + ((y - centre[:, 1, None, None]) / half[:, 1, None, None]) ** 2 <= 1).float()

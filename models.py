@@ -323,6 +323,11 @@ class Answer(NamedTuple):
     embeddings: list | None = None  # [(V, N, D)] of each member, of the first scale, where they are asked for
 
 
+# Pixels a cell of the maps that are looked at: the deepest have 4 x 4 cells at 128 pixels, larger than most lesions. What
+# weighs each place by itself may look at finer ones, as Layer-CAM's authors do.
+CAM_STRIDES = {"gradcam": 16, "gradcam++": 16, "layercam": 8}
+
+
 class Ensemble(nn.Module):
     """Weighted mean of the members' probabilities, softened by one temperature. One member is the common case.
 
@@ -475,11 +480,6 @@ def distance(traits, known):
         across = ((x - mean).square().sum(1) - along.square().sum(1)).clamp(min=0)
         total = total + (along.square() / variances[:-1]).sum(1) + across / variances[-1]
     return total.sqrt()
-
-
-# Pixels a cell of the maps that are looked at: the deepest have 4 x 4 cells at 128 pixels, larger than most lesions. What
-# weighs each place by itself may look at finer ones, as Layer-CAM's authors do.
-CAM_STRIDES = {"gradcam": 16, "gradcam++": 16, "layercam": 8}
 
 
 class WithPatients(nn.Module):

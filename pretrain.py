@@ -5,8 +5,8 @@
 
 Two augmentations of one image should be embedded alike. SimCLR also pushes all other images away; BYOL has a slowly
 moving copy of itself as its target instead. No label is learnt from, and images of the test split are left out, so that
-a test stays one (with the same --data, --positive, --drop-class and --seed, and without --folds). What is saved is a state_dict with
-torchvision's own names: a file for --weights."""
+a test stays one (with the same --data, --positive, --drop-class and --seed, and without --folds). What is saved is a
+state_dict with torchvision's own names: a file for --weights."""
 
 import copy
 

@@ -391,8 +391,8 @@ SPARSE = ("ig", "smoothgrad")  # single pixels: smoothed, so that they can be se
 
 
 def explain_picture(model, picture, method, target=None, meta=None):
-    """(map on the picture (h, w), box in the whole frame's pixels or None, probabilities (K,), the class explained) of a PIL image of
-    the model's channels. target: index of a class, None = the predicted one."""
+    """(map on the picture (h, w), box in the whole frame's pixels or None, probabilities (K,), the class explained) of a PIL
+    image of the model's channels. target: index of a class, None = the predicted one."""
     *_, last = explain_steps(model, picture, method, target, meta)
     return last
 

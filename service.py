@@ -535,7 +535,7 @@ def picture_routes(app, worker, folder):
 
     @app.post("/v1/predict", summary="The answers to one or several pictures: a list of what infer.py --json prints")
     async def predict(
-        files: Annotated[list[UploadFile], File(description="pictures")],
+        files: Annotated[list[UploadFile], File(description="pictures, or clips")],
         tta: Annotated[int | None, Form(description=views)] = None,
         scales: Annotated[str, Form(description="resolutions of each view, as in 1,1.25")] = "1",
         threshold: Threshold = None,
@@ -554,7 +554,7 @@ def picture_routes(app, worker, folder):
 
     @app.post("/v1/explain", summary="Why: the picture beside its map (PNG), or the map itself (npy: float32, h x w)")
     async def explain(
-        file: Annotated[UploadFile, File(description="a picture")],
+        file: Annotated[UploadFile, File(description="a picture, or a clip")],
         method: Method = None,
         target: Target = None,
         format: Kind = "png",

@@ -313,8 +313,8 @@ def train_model(images, train, val, args, folder, seed, teacher=None, unlabelled
     images, to learn beside the labels, also on the rows `unlabelled`. start: the Ensemble whose weights to go on from."""
     device, start = models.choose_device(args.device), start or transfer.load_start(args)
     spec = start.info["meta_spec"] if start else fit_meta(images, train)  # on whose scale its weights are
-    tables = {name: near(getattr(images, name), device) for name in ("pixels", "masks", "beside")}
-    images = dataclasses.replace(images, **tables, meta=meta_for(images, spec), meta_spec=spec)
+    pixels, masks = near(images.pixels, device), near(images.masks, device)
+    images = dataclasses.replace(images, pixels=pixels, masks=masks, meta=meta_for(images, spec), meta_spec=spec)
     info, histories = model_info(images, args, seed), []
     info |= {"seen": start.info["seen"]} if start is not None and "seen" in start.info else {}
     if args.learn == "head":
@@ -481,7 +481,7 @@ def train_members(
     known = (images.labels, images.meta, teacher, *drawing)
     labels, meta, teacher, weights, drawn = (None if v is None else v.to(device) for v in known)
     found_loss, look = finding_loss(images, device) if shared else None, None
-    lesions = {"masks": with_marks(images, args), "boxes": images.boxes} if shared or args.attend else {}
+    lesions = {"masks": with_marks(images, args, device), "boxes": images.boxes} if shared or args.attend else {}
 
     def loss_of(net, x, boxes, masks, rows):
         masks, beside = beside_the_point(x, boxes, masks) if args.attend else (masks, None)
@@ -524,13 +524,13 @@ def train_members(
     return list(nets), look, list(histories)
 
 
-def with_marks(images, args):
+def with_marks(images, args, device):
     """The masks that move with the images: the lesions' (N, H, W) or None; with --attend, where somebody marked what is
-    beside the point, both (N, 2, H, W)."""
+    beside the point, both (N, 2, H, W), on the device if they fit."""
     if not args.attend or images.beside is None:
         return images.masks
-    lesions = torch.zeros_like(images.beside) if images.masks is None else images.masks.to(images.beside.device)
-    return torch.stack([lesions, images.beside], 1)
+    lesions = torch.zeros_like(images.beside) if images.masks is None else images.masks.cpu()
+    return near(torch.stack([lesions, images.beside], 1), device)
 
 
 def beside_the_point(x, boxes, masks):

@@ -20,6 +20,7 @@ import options
 from files import read_checkpoint
 from grouping import partition
 from judge import judge_by, locate, look_at, predict
+from pictures import parse_window
 from readers import InputError
 from report import same_pictures
 
@@ -195,7 +196,7 @@ def load_teacher(images, args, part, test):
     path = Path(args.teacher) / part / "model.pt" if Path(args.teacher).is_dir() else Path(args.teacher)
     teacher = models.load_classifier(path, models.choose_device(args.device))
     own = {"classes": images.classes, "channels": images.pixels.shape[1], "meta_spec": images.meta_spec}
-    own |= {"equalise": args.clahe, "window": options.parse_window(args.window)}
+    own |= {"equalise": args.clahe, "window": parse_window(args.window)}
     found, wanted = (
         {"classes": info["classes"], "channels": info["channels"]}
         | {"greys (--clahe, --window)": (info["equalise"], info["window"] and tuple(info["window"]))}

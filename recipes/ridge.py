@@ -20,15 +20,7 @@ from data import load
 from judge import look_at
 from report import held_out
 
-BUSBRA = {
-    "image": "ID",
-    "label": "Pathology",
-    "group": "Case",
-    "mask": "Mask",
-    "box": ["BBOX"],
-    "split": None,
-    "meta": None,
-}
+BUSBRA = {"image": "ID", "label": "Pathology", "group": "Case", "mask": "Mask", "box": ["BBOX"]}
 STRENGTHS = (0.3, 3, 30, 300)
 
 
