@@ -282,8 +282,9 @@ def load_images(args, log=print, **more):
 
 
 def check_marks(images, args):
-    """InputError where --attend has nothing to go by."""
-    if vars(args).get("attend") and images.beside is None and images.boxes.isnan().all():
+    """InputError where --attend has nothing to go by: a placeholder says nothing of a lesion."""
+    nothing = images.boxes.isnan().all() or images.placeholder_boxes
+    if vars(args).get("attend") and images.beside is None and nothing:
         needed = "give masks, boxes, or a column not_this"
         raise InputError(f"--attend: nothing in {images.source} tells what is beside the point; {needed}")
 

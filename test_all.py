@@ -3176,6 +3176,7 @@ def test_attend_says_where_it_has_no_meaning(tmp_path):
         ("--learn head", "--attend: --learn head is a convex fit"),
         ("--model none", "leave out --model none"),
         ("", "tells what is beside the point"),
+        ("--dummy-boxes", "tells what is beside the point"),
     ):
         where = ["--data", str(tmp_path / "d"), "--runs", str(tmp_path), "--cache", str(tmp_path / "c")]
         refused(why, train.main, [*where, "--weights", "none", "--attend", "1", *more.split()])
