@@ -1,6 +1,6 @@
 """Does telling a network where not to look move its evidence, and what does that cost? In pairs, on BUSI's held-out folds.
 
-    python recipes/attend.py data/BUSI runs/busi out        about an hour of a core
+    python recipes/attend.py data/BUSI runs/busi out        about an hour of a core; what is done is not done again
 
 Every fold's whole-picture network of the run of recipes/busi.args is trained on for three epochs, in three ways that differ
 in --attend alone: not at all; far from the lesion (masks teach); on the burnt-in callipers and letters (a column not_this, as
@@ -28,7 +28,7 @@ from saliency import energy_inside
 
 SETTINGS = {"epochs": 3, "batch": 16, "lr": 1e-4, "ema": 0.99, "views": 1, "positive": "malignant"}
 WAYS = {"none": ["--attend", "0"], "far": ["--attend", "1"], "marks": ["--attend", "1"]}
-MAPS = {"ig": {"steps": 8}, "occlusion": {}}
+MAPS = {"ig": {"steps": 8}, "occlusion": {"stride": 0.25}}
 MEASURES = [f"{method}, {place}" for method in MAPS for place in ("lesion", "marks")]
 
 
@@ -109,7 +109,10 @@ def main(data, run, out, folds=5):
                 where = ["--data", table, "--from", out / f"start{fold}.pt", "--runs", out, "--cache", out / "cache"]
                 settings = [f"--{k}={v}" for k, v in SETTINGS.items()]
                 train.main([*settings, *attend, *map(str, where), "--name", name, "--seed", str(fold)])
-            told[way].append(measure(models.load(out / name), seen, rows) | {"label": seen.labels[rows]})
+            found = out / name / "measured.pt"
+            if not found.exists():
+                torch.save(measure(models.load(out / name), seen, rows) | {"label": seen.labels[rows]}, found)
+            told[way].append(torch.load(found, weights_only=True))
     told = {way: {k: torch.cat([t[k] for t in parts]) for k in parts[0]} for way, parts in told.items()}
     groups, table, none = torch.cat(order), {}, told["none"]
     for way, values in told.items():
@@ -125,4 +128,4 @@ def main(data, run, out, folds=5):
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:4])
+    main(*sys.argv[1:4], *map(int, sys.argv[4:]))  # the last, if there: so many of the five folds
