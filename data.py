@@ -393,6 +393,8 @@ def decode(
     for name, (kind, shape) in layout.items():
         source = map_file(folder / name, kind) if folder else np.frombuffer(files[name].getbuffer(), kind)
         tensors[name] = torch.from_numpy(source.reshape(-1, *shape))
+    if "beside.u8" in tensors and not tensors["beside.u8"].any():  # empty marks are none
+        del tensors["beside.u8"]
     wide, clips = int(tensors["notes.f32"][:, 0].isfinite().sum()), int((tensors["notes.f32"][:, 2] > 1).sum())
     if wide:
         fixed = window and f"{window[0]:g} is black and {window[1]:g} white"

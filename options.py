@@ -277,11 +277,7 @@ def load_images(args, log=print, **more):
     size = args.size * (1 if args.roi == "none" else 2)
     how = {"equalise": args.clahe, "window": parse_window(args.window)}
     with devices.first_of_machine():
-        images = load(args.data, size, drop=args.drop_class, columns=columns, log=log, **how, **same, **more)
-    if vars(args).get("attend") and images.beside is None and images.boxes.isnan().all():
-        needed = "give masks, boxes, or a column not_this"
-        raise InputError(f"--attend: nothing in {images.source} tells what is beside the point; {needed}")
-    return images
+        return load(args.data, size, drop=args.drop_class, columns=columns, log=log, **how, **same, **more)
 
 
 def images_elsewhere(info, args, option):

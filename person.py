@@ -289,6 +289,7 @@ def learn(argv):
     added = ", ".join(f"{int((more.labels[rows] == k).sum())} {name}" for k, name in enumerate(images.classes))
     print(f"{len(rows)} answers: {added}")
     train.check_networks(images, args)
+    train.check_attend(more, torch.cat([fixed, rows]), args)
     folder = options.prepare_folder(args, more, "learn-")
     runs = [("before", fixed, val, test, seed), ("after", torch.cat([fixed, rows]), val, test, seed)]
     try:

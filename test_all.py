@@ -3181,6 +3181,40 @@ def test_attend_says_where_it_has_no_meaning(tmp_path):
         refused(why, train.main, [*where, "--weights", "none", "--attend", "1", *more.split()])
 
 
+def marked_table(folder, name, marks, masks=""):
+    """A CSV of 24 pictures in all splits; marks: of each the cell of not_this, by its number and split."""
+    lines = []
+    for i in range(24):
+        image = picture(60, 40, i + 1)
+        image.paste(250 if i % 2 else 5, (15, 10, 40, 25))
+        image.save(folder / f"i{i}.png")
+        split = ["train", "train", "train", "train", "val", "val", "test", "test"][i % 8]
+        lines.append(f"i{i}.png,{['benign', 'malignant'][i % 2]},{split},{masks},{marks(i, split)}")
+    (folder / f"{name}.csv").write_text("\n".join(["image,label,split,mask,not_this", *lines]) + "\n")
+    return folder / f"{name}.csv"
+
+
+def test_attend_without_a_mark_to_learn_from_is_refused_and_feedback_may_bring_the_first(tmp_path):
+    corner = np.zeros((40, 60), bool)
+    Image.fromarray(corner).save(tmp_path / "none_mask.png")
+    corner[:8, :8] = True
+    Image.fromarray(corner).save(tmp_path / "corner_mask.png")
+    empty = marked_table(tmp_path, "empty", lambda i, split: "none_mask.png")
+    assert quiet_load(empty, 32).beside is None
+    tests = marked_table(tmp_path, "tests", lambda i, split: "corner_mask.png" if split == "test" else "")
+    for path in (empty, tests):
+        refused("nothing in the training images", quick, tmp_path, "--attend 1", data_folder=path)
+    for i in range(4):
+        image = picture(60, 40, 100 + i, "RGB")
+        app.write_feedback(tmp_path / "f", image, ["benign", "malignant"][i % 2], None, corner if i < 2 else None)
+    options = ["--attend 1 --name learn --labels", str(tmp_path / "f")]
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        where = ["--data", str(empty), *TINY, "--runs", str(tmp_path), "--cache", str(tmp_path / "cache")]
+        al_loop.main(["learn", *where, *" ".join(options[:1]).split(), options[1]])
+    assert out.getvalue().count("--attend does nothing here: none of these 12 images") == 1  # before the answers
+
+
 def test_the_cache_tells_a_mask_from_what_is_beside_the_point(tmp_path):
     picture(40, 30).save(tmp_path / "a.png")
     for name, part in (("l_mask.png", slice(0, 10)), ("n_mask.png", slice(20, 30))):

@@ -477,6 +477,8 @@ def train_members(
         return [], None, []
     device, shared = models.choose_device(args.device), trunk == "shared"
     rows, *drawing = draw_by(images, train, unlabelled, args)
+    if args.attend and not tells_beside(images)[rows].any():
+        print(f"--attend does nothing here: none of these {len(rows)} images tells what is beside the point")
     known = (images.labels, images.meta, teacher, *drawing)
     labels, meta, teacher, weights, drawn = (None if v is None else v.to(device) for v in known)
     found_loss, look = finding_loss(images, device) if shared else None, None
@@ -530,6 +532,11 @@ def with_marks(images, args):
         return images.masks
     lesions = torch.zeros_like(images.beside) if images.masks is None else images.masks.to(images.beside.device)
     return torch.stack([lesions, images.beside], 1)
+
+
+def tells_beside(images):
+    """bool (N,): of which images it is known what is beside the point, see beside_the_point."""
+    return images.boxes[:, 0].isfinite() if images.beside is None else images.beside.flatten(1).any(1)
 
 
 def beside_the_point(x, boxes, masks):
@@ -627,6 +634,15 @@ def check_networks(images, args):
         check_size(models.DNet(args.model, **same), args.size, None)
 
 
+def check_attend(images, rows, args):
+    """InputError where --attend would do nothing: of no image in `rows` it is known what is beside the point."""
+    if args.attend and not tells_beside(images)[rows].any():
+        needed = "give masks, boxes, or a column not_this"
+        raise InputError(
+            f"--attend: nothing in the training images of {images.source} tells what is beside the point; {needed}"
+        )
+
+
 def prepare(args):
     """(images, the runs to make, the results to compare with or None). Whatever can be wrong is said here, before a run
     folder is made."""
@@ -636,7 +652,8 @@ def prepare(args):
     if start is not None and args.nets != "both":
         raise InputError(f"--from: the networks are those of that model; leave out --nets {args.nets}")
     runs = plan(images, args)
-    val, test = (torch.cat([run[k] for run in runs]) for k in (2, 3))
+    learnt, val, test = (torch.cat([run[k] for run in runs]) for k in (1, 2, 3))
+    check_attend(images, learnt, args)
     if start is None:
         check_networks(images, args)
         transfer.check_weights(images, test, args)
