@@ -47,12 +47,13 @@ from report import clean, describe_model
 
 
 def reveal(images, rows):
-    """The ImageSet as one knows it who has labelled only `rows`: every other label and box is hidden."""
+    """The ImageSet as one knows it who has labelled only `rows`: every other label, box and mark is hidden."""
     labels, boxes = torch.full_like(images.labels, -1), torch.full_like(images.boxes, math.nan)
     labels[rows], boxes[rows] = images.labels[rows], images.boxes[rows]
     known = torch.isin(torch.arange(len(images)), rows)
-    masks = None if images.masks is None else images.masks & known[:, None, None]
-    return dataclasses.replace(images, labels=labels, boxes=boxes, masks=masks, outlined=images.outlined & known)
+    masks, beside = (None if m is None else m & known[:, None, None] for m in (images.masks, images.beside))
+    told = {"masks": masks, "beside": beside, "outlined": images.outlined & known}
+    return dataclasses.replace(images, labels=labels, boxes=boxes, **told)
 
 
 def first_labels(images, pool, groups, seed, args):

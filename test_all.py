@@ -3215,6 +3215,15 @@ def test_attend_without_a_mark_to_learn_from_is_refused_and_feedback_may_bring_t
     assert out.getvalue().count("--attend does nothing here: none of these 12 images") == 1  # before the answers
 
 
+def test_what_the_pool_marks_is_hidden_until_it_is_paid_for():
+    images = data.phantom_set(6, 32)
+    images.beside = ~images.masks
+    known = al_loop.reveal(images, torch.tensor([1, 4]))
+    for name in ("masks", "beside"):
+        assert getattr(known, name).flatten(1).any(1).tolist() == [False, True, False, False, True, False]
+        assert torch.equal(getattr(known, name)[[1, 4]], getattr(images, name)[[1, 4]])
+
+
 def test_the_cache_tells_a_mask_from_what_is_beside_the_point(tmp_path):
     picture(40, 30).save(tmp_path / "a.png")
     for name, part in (("l_mask.png", slice(0, 10)), ("n_mask.png", slice(20, 30))):
