@@ -3224,6 +3224,31 @@ def test_what_the_pool_marks_is_hidden_until_it_is_paid_for():
         assert torch.equal(getattr(known, name)[[1, 4]], getattr(images, name)[[1, 4]])
 
 
+def test_strokes_thinner_than_a_pixel_of_the_square_stay_where_they_run(tmp_path):
+    picture(800, 600).save(tmp_path / "a.png")
+    strokes = np.zeros((600, 800), np.uint8)
+    strokes[300, 400] = strokes[100, 200:264] = 255
+    Image.fromarray(strokes).save(tmp_path / "s_mask.png")
+    (tmp_path / "t.csv").write_text("image,label,not_this\na.png,benign,s_mask.png\n")
+    rows, columns = torch.nonzero(quiet_load(tmp_path / "t.csv", 32).beside[0]).T.tolist()
+    assert [*zip(rows, columns, strict=True)] == [(8, 8), (8, 9), (8, 10), (16, 16)]  # 25 px a cell, bars of 4
+
+
+def test_a_mask_is_not_what_is_beside_the_point(tmp_path):
+    picture(40, 30).save(tmp_path / "a.png")
+    Image.new("L", (40, 30), 255).save(tmp_path / "l_mask.png")
+    (tmp_path / "t.csv").write_text("image,label,mask,not_this\na.png,benign,l_mask.png,l_mask.png\n")
+    refused("line 2: .*can't be both", quiet_load, tmp_path / "t.csv", 40)
+
+
+def test_the_cache_tells_the_next_image_from_a_mask(tmp_path):
+    for i, name in enumerate(("a", "b", "m")):
+        picture(40, 30, i).save(tmp_path / f"{name}.png")
+    for lines, count in (("a.png,x,m.png\nb.png,y,", 2), ("a.png,x,\nm.png,x,\nb.png,y,", 3)):
+        (tmp_path / "t.csv").write_text(f"image,label,mask\n{lines}\n")
+        assert len(quiet_load(tmp_path / "t.csv", 40, cache=tmp_path / "cache")) == count
+
+
 def test_the_cache_tells_a_mask_from_what_is_beside_the_point(tmp_path):
     picture(40, 30).save(tmp_path / "a.png")
     for name, part in (("l_mask.png", slice(0, 10)), ("n_mask.png", slice(20, 30))):
