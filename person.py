@@ -212,10 +212,14 @@ def all_answers(args, classes):
     """The Entry objects of all files of --labels, a picture that stands in several rows once."""
     first, entries = {}, [e for path in args.labels for e in read_answers(path, classes, args.partial)]
     for e in entries:
-        if first.setdefault(Path(e.image).resolve(), e).label != e.label:
+        one = first.setdefault(Path(e.image).resolve(), e)
+        if one.label != e.label:
             raise InputError(f"--labels: {e.image} has two labels; correct one of its rows")
+        if not (one.masks or one.box):  # who told more came later
+            one.masks, one.box = e.masks, e.box
+        one.beside = list(dict.fromkeys([*one.beside, *e.beside]))
     if len(first) < len(entries):
-        print(f"{len(entries) - len(first)} rows are left out: they name a picture again")
+        print(f"{len(entries) - len(first)} rows name a picture again: it is learnt from once, with what all rows mark")
     return list(first.values())
 
 

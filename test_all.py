@@ -3249,6 +3249,15 @@ def test_the_cache_tells_the_next_image_from_a_mask(tmp_path):
         assert len(quiet_load(tmp_path / "t.csv", 40, cache=tmp_path / "cache")) == count
 
 
+def test_what_several_rows_of_a_picture_mark_is_learnt(tmp_path):
+    image, corner, lesion = picture(60, 40, 1, "RGB"), *np.zeros((2, 40, 60), bool)
+    corner[:8, :8] = lesion[20:30, 20:30] = True
+    for what in ((None, None), (lesion, None), (None, corner), (None, corner)):
+        app.write_feedback(tmp_path, image, "benign", *what)
+    (entry,) = person.all_answers(argparse.Namespace(labels=[tmp_path], partial=False), ["benign", "malignant"])
+    assert (len(entry.masks), len(entry.beside)) == (1, 2)
+
+
 def test_the_cache_tells_a_mask_from_what_is_beside_the_point(tmp_path):
     picture(40, 30).save(tmp_path / "a.png")
     for name, part in (("l_mask.png", slice(0, 10)), ("n_mask.png", slice(20, 30))):
@@ -7336,7 +7345,7 @@ def test_no_label_that_a_model_has_learnt_tells_what_it_is_worth_slow(tmp_path, 
     where, home = ["--runs", tmp_path, "--cache", tmp_path / "c"], elsewhere / "home"
     sheet, step = answer_sheet(tmp_path / "a.csv", elsewhere, range(0, 80, 2)), ["--learn", "head", "--views", "1"]
     result = call(al_loop, "learn", "--from", home, "--labels", sheet, sheet, *where, "--name", "l")
-    assert "40 rows are left out: they name a picture again" in result.stdout
+    assert "40 rows name a picture again" in result.stdout
     assert "40 answers" in result.stdout
     again = call(al_loop, "learn", "--from", tmp_path / "l", "--labels", sheet, *where, "--name", "bad")
     assert "has met 40 of the 40 answered images" in error_of(again)
