@@ -3258,6 +3258,16 @@ def test_what_several_rows_of_a_picture_mark_is_learnt(tmp_path):
     assert (len(entry.masks), len(entry.beside)) == (1, 2)
 
 
+def test_stages_of_a_network_without_padding_and_gradients_that_underflow():
+    assert [*models.CNet("alexnet").stages] == [4, 8, 16, 32]  # of 128 pixels it makes 31, 15, 7, 3
+    for scale in (1.0, 1e-9):
+        net = torch.nn.Sequential(torch.nn.Conv2d(1, 3, 3), torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten())
+        torch.nn.init.constant_(net[0].weight, 0.1)
+        last = torch.nn.Linear(3, 2)
+        torch.nn.init.constant_(last.weight, scale)
+        assert saliency.grad_cam_pp(net.append(last), torch.rand(1, 1, 16, 16), 1, "0").max() > 0
+
+
 def test_the_cache_tells_a_mask_from_what_is_beside_the_point(tmp_path):
     picture(40, 30).save(tmp_path / "a.png")
     for name, part in (("l_mask.png", slice(0, 10)), ("n_mask.png", slice(20, 30))):
