@@ -504,6 +504,7 @@ def main(argv=None):
         asked = f"--start {args.start} + --rounds {args.rounds} x --query {args.query}"
         raise InputError(f"{asked}: more than the pool of {most} images")
     if start is None:
+        train.check_attend(images, images.rows("train"), args)
         train.check_networks(images, args)
         transfer.check_weights(images, tested, args)
     other = finished_loop(images, args) if args.against else None

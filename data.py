@@ -303,8 +303,11 @@ def read_masks(paths, image, about, size):
         values = own_part(np.asarray(m), about)
         whole |= values > 127
         x, y, w, h = fit(image.size, size)
-        small = Image.fromarray(values).resize((w, h), Image.Resampling.BILINEAR)
-        square[y : y + h, x : x + w] |= np.asarray(small) > 127
+        small = np.array(Image.fromarray(values).resize((w, h), Image.Resampling.BILINEAR)) > 127
+        if not small.any():  # strokes thinner than half a pixel of the square: where they run
+            rows, columns = np.nonzero(values > 127)
+            small[rows * h // image.height, columns * w // image.width] = True
+        square[y : y + h, x : x + w] |= small
     return whole, square
 
 
@@ -393,6 +396,8 @@ def decode(
     for name, (kind, shape) in layout.items():
         source = map_file(folder / name, kind) if folder else np.frombuffer(files[name].getbuffer(), kind)
         tensors[name] = torch.from_numpy(source.reshape(-1, *shape))
+    if "beside.u8" in tensors and not tensors["beside.u8"].any():  # empty marks are none
+        del tensors["beside.u8"]
     wide, clips = int(tensors["notes.f32"][:, 0].isfinite().sum()), int((tensors["notes.f32"][:, 2] > 1).sum())
     if wide:
         fixed = window and f"{window[0]:g} is black and {window[1]:g} white"
@@ -415,12 +420,12 @@ def map_file(path, kind):
 
 def cache_key(entries, size, channels, equalise, window):
     """Names the folder of a decoded data set: another file, size or time of a file is another folder."""
-    key = hashlib.sha256(json.dumps(["v5", size, channels, equalise, window]).encode())
+    key = hashlib.sha256(json.dumps(["v6", size, channels, equalise, window]).encode())
     for e in entries:
         if isinstance(e.image, np.ndarray):
             key.update(json.dumps([e.image.shape, e.box]).encode() + e.image.tobytes())
             continue
-        key.update(json.dumps(len(e.masks)).encode() if e.beside else b"")
+        key.update(json.dumps([len(e.masks), len(e.beside)]).encode())  # so that no mask passes for the next image
         for p in [e.image, *e.masks, *e.beside]:
             stat = os.stat(p) if os.path.exists(p) else None
             key.update(json.dumps([os.path.abspath(p), stat and [stat.st_size, stat.st_mtime_ns], e.box]).encode())

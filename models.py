@@ -241,7 +241,7 @@ class CNet(nn.Module):
         with saliency.evaluating(backbone):
             for i, layer in enumerate(backbone):
                 x = layer(x)
-                strides[128 // x.shape[-1]] = i
+                strides[2 ** round(math.log2(128 / x.shape[-1]))] = i  # without padding 128 / 16 cells are but 7
         return strides
 
     def layer_of(self, stride):

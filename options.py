@@ -275,18 +275,7 @@ def load_images(args, log=print, **more):
     size = args.size * (1 if args.roi == "none" else 2)
     how = {"equalise": args.clahe, "window": parse_window(args.window)}
     with devices.first_of_machine():
-        images = load(args.data, size, drop=args.drop_class, columns=columns, log=log, **how, **same, **more)
-    if not vars(args).get("labels"):  # whose marks come later
-        check_marks(images, args)
-    return images
-
-
-def check_marks(images, args):
-    """InputError where --attend has nothing to go by: a placeholder says nothing of a lesion."""
-    nothing = images.boxes.isnan().all() or images.placeholder_boxes
-    if vars(args).get("attend") and images.beside is None and nothing:
-        needed = "give masks, boxes, or a column not_this"
-        raise InputError(f"--attend: nothing in {images.source} tells what is beside the point; {needed}")
+        return load(args.data, size, drop=args.drop_class, columns=columns, log=log, **how, **same, **more)
 
 
 def images_elsewhere(info, args, option):

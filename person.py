@@ -212,10 +212,14 @@ def all_answers(args, classes):
     """The Entry objects of all files of --labels, a picture that stands in several rows once."""
     first, entries = {}, [e for path in args.labels for e in read_answers(path, classes, args.partial)]
     for e in entries:
-        if first.setdefault(Path(e.image).resolve(), e).label != e.label:
+        one = first.setdefault(Path(e.image).resolve(), e)
+        if one.label != e.label:
             raise InputError(f"--labels: {e.image} has two labels; correct one of its rows")
+        if not (one.masks or one.box):  # who told more came later
+            one.masks, one.box = e.masks, e.box
+        one.beside = list(dict.fromkeys([*one.beside, *e.beside]))
     if len(first) < len(entries):
-        print(f"{len(entries) - len(first)} rows are left out: they name a picture again")
+        print(f"{len(entries) - len(first)} rows name a picture again: it is learnt from once, with what all rows mark")
     return list(first.values())
 
 
@@ -285,10 +289,10 @@ def learn(argv):
     train.check_networks(images, args)
     entries = all_answers(args, images.classes)
     more, rows = add_answers(images, entries, args)
-    options.check_marks(more, args)
     ((_, fixed, val, test, seed),) = train.plan(images, args)
     added = ", ".join(f"{int((more.labels[rows] == k).sum())} {name}" for k, name in enumerate(images.classes))
     print(f"{len(rows)} answers: {added}")
+    train.check_attend(more, torch.cat([fixed, rows]), args)
     folder = options.prepare_folder(args, more, "learn-")
     runs = [("before", fixed, val, test, seed), ("after", torch.cat([fixed, rows]), val, test, seed)]
     try:

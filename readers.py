@@ -259,6 +259,8 @@ def read_csv(path, columns):
         masks, beside = (
             [find(m.strip(), where, True) for m in get[k].split(";") if m.strip()] for k in ("mask", "not_this")
         )
+        if both := set(masks) & set(beside):
+            raise InputError(f"{where}: {both.pop()} can't be both its mask and not_this")
         meta = {c: row[c] for c in columns["meta"]} or None
         image = find(get["image"], where, False)
         entries.append(Entry(image, image, get["label"], masks, beside, box, get["group"], split, meta, line))

@@ -179,9 +179,8 @@ def grad_cam_pp(model, images, target=None, layer=None, reshape=None):
     """Maps >= 0: positive gradients, weighted so that each occurrence counts (Chattopadhay et al., Grad-CAM++, 2018).
     Arguments as of `grad_cam`."""
     maps, gradients = activations_and_gradients(model, images, target, layer, reshape)
-    square, cube = gradients**2, gradients**3
-    denominator = 2 * square + maps.sum((2, 3), keepdim=True) * cube
-    alpha = torch.where(denominator.abs() > 1e-12, square / denominator, torch.zeros_like(square))
+    denominator = 2 + maps.sum((2, 3), keepdim=True) * gradients  # the gradient's square cancels: it may underflow
+    alpha = torch.where(denominator.abs() > 1e-12, 1 / denominator, torch.zeros_like(gradients))
     weights = (alpha * gradients.relu()).sum((2, 3), keepdim=True)
     return enlarge((weights * maps).sum(1).relu(), images)
 

@@ -3204,6 +3204,93 @@ def test_a_persons_answers_may_bring_the_only_marks(tmp_path, monkeypatch):
     assert seen[0].beside.flatten(1).any(1).tolist() == [False] * 18 + [True]
 
 
+def marked_table(folder, name, marks, masks=""):
+    """A CSV of 24 pictures in all splits; marks: of each the cell of not_this, by its number and split."""
+    lines = []
+    for i in range(24):
+        image = picture(60, 40, i + 1)
+        image.paste(250 if i % 2 else 5, (15, 10, 40, 25))
+        image.save(folder / f"i{i}.png")
+        split = ["train", "train", "train", "train", "val", "val", "test", "test"][i % 8]
+        lines.append(f"i{i}.png,{['benign', 'malignant'][i % 2]},{split},{masks},{marks(i, split)}")
+    (folder / f"{name}.csv").write_text("\n".join(["image,label,split,mask,not_this", *lines]) + "\n")
+    return folder / f"{name}.csv"
+
+
+def test_attend_without_a_mark_to_learn_from_is_refused_and_feedback_may_bring_the_first(tmp_path):
+    corner = np.zeros((40, 60), bool)
+    Image.fromarray(corner).save(tmp_path / "none_mask.png")
+    corner[:8, :8] = True
+    Image.fromarray(corner).save(tmp_path / "corner_mask.png")
+    empty = marked_table(tmp_path, "empty", lambda i, split: "none_mask.png")
+    assert quiet_load(empty, 32).beside is None
+    tests = marked_table(tmp_path, "tests", lambda i, split: "corner_mask.png" if split == "test" else "")
+    for path in (empty, tests):
+        refused("nothing in the training images", quick, tmp_path, "--attend 1", data_folder=path)
+    for i in range(4):
+        image = picture(60, 40, 100 + i, "RGB")
+        app.write_feedback(tmp_path / "f", image, ["benign", "malignant"][i % 2], None, corner if i < 2 else None)
+    options = ["--attend 1 --name learn --labels", str(tmp_path / "f")]
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        where = ["--data", str(empty), *TINY, "--runs", str(tmp_path), "--cache", str(tmp_path / "cache")]
+        al_loop.main(["learn", *where, *" ".join(options[:1]).split(), options[1]])
+    assert out.getvalue().count("--attend does nothing here: none of these 12 images") == 1  # before the answers
+
+
+def test_what_the_pool_marks_is_hidden_until_it_is_paid_for():
+    images = data.phantom_set(6, 32)
+    images.beside = ~images.masks
+    known = al_loop.reveal(images, torch.tensor([1, 4]))
+    for name in ("masks", "beside"):
+        assert getattr(known, name).flatten(1).any(1).tolist() == [False, True, False, False, True, False]
+        assert torch.equal(getattr(known, name)[[1, 4]], getattr(images, name)[[1, 4]])
+
+
+def test_strokes_thinner_than_a_pixel_of_the_square_stay_where_they_run(tmp_path):
+    picture(800, 600).save(tmp_path / "a.png")
+    strokes = np.zeros((600, 800), np.uint8)
+    strokes[300, 400] = strokes[100, 200:264] = 255
+    Image.fromarray(strokes).save(tmp_path / "s_mask.png")
+    (tmp_path / "t.csv").write_text("image,label,not_this\na.png,benign,s_mask.png\n")
+    rows, columns = torch.nonzero(quiet_load(tmp_path / "t.csv", 32).beside[0]).T.tolist()
+    assert [*zip(rows, columns, strict=True)] == [(8, 8), (8, 9), (8, 10), (16, 16)]  # 25 px a cell, bars of 4
+
+
+def test_a_mask_is_not_what_is_beside_the_point(tmp_path):
+    picture(40, 30).save(tmp_path / "a.png")
+    Image.new("L", (40, 30), 255).save(tmp_path / "l_mask.png")
+    (tmp_path / "t.csv").write_text("image,label,mask,not_this\na.png,benign,l_mask.png,l_mask.png\n")
+    refused("line 2: .*can't be both", quiet_load, tmp_path / "t.csv", 40)
+
+
+def test_the_cache_tells_the_next_image_from_a_mask(tmp_path):
+    for i, name in enumerate(("a", "b", "m")):
+        picture(40, 30, i).save(tmp_path / f"{name}.png")
+    for lines, count in (("a.png,x,m.png\nb.png,y,", 2), ("a.png,x,\nm.png,x,\nb.png,y,", 3)):
+        (tmp_path / "t.csv").write_text(f"image,label,mask\n{lines}\n")
+        assert len(quiet_load(tmp_path / "t.csv", 40, cache=tmp_path / "cache")) == count
+
+
+def test_what_several_rows_of_a_picture_mark_is_learnt(tmp_path):
+    image, corner, lesion = picture(60, 40, 1, "RGB"), *np.zeros((2, 40, 60), bool)
+    corner[:8, :8] = lesion[20:30, 20:30] = True
+    for what in ((None, None), (lesion, None), (None, corner), (None, corner)):
+        app.write_feedback(tmp_path, image, "benign", *what)
+    (entry,) = person.all_answers(argparse.Namespace(labels=[tmp_path], partial=False), ["benign", "malignant"])
+    assert (len(entry.masks), len(entry.beside)) == (1, 2)
+
+
+def test_stages_of_a_network_without_padding_and_gradients_that_underflow():
+    assert [*models.CNet("alexnet").stages] == [4, 8, 16, 32]  # of 128 pixels it makes 31, 15, 7, 3
+    for scale in (1.0, 1e-9):
+        net = torch.nn.Sequential(torch.nn.Conv2d(1, 3, 3), torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten())
+        torch.nn.init.constant_(net[0].weight, 0.1)
+        last = torch.nn.Linear(3, 2)
+        torch.nn.init.constant_(last.weight, scale)
+        assert saliency.grad_cam_pp(net.append(last), torch.rand(1, 1, 16, 16), 1, "0").max() > 0
+
+
 def test_the_cache_tells_a_mask_from_what_is_beside_the_point(tmp_path):
     picture(40, 30).save(tmp_path / "a.png")
     for name, part in (("l_mask.png", slice(0, 10)), ("n_mask.png", slice(20, 30))):
@@ -4041,11 +4128,18 @@ def test_grad_cam_of_torchvision_networks_by_their_own_parts(name):
 def test_the_map_of_every_backbone_is_that_of_its_features_slow(backbone):
     torch.manual_seed(0)
     net, x = models.CNet(backbone, 2, 1), torch.rand(1, 1, 64, 64)
-    maps = saliency.grad_cam(net, x, 1, net.features) + saliency.grad_cam(net, x, 0, net.features)
+    layer = net.layer_of(16)
+    maps = saliency.grad_cam(net, x, 1, layer) + saliency.grad_cam(net, x, 0, layer)
     assert maps.shape == (1, 64, 64)
     assert maps.max() > 0
     ours = models.Ensemble([net.eval()], classes=["benign", "malignant"], size=64, load_size=64)
-    torch.testing.assert_close(ours.explain(x, "gradcam", 1), saliency.grad_cam(net, x, 1, net.features))
+    torch.testing.assert_close(ours.explain(x, "gradcam", 1), saliency.grad_cam(net, x, 1, layer))
+    # all evidence comes through it: without its output no picture is told from another
+    hook = layer.register_forward_hook(lambda module, _, output: torch.zeros_like(output))
+    with torch.no_grad():
+        changed = [net(x), net(x.flip(3) * 0.5)]
+    hook.remove()
+    assert torch.equal(*changed)
 
 
 class Weighed(torch.nn.Module):
@@ -7291,7 +7385,7 @@ def test_no_label_that_a_model_has_learnt_tells_what_it_is_worth_slow(tmp_path, 
     where, home = ["--runs", tmp_path, "--cache", tmp_path / "c"], elsewhere / "home"
     sheet, step = answer_sheet(tmp_path / "a.csv", elsewhere, range(0, 80, 2)), ["--learn", "head", "--views", "1"]
     result = call(al_loop, "learn", "--from", home, "--labels", sheet, sheet, *where, "--name", "l")
-    assert "40 rows are left out: they name a picture again" in result.stdout
+    assert "40 rows name a picture again" in result.stdout
     assert "40 answers" in result.stdout
     again = call(al_loop, "learn", "--from", tmp_path / "l", "--labels", sheet, *where, "--name", "bad")
     assert "has met 40 of the 40 answered images" in error_of(again)

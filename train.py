@@ -478,6 +478,8 @@ def train_members(
         return [], None, []
     device, shared = models.choose_device(args.device), trunk == "shared"
     rows, *drawing = draw_by(images, train, unlabelled, args)
+    if args.attend and not tells_beside(images)[rows].any():
+        print(f"--attend does nothing here: none of these {len(rows)} images tells what is beside the point")
     known = (images.labels, images.meta, teacher, *drawing)
     labels, meta, teacher, weights, drawn = (None if v is None else v.to(device) for v in known)
     found_loss, look = finding_loss(images, device) if shared else None, None
@@ -525,12 +527,17 @@ def train_members(
 
 
 def with_marks(images, args, device):
-    """The masks that move with the images: the lesions' (N, H, W) or None; with --attend, where somebody marked what is
-    beside the point, both (N, 2, H, W), on the device if they fit."""
+    """The masks that move with the images: the lesions' (N, H, W) or None; with --attend and marks both (N, 2, H, W)."""
     if not args.attend or images.beside is None:
         return images.masks
     lesions = torch.zeros_like(images.beside) if images.masks is None else images.masks.cpu()
     return near(torch.stack([lesions, images.beside], 1), device)
+
+
+def tells_beside(images):
+    """bool (N,): of which images it is known what is beside the point, see beside_the_point; a placeholder tells nothing."""
+    lesions = images.boxes[:, 0].isfinite() & (not images.placeholder_boxes)
+    return lesions if images.beside is None else images.beside.flatten(1).any(1)
 
 
 def beside_the_point(x, boxes, masks):
@@ -628,6 +635,13 @@ def check_networks(images, args):
         check_size(models.DNet(args.model, **same), args.size, None)
 
 
+def check_attend(images, rows, args):
+    """InputError where --attend would do nothing: of no image in `rows` it is known what is beside the point."""
+    if args.attend and not tells_beside(images)[rows].any():
+        where = f"nothing in the training images of {images.source} tells what is beside the point"
+        raise InputError(f"--attend: {where}; give masks, boxes, or a column not_this")
+
+
 def prepare(args):
     """(images, the runs to make, the results to compare with or None). Whatever can be wrong is said here, before a run
     folder is made."""
@@ -637,7 +651,8 @@ def prepare(args):
     if start is not None and args.nets != "both":
         raise InputError(f"--from: the networks are those of that model; leave out --nets {args.nets}")
     runs = plan(images, args)
-    val, test = (torch.cat([run[k] for run in runs]) for k in (2, 3))
+    learnt, val, test = (torch.cat([run[k] for run in runs]) for k in (1, 2, 3))
+    check_attend(images, learnt, args)
     if start is None:
         check_networks(images, args)
         transfer.check_weights(images, test, args)
