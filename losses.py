@@ -87,20 +87,20 @@ def check_teacher(teacher, shape):
 
 
 def evidence_loss(logits, images, beside):
-    """Share of the evidence that lies where none should be: a network is to be right for the right reasons.
+    """How much evidence lies where none should be, as a multiple of what as large a part of the picture would get by
+    chance, 1 = as much as anywhere: a network is to be right for the right reasons.
 
     logits (N, 1) or (N, K), computed from images (N, C, H, W) that require a gradient; beside (N, H, W) in [0, 1], 1 =
     beside the point; an image without any such place has no part in the mean. The evidence is the squared gradient of
     the summed log-probabilities (of one logit: of itself) by the pixels, as in Ross et al., Right for the Right Reasons,
-    2017. They penalise its sum, which shrinks wherever all gradients do; its share, in [0, 1], asks only for another
-    place, and needs no weight for every network anew."""
+    2017. They penalise its sum, which shrinks wherever all gradients do, and is small for a small place; this asks only
+    for another place, and weighs a letter like a margin (a place below a hundredth of the picture like a hundredth)."""
     score = logits.float().sum() if logits.shape[1] == 1 else logits.float().log_softmax(1).sum()
     with torch.autocast(images.device.type, enabled=False):
         (gradient,) = torch.autograd.grad(score, images, create_graph=True)
-    evidence = gradient.float().square().sum(1)
+    evidence, area = gradient.float().square().sum(1), beside.float().mean((1, 2))
     share = (evidence * beside).sum((1, 2)) / evidence.sum((1, 2)).clamp(min=1e-12)
-    asked = (beside > 0).flatten(1).any(1).float()
-    return (share * asked).sum() / pooled(asked.sum(), 1)
+    return (share / area.clamp(min=0.01)).sum() / pooled((area > 0).float().sum(), 1)
 
 
 def box_loss(predicted, true):

@@ -246,8 +246,8 @@ class CNet(nn.Module):
 
     def layer_of(self, stride):
         """The backbone's last layer with that many pixels a cell, or the next fewer: what Grad-CAM and its kin look at. All
-        evidence comes through it, as it does not through the maps inside of the outline: of them an answer hangs on 2 to
-        5 %, and a map of what lies there would look right whatever the network goes by."""
+        evidence comes through it, as it does not through the maps inside of the outline: of them an answer hangs on 1 to
+        9 %, and a map of what lies there would look right whatever the network goes by."""
         backbone = self.dnet.features if self.shared else self.features
         return backbone[self.stages[max(s for s in self.stages if s <= stride)]]
 
