@@ -6427,6 +6427,18 @@ class Surfer:
             assert time.time() < deadline, f"{what}: {self.text('body')}"
             time.sleep(0.1)
 
+    def settled(self, selector, seconds=2):
+        """The picture of an element, when it has been the same for so long."""
+        script, seen = "return document.querySelector(arguments[0])?.src", [None, 0]
+
+        def still():
+            now = self.driver.execute_script(script, selector)
+            seen[:] = [now, seen[1] if now == seen[0] else time.time()]
+            return now and time.time() - seen[1] > seconds
+
+        self.wait(still, selector)
+        return seen[0]
+
     def click(self, selector):
         self.driver.execute_script("arguments[0].click()", self.find(selector))
 
@@ -6464,12 +6476,14 @@ def test_a_person_uses_the_page_slow(page, detector, tmp_path):
         person.wait(
             lambda: order[2] in person.text("#answer") and person.find("#drawn img").get_attribute("src") != first
         )
-        second = person.find("#drawn img").get_attribute("src")
+        second = person.settled("#drawn img")  # first box and outline alone, then the map
         person.find("#method input").click()
-        person.wait(lambda: person.all("[role=option]"))
-        next(
-            option for option in person.all("[role=option]") if option.text.strip("✓ \n").startswith("gradcam:")
-        ).click()
+
+        def named(start):
+            return [o for o in person.all("[role=option]") if o.text.strip("✓ \n").startswith(start)]
+
+        person.wait(lambda: named("gradcam:"))
+        named("gradcam:")[0].click()
         person.wait(lambda: person.find("#drawn img").get_attribute("src") != second, "another map")
         person.click("#csv")
         person.wait(lambda: (tmp_path / "downloads" / "answers.csv").exists())
