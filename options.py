@@ -92,7 +92,7 @@ OPTIMISER = [
 LEARNING = [
     *OPTIMISER,
     ("eval-steps", 0, (0, MANY), "validate an epoch on N batches, always the same; 0 = on all. Threshold and temperature see all"),
-    ("attend", 0.0, (0, MANY), "weight of C-Net's evidence (input gradient) beside the point in the loss: in what feedback marks as not_this; in a set without such marks, far from the lesion. Twice the time"),
+    ("attend", 0.0, (0, MANY), "weight of C-Net's evidence (input gradient) beside the point in the loss: in what feedback marks as not_this; in a set without such marks, far from the lesion. A step takes several times as long"),
     ("label-smoothing", 0.05, (0, 0.99), "share of the label that is spread over the classes"),
     ("pos-weight", "auto", "W", "weight of the positive class in the loss: auto (classes weigh alike), none, or a number"),
     ("balanced-sampler", False, None, "draw every class equally often instead of weighting the loss"),
