@@ -233,13 +233,16 @@ class CNet(nn.Module):
     def shared(self):
         return self.config["trunk"] == "shared"
 
+    @property
+    def backbone(self):
+        return self.dnet.features if self.shared else self.features
+
     @functools.cached_property
     def stages(self):
         """{pixels a cell: number of the backbone's last layer at that resolution}, by a look."""
-        backbone, strides = self.dnet.features if self.shared else self.features, {}
-        x = torch.zeros(1, self.config["channels"], 128, 128, device=self.head.weight.device)
-        with saliency.evaluating(backbone):
-            for i, layer in enumerate(backbone):
+        x, strides = torch.zeros(1, self.config["channels"], 128, 128, device=self.head.weight.device), {}
+        with saliency.evaluating(self.backbone):
+            for i, layer in enumerate(self.backbone):
                 x = layer(x)
                 strides[2 ** round(math.log2(128 / x.shape[-1]))] = i  # without padding 128 / 16 cells are but 7
         return strides
@@ -248,8 +251,7 @@ class CNet(nn.Module):
         """The backbone's last layer with that many pixels a cell, or the next fewer: what Grad-CAM and its kin look at. All
         evidence comes through it, as it does not through the maps inside of the outline: of them an answer hangs on 1 to
         9 %, and a map of what lies there would look right whatever the network goes by."""
-        backbone = self.dnet.features if self.shared else self.features
-        return backbone[self.stages[max(s for s in self.stages if s <= stride)]]
+        return self.backbone[self.stages[max(s for s in self.stages if s <= stride)]]
 
     def see(self, images, meta=None):
         """The penultimate embedding (N, width): pooled features, and the metadata branch where there is one; and, of a

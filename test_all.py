@@ -6244,6 +6244,9 @@ def test_without_a_model_app_trains_that_of_the_phantoms_first(detector, tmp_pat
     (tmp_path / "runs" / "phantoms" / "model.pt").write_bytes(b"damaged")
     with pytest.raises(InputError, match="damaged"):
         app.ready_detector(None, "cpu")
+    assert app.ready_detector(detector.path, "cpu", "10,90").window == (10, 90)
+    with pytest.raises(InputError, match="give the values"):  # said before anything is trained
+        app.ready_detector(None, "cpu", "90,10")
 
 
 @needs_gradio
