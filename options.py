@@ -300,11 +300,13 @@ def images_elsewhere(info, args, option):
     return images
 
 
-def began_with(folder, images):
-    """Whether a run began with these images, labels, groups and splits; True where it is too old to have noted them."""
+def began_with(folder, images, drawn=False):
+    """Whether a run began with these images, labels, groups and splits, with `drawn` also with these boxes and masks; True
+    where it is too old to have noted them."""
     config = Path(folder) / "config.json"
-    noted = json.loads(config.read_text()).get("images") if config.is_file() else None
-    return noted in (None, images.fingerprint())
+    noted = json.loads(config.read_text()) if config.is_file() else {}
+    same = noted.get("images") in (None, images.fingerprint())
+    return same and (not drawn or noted.get("drawn") in (None, images.drawn()))
 
 
 def check_against(folder, images):
@@ -334,9 +336,9 @@ def make_folder(args, images, prefix):
     """The run folder, with its config. An existing run is never written over; one that is resumed must find the images
     that it began with, as what it has learnt so far speaks of them by their number."""
     if args.resume:
-        if not began_with(args.resume, images):
-            raise InputError(f"--resume {args.resume}: --data {args.data} has changed since (images, labels, groups or "
-                             "splits); put back what it was, or start a new run")  # fmt: skip
+        if not began_with(args.resume, images, drawn=True):
+            raise InputError(f"--resume {args.resume}: --data {args.data} has changed since (images, labels, groups, splits, "
+                             "boxes or masks); put back what it was, or start a new run")  # fmt: skip
         return Path(args.resume)
     members = "ensemble" if args.ensemble else args.model
     source = "phantoms" if args.data in (None, "phantoms") else f"{Path(args.data).stem}-{members}"
@@ -360,6 +362,7 @@ def make_folder(args, images, prefix):
         "commit": subprocess.run(git, capture_output=True, text=True).stdout.strip() or None,
         "command": sys.argv,
         "images": images.fingerprint(),
+        "drawn": images.drawn(),
         "versions": {"python": platform.python_version(), "torch": str(torch.__version__)},
     }
     try:
