@@ -239,19 +239,28 @@ class CNet(nn.Module):
 
     @functools.cached_property
     def stages(self):
-        """{pixels a cell: number of the backbone's last layer at that resolution}, by a look."""
-        x, strides = torch.zeros(1, self.config["channels"], 128, 128, device=self.head.weight.device), {}
+        """{pixels a cell: (number of the backbone's last layer at that resolution, whether its map has both signs)}, by a
+        look."""
+        shape, strides = (1, self.config["channels"], 128, 128), {}
+        x = torch.rand(shape, generator=torch.Generator().manual_seed(0)).to(self.head.weight)
         with saliency.evaluating(self.backbone):
             for i, layer in enumerate(self.backbone):
                 x = layer(x)
-                strides[2 ** round(math.log2(128 / x.shape[-1]))] = i  # without padding 128 / 16 cells are but 7
+                cell = 2 ** round(math.log2(128 / x.shape[-1]))  # without padding 128 / 16 cells are but 7
+                strides[cell] = i, bool((x < 0).any())
         return strides
 
-    def layer_of(self, stride):
+    def layer_of(self, stride, positive=False):
         """The backbone's last layer with that many pixels a cell, or the next fewer: what Grad-CAM and its kin look at. All
         evidence comes through it, as it does not through the maps inside of the outline: of them an answer hangs on 1 to
-        9 %, and a map of what lies there would look right whatever the network goes by."""
-        return self.backbone[self.stages[max(s for s in self.stages if s <= stride)]]
+        9 %, and a map of what lies there would look right whatever the network goes by.
+
+        positive: where that map has both signs, as at the end of MobileNetV2's stages, the activation that the next layer
+        begins with, which all of it goes through: of what is below 0 a channel's weight does not tell what it is for."""
+        number, signed = self.stages[max(s for s in self.stages if s <= stride)]
+        after = self.backbone[number + 1 : number + 2] if positive and signed else nn.Sequential()
+        activations = (m for m in after.modules() if isinstance(m, (nn.ReLU, nn.ReLU6, nn.SiLU)))
+        return next(activations, self.backbone[number])
 
     def see(self, images, meta=None):
         """The penultimate embedding (N, width): pooled features, and the metadata branch where there is one; and, of a
@@ -325,9 +334,10 @@ class Answer(NamedTuple):
     embeddings: list | None = None  # [(V, N, D)] of each member, of the first scale, where they are asked for
 
 
-# Pixels a cell of the maps that are looked at: the deepest have 4 x 4 cells at 128 pixels, larger than most lesions. What
-# weighs each place by itself may look at finer ones, as Layer-CAM's authors do.
-CAM_STRIDES = {"gradcam": 16, "gradcam++": 16, "layercam": 8}
+# Pixels a cell of the maps that are looked at, and whether they must be positive, see CNet.layer_of: the deepest have 4 x 4
+# cells at 128 pixels, larger than most lesions. What weighs each place by itself may look at finer ones, as Layer-CAM's
+# authors do, and at either sign.
+CAM_LAYERS = {"gradcam": (16, True), "gradcam++": (16, True), "layercam": (8, False)}
 
 
 class Ensemble(nn.Module):
@@ -445,7 +455,7 @@ class Ensemble(nn.Module):
             boxes = self.locate(images) if boxes is None else boxes
             target = self(images, boxes, meta).argmax(1) if target is None else target
         for member, vote in zip(self.members, (self.weights / self.weights.sum()).tolist(), strict=True):
-            layer = {"layer": member.layer_of(CAM_STRIDES[method])} if method in saliency.CAMS else {}
+            layer = {"layer": member.layer_of(*CAM_LAYERS[method])} if method in saliency.CAMS else {}
             regions = self.regions(member, boxes)
             x = crop(images, regions, self.info["size"])
             own = function(WithPatients(member, meta), x, target, **layer, **options)

@@ -29,7 +29,7 @@ from models import choose_device
 from options import claim, load_images, parse, prepare_folder, run_main, stop, train_parser
 from readers import InputError
 from report import clean, describe_model
-from train import check_split, locate, predict, prepare, run_jobs, train_model
+from train import check_attend, check_split, locate, predict, prepare, run_jobs, train_model
 
 HALVING = 3
 # fmt: off
@@ -205,6 +205,7 @@ def main(argv=None):
     rows, part = search_folds(images, args)
     for fold in range(args.search_folds):
         check_split(images, rows[part == fold], f"search's fold {fold + 1}")
+    check_attend(images, rows, argparse.Namespace(attend=max(ranges.get("attend", [0.0]))))
     folder, start = prepare_folder(args, images, "search-"), time.time()
     print(f"run folder: {folder}")
     try:

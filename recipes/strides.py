@@ -18,6 +18,7 @@ from report import held_out
 
 STAGE = models.CNet.layer_of
 LAYERS = {f"backbone, stride {s}": lambda net, s=s: STAGE(net, s) for s in (8, 16, 32)}
+LAYERS |= {f"the same after the next layer's ReLU, stride {s}": lambda net, s=s: STAGE(net, s, True) for s in (8, 16)}
 LAYERS |= {f"in the outline, stride {4 * 4**k}": lambda net, k=k: net.dnet.smooth[2 * k] for k in (0, 1)}
 
 
@@ -41,7 +42,7 @@ def main(run, data, most, cache="runs/cache"):
             print(f"fold {fold}, {member.config['roi']}: deepest map, outline at stride 4, at 16: {told}")
     pairs = draw_rows(lesion_images(images, pairs), int(most))
     for name, layer in LAYERS.items():
-        models.CNet.layer_of = lambda net, stride, layer=layer: layer(net)
+        models.CNet.layer_of = lambda net, *where, layer=layer: layer(net)
         print(f"\n{name}")
         print_table(*evaluate(images, pairs, ["gradcam", "layercam"], log=lambda _: None))
 
