@@ -91,6 +91,22 @@ class Found(NamedTuple):
         weights = weights / weights.sum(1, keepdim=True).clamp(min=1e-12)
         return (self.cells.flatten(2) * weights[:, None]).sum(2).clamp(0, 1)
 
+    def refined(self, near, regions):
+        """The same on a map twice as fine, with what a closer look at regions (N, 4) saw there: `near`, Found in the
+        coordinates of the regions. How sure it is that there is a lesion stays what the whole picture says."""
+        h, w = (2 * side for side in self.outlines.shape[-2:])
+        start, extent = regions[:, :2, None, None], (regions[:, 2:] - regions[:, :2])[:, :, None, None]
+        cells = near.cells * extent.repeat(1, 2, 1, 1) + start.repeat(1, 2, 1, 1)
+        x, y = cell_centres(h, w, regions.device)
+        places = torch.stack([x.expand(h, w), y.expand(h, w)])
+        places = 2 * (places - start) / extent - 1  # (N, 2, h, w), in [-1, 1] inside of the region
+        inside = (places.abs() <= 1).all(1, keepdim=True)
+        fine = torch.cat([near.outlines[:, None], cells], 1)
+        fine = F.grid_sample(fine, places.permute(0, 2, 3, 1), padding_mode="border", align_corners=False)
+        coarse = torch.cat([self.outlines[:, None], self.cells], 1)
+        both = torch.where(inside, fine, F.interpolate(coarse, size=(h, w), mode="bilinear"))
+        return Found(both[:, 0], both[:, 1:], self.scores())
+
     def at(self, i):
         """Of image i alone."""
         return Found(self.outlines[i, None], self.cells[i, None], self.scores()[i, None])
@@ -405,26 +421,29 @@ class Ensemble(nn.Module):
 
     def look(self, images, boxes=None, meta=None, views=None, scales=(1.0,), keep=False):
         """Answer of images (N, C, L, L). boxes (N, 4): what crops are made around; None: what is found. Members that see
-        the whole come first: those that hold a D-Net find the lesion in the pass that names it. keep: the embeddings too."""
+        the whole come first: those that hold a D-Net find the lesion in the pass that names it, and those that look closer
+        then draw it finer. keep: the embeddings too."""
         views, n, size = views or self.info["views"], len(images), self.info["size"]
         take = crop if views == 1 else functools.partial(tta_views, views=views)
         meta = None if meta is None else meta.repeat(views, 1)
-        found = [dnet.find(crop(images, None, size)) for dnet in self.dnets]
+        found, near, around = [dnet.find(crop(images, None, size)) for dnet in self.dnets], [], boxes
         first = 1.0 if 1.0 in scales else scales[0]  # of the picture as it was trained on, where it is looked at so
         opinions, traits, kept = [[] for _ in self.members], [None] * len(self.members), [None] * len(self.members)
         for i, member in sorted(enumerate(self.members), key=lambda pair: pair[1].config["roi"] != "none"):
-            if member.config["roi"] != "none" and boxes is None and found:
-                boxes = average(found).boxes()
-            regions = self.regions(member, boxes)
+            if member.config["roi"] != "none" and around is None and found:
+                around = average(found).boxes()
+            regions = self.regions(member, around)
             for scale in scales:
                 embeddings, own = member.see(take(images, regions, round(size * scale)), meta)
                 opinions[i].append(to_probabilities(member.classify(embeddings)).unflatten(0, (views, n)))
                 if scale == first:  # an embedding's length tells of the contrast, not of the kind
                     traits[i] = F.normalize(embeddings[:n].float(), dim=1)
                     kept[i] = embeddings.float().unflatten(0, (views, n)).cpu() if keep else None
-                if own and regions is None and scale == first:
-                    found.append(Found(own[0][:n].sigmoid(), own[1][:n]))  # by the first view, the picture as it is
+                if own and scale == first and member.config["roi"] != "mask":  # which was shown where the lesion is
+                    seen = Found(own[0][:n].sigmoid(), own[1][:n])  # by the first view, the picture as it is
+                    (found if regions is None else near).append(seen)
         found = average(found) if found else None
+        found = found.refined(average(near), crop_regions(around, self.info["margin"])) if found and near else found
         boxes = found.boxes() if boxes is None and found else boxes
         opinions = [torch.cat(o) for o in opinions]
         traits = [t.cpu().double() for t in (*traits, texture(crop(images, None, size)))]

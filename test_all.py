@@ -3050,8 +3050,11 @@ def test_one_pass_of_a_shared_trunk_finds_and_names(monkeypatch, tmp_path):
     monkeypatch.setattr(models, "standardise", lambda *a, real=models.standardise: passes.append(len(a[0])) or real(*a))
     answer = model.look(x)
     assert passes == [15, 15]  # each member once, all views in one batch
-    close(answer.boxes, model.locate(x))
-    crops = augment.tta_views(x, augment.crop_regions(answer.boxes, 0.25), 32, 3)
+    regions = augment.crop_regions(model.locate(x), 0.25)
+    crops = augment.tta_views(x, regions, 32, 3)
+    near = model.members[1].dnet.find(crops[:5])  # by the first view, the crop as it is
+    close(answer.boxes, model.members[0].dnet.find(augment.crop(x, None, 32)).refined(near, regions).boxes())
+    close(answer.found.scores(), model.members[0].dnet.find(augment.crop(x, None, 32)).scores())
     close(answer.opinions[1].flatten(0, 1), models.to_probabilities(model.members[1](crops)))
     net, small = model.members[0], augment.crop(x, None, 32)
     maps, merged = net.dnet.pyramid(small)
@@ -3064,6 +3067,37 @@ def test_one_pass_of_a_shared_trunk_finds_and_names(monkeypatch, tmp_path):
     assert torch.equal(again(x), model(x))
     assert again.tells_outlines
     assert not again.needs_boxes
+
+
+def test_a_closer_look_draws_the_lesion_finer():
+    """Against planes, which bilinear interpolation keeps: what the crop says of (u, v) is told where (u, v) lies."""
+    regions = torch.tensor([[0.25, 0.125, 0.75, 0.625], [-0.25, 0.5, 0.25, 1.0]])  # the second reaches over the edge
+    v, u = torch.meshgrid(*[(torch.arange(16) + 0.5) / 16] * 2, indexing="ij")
+    near = models.Found((0.5 + 0.3 * u - 0.2 * v).expand(2, 16, 16), torch.tensor([0.25, 0.25, 0.75, 1.0]).view(1, 4, 1, 1).expand(2, 4, 16, 16))  # fmt: skip
+    whole = models.Found(torch.full((2, 16, 16), 0.1), torch.rand(2, 4, 16, 16, generator=seeded()))
+    found = whole.refined(near, regions)
+    assert found.outlines.shape == (2, 32, 32)
+    assert torch.equal(found.scores(), whole.scores())
+    for n, (left, top, right, bottom) in enumerate(regions.tolist()):
+        for row, column in itertools.product(range(32), range(32)):
+            x, y = (column + 0.5) / 32, (row + 0.5) / 32
+            if not (left <= x <= right and top <= y <= bottom):
+                assert found.outlines[n, row, column] == pytest.approx(0.1)
+                continue
+            u, v = ((a - low) / (high - low) for a, low, high in ((x, left, right), (y, top, bottom)))
+            u, v = (min(max(a, 0.5 / 16), 1 - 0.5 / 16) for a in (u, v))
+            assert found.outlines[n, row, column] == pytest.approx(0.5 + 0.3 * u - 0.2 * v, abs=1e-5)
+            box = [left + 0.25 * (right - left), top + 0.25 * (bottom - top), left + 0.75 * (right - left), bottom]
+            assert found.cells[n, :, row, column].tolist() == pytest.approx(box, abs=1e-5)
+    close(found.boxes()[0], torch.tensor([0.375, 0.25, 0.625, 0.625]))
+
+
+def test_who_was_shown_the_lesion_does_not_draw_it():
+    """Crops around true boxes (--roi mask) know where the lesion is: what they find must not be judged as found."""
+    model, x = shared_model(), torch.rand(3, 1, 64, 64, generator=seeded())
+    model.members[1].config["roi"] = "mask"
+    boxes = torch.tensor([[0.2, 0.2, 0.4, 0.4]] * 3)
+    close(model.look(x, boxes).found.boxes(), model.locate(x))
 
 
 def test_an_older_files_detector_votes_as_it_did(tmp_path):
@@ -3448,7 +3482,8 @@ def test_an_outline_is_told_in_numbers_and_drawn_in_the_pictures_own_pixels(tmp_
     star = disc & ~((np.abs(y - 30) > 4) & (np.abs(x - 60) > 4))
     assert answers.describe_outline(star, (120, 60))["irregularity"] > 0.4
     assert answers.describe_outline(np.zeros((5, 5), bool), (5, 5)) is None
-    model = shared_model()
+    both = shared_model()
+    model = models.Ensemble([both.members[0]], **both.info).eval()  # of one that sees the whole: no closer look
     outlines = torch.full((1, 16, 16), 0.01)
     outlines[0, 6:10, 2:6] = 0.9
     found = models.Found(outlines, torch.tensor([0.125, 0.375, 0.375, 0.625])[None, :, None, None].expand(1, 4, 16, 16))
