@@ -7667,7 +7667,9 @@ def test_a_folder_that_changed_is_not_taken_for_the_old_one(tmp_path, folders): 
     assert config["images"] != quiet_load(own, 32).fingerprint()
     (own / "benign" / "benign (0).png").unlink()
     mask = own / "benign" / "benign (3)_mask.png"
-    Image.open(mask).transpose(Image.Transpose.FLIP_LEFT_RIGHT).save(mask)  # the same pictures, and another lesion in one
+    Image.open(mask).transpose(Image.Transpose.FLIP_LEFT_RIGHT).save(
+        mask
+    )  # the same pictures, and another lesion in one
     assert "boxes or masks" in error_of(call(train, "--resume", folder))
     teacher = ["--teacher", folder, "--folds", "2", "--nets", "cnet", "--data", folders, *TINY, "--runs", tmp_path]
     said = error_of(call(train, *teacher, "--teacher", folder / "model.pt"))

@@ -1,8 +1,8 @@
 """BUSI and BUS-BRA as one set, five folds that split no patient and no near-duplicates: what does each learn from the other?
 
-    python recipes/both.py data/BUSI data/BUSBRA/bus_data.csv both.csv        writes the table of both
-    python train.py @recipes/busi.args --data both.csv --epochs 15 --name both
-    python recipes/both.py runs/both        the figures by hospital, each fold judged at the thresholds of the others"""
+python recipes/both.py data/BUSI data/BUSBRA/bus_data.csv both.csv        writes the table of both
+python train.py @recipes/busi.args --data both.csv --epochs 15 --name both
+python recipes/both.py runs/both        the figures by hospital, each fold judged at the thresholds of the others"""
 
 import csv
 import sys
@@ -23,7 +23,9 @@ from report import args_of, pooled, read_result
 
 def write_table(busi, busbra, path):
     entries = find_entries(busi, {}, Path()) + find_entries(busbra, BUSBRA, Path())
-    rows = [(Path(e.image).resolve(), e.label, e.group, ";".join(str(Path(m).resolve()) for m in e.masks)) for e in entries]
+    rows = [
+        (Path(e.image).resolve(), e.label, e.group, ";".join(str(Path(m).resolve()) for m in e.masks)) for e in entries
+    ]
     with open(path, "w", newline="") as file:
         csv.writer(file).writerows([("image", "label", "group", "mask"), *rows])
     print(f"{path}: {len(rows)} images")

@@ -65,7 +65,9 @@ def main(breastmnist, busi, out):
     met = set(pairs[asked[pairs].any(1)].flatten().tolist())
     rest = [e for k, e in enumerate(entries) if k not in met]
     write(out / "busi.csv", [(Path(e.image).resolve(), e.label, "", ";".join(str(Path(m).resolve()) for m in e.masks)) for e in rest])  # fmt: skip
-    print(f"{sum(s is not None for s in source)} of {len(images)} images have a mask; busi.csv: {len(rest)} of {len(entries)}")
+    print(
+        f"{sum(s is not None for s in source)} of {len(images)} images have a mask; busi.csv: {len(rest)} of {len(entries)}"
+    )
 
 
 def write(path, rows):

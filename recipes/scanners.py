@@ -113,7 +113,10 @@ def main(weights, home, elsewhere, seed, *trials, cache="runs/cache"):
         for place, (p, iou, labels, groups) in found.items():
             before = first[place]
             m = metrics.change_with_intervals((before[0], 0.5, before[1]), (p, 0.5, iou), labels, groups)
-            told += ["{} {} {after:.3f}, {value:+.3f} [{low:+.3f}, {high:+.3f}]".format(place, k, **m[k]) for k in ("auc", "iou")]
+            told += [
+                "{} {} {after:.3f}, {value:+.3f} [{low:+.3f}, {high:+.3f}]".format(place, k, **m[k])
+                for k in ("auc", "iou")
+            ]
         print(f"== {name}, seed {seed}: {'; '.join(told)}; AUCs there alone {alone[0]:.3f}, {alone[1]:.3f}", flush=True)
 
 
