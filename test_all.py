@@ -3100,6 +3100,25 @@ def test_who_was_shown_the_lesion_does_not_draw_it():
     close(model.look(x, boxes).found.boxes(), model.locate(x))
 
 
+def test_every_page_shows_the_box_that_was_drawn_finer(tmp_path):
+    model, image = shared_model(), picture(60, 48, 3)
+    image.save(tmp_path / "a.png")
+    model.info["lesion_threshold"] = 0.0
+    models.save(tmp_path / "m.pt", model)
+    told = infer.BreastCancerDetector(tmp_path / "m.pt", "cpu").predict(tmp_path / "a.png")["box"]
+    assert report.explain_picture(model, image, "gradcam")[1] == pytest.approx(told, abs=0.06)
+    picture(60, 48, 4).save(tmp_path / "b.png")
+    (tmp_path / "t.csv").write_text("image,label\na.png,benign\nb.png,malignant\n")
+    images, rows = quiet_load(tmp_path / "t.csv", 64), torch.arange(2)
+    coarse, fine = model.locate(images.pixels), model.look(images.pixels).boxes
+    assert (coarse - fine).abs().max() > 0.01
+    guesses, found = person.read_guesses(model, images, rows, coarse)
+    close(found, fine)
+    assert [float(v) for v in guesses[0][2].split()] == pytest.approx(told, abs=0.51)
+    images.boxes = fine
+    assert al_loop.assess(model, images, rows, coarse)["iou"] == pytest.approx(1, abs=1e-4)
+
+
 def test_an_older_files_detector_votes_as_it_did(tmp_path):
     """Version 1: the box is the mean of all cells' under the softmax of their votes."""
     torch.manual_seed(0)
