@@ -1,4 +1,5 @@
-"""BUSI and BUS-BRA as one set, five folds that split no patient and no near-duplicates: what does each learn from the other?
+"""BUSI and BUS-BRA as one set, five folds that split no patient and no near-duplicates: what does each learn from the
+other?
 
     python recipes/both.py data/BUSI data/BUSBRA/bus_data.csv both.csv        writes the table of both
     python train.py @recipes/busi.args --data both.csv --epochs 15 --name both
@@ -12,7 +13,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from scanners import BUSBRA
+from ridge import BUSBRA
 
 import metrics
 from judge import cross_fit
@@ -23,7 +24,9 @@ from report import args_of, pooled, read_result
 
 def write_table(busi, busbra, path):
     entries = find_entries(busi, {}, Path()) + find_entries(busbra, BUSBRA, Path())
-    rows = [(Path(e.image).resolve(), e.label, e.group, ";".join(str(Path(m).resolve()) for m in e.masks)) for e in entries]
+    rows = [
+        (Path(e.image).resolve(), e.label, e.group, ";".join(str(Path(m).resolve()) for m in e.masks)) for e in entries
+    ]
     with open(path, "w", newline="") as file:
         csv.writer(file).writerows([("image", "label", "group", "mask"), *rows])
     print(f"{path}: {len(rows)} images")

@@ -1,10 +1,10 @@
-"""How far do three numbers of the outline (area, width over height, irregularity: answers.describe_outline) tell malignant from
-benign in a hospital that nothing was learnt from: read off as a doctor drew it, and as the network did?
+"""How far do three numbers of the outline (area, width over height, irregularity: answers.describe_outline) tell malignant
+from benign in a hospital that nothing was learnt from: read off as a doctor drew it, and as the network did?
 
     python recipes/outlines.py runs/busi data/BUSI data/BUSBRA/bus_data.csv      four minutes of a core
 
-A logistic regression on BUSI's lesions, at home over the run's own folds; the network's outlines are of images that it had
-not learnt from, and of a picture's one view."""
+A logistic regression on BUSI's lesions, at home over the run's own folds; the network's outlines are of images that it
+had not learnt from, and of a picture's one view."""
 
 import sys
 from pathlib import Path
@@ -13,7 +13,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from scanners import BUSBRA
+from ridge import BUSBRA
 
 import heads
 import metrics
@@ -25,7 +25,7 @@ from report import held_out
 
 
 def numbers(masks):
-    """(N, 3) of masks [(S, S) bool]; NaN where there is no outline."""
+    """Their logarithms (N, 3), of masks [(S, S) bool]; NaN where there is no outline."""
     told = [describe_outline(mask, mask.shape) for mask in masks]
     values = [list(t.values()) if t else [torch.nan] * 3 for t in told]
     return (torch.tensor(values, dtype=torch.double) + torch.tensor([0, 0, 0.01])).log()
@@ -56,9 +56,10 @@ def main(run, home, elsewhere, cache="runs/cache"):
         "the network's outline": network,
         "the network's answer and its outline": [torch.cat(pair, 1) for pair in zip(logits, network, strict=True)],
     }.items():
-        x, y, labels = x[lesion].nan_to_num(0.0), y.nan_to_num(0.0), images.labels[lesion]
+        x, labels, part = x[lesion], images.labels[lesion], fold[lesion]
+        x, y = (torch.where(v.isfinite(), v, x.nanmean(0)) for v in (x, y))  # no outline: as an average one
         spread, mean = torch.std_mean(x, 0)
-        x, y, own, part = (x - mean) / spread, (y - mean) / spread, torch.zeros(len(x), 2, dtype=torch.double), fold[lesion]
+        x, y, own = (x - mean) / spread, (y - mean) / spread, torch.zeros(len(x), 2, dtype=torch.double)
         for k in part.unique().tolist():
             own[part == k] = heads.probabilities(x[part == k], heads.fit(x[part != k], labels[part != k]))
         both = {"home": (own, labels, images.groups[lesion])}
