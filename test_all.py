@@ -4196,7 +4196,7 @@ def test_the_map_of_every_backbone_is_that_of_its_features_slow(backbone):
             changed = [net(x), net(x.flip(3) * 0.5)]
         hook.remove()
         assert torch.equal(*changed)
-    # and a channel is evidence or not: there is none below 0, where a later layer rectifies (ConvNeXt has none that does)
+    # and a channel is evidence or not: none is below 0, where the next layer rectifies (no layer of ConvNeXt does)
     lowest = []
     hook = layer.register_forward_hook(lambda module, _, output: lowest.append(float(output.detach().min())))
     net.embed(x)
@@ -7686,7 +7686,8 @@ def test_a_folder_that_changed_is_not_taken_for_the_old_one(tmp_path, folders): 
     assert config["images"] != quiet_load(own, 32).fingerprint()
     (own / "benign" / "benign (0).png").unlink()
     mask = own / "benign" / "benign (3)_mask.png"
-    Image.open(mask).transpose(Image.Transpose.FLIP_LEFT_RIGHT).save(mask)  # the same pictures, and another lesion in one
+    other = Image.open(mask).transpose(Image.Transpose.FLIP_LEFT_RIGHT)  # the same pictures, another lesion in one
+    other.save(mask)
     assert "boxes or masks" in error_of(call(train, "--resume", folder))
     teacher = ["--teacher", folder, "--folds", "2", "--nets", "cnet", "--data", folders, *TINY, "--runs", tmp_path]
     said = error_of(call(train, *teacher, "--teacher", folder / "model.pt"))
