@@ -255,8 +255,8 @@ class CNet(nn.Module):
 
     @functools.cached_property
     def stages(self):
-        """{pixels a cell: (number of the backbone's last layer at that resolution, whether its map has both signs)}, by a
-        look."""
+        """{pixels a cell: (number of the backbone's last layer at that resolution, whether its map has both signs)}, by
+        a look."""
         shape, strides = (1, self.config["channels"], 128, 128), {}
         x = torch.rand(shape, generator=torch.Generator().manual_seed(0)).to(self.head.weight)
         with saliency.evaluating(self.backbone):
@@ -268,11 +268,11 @@ class CNet(nn.Module):
 
     def layer_of(self, stride, positive=False):
         """The backbone's last layer with that many pixels a cell, or the next fewer: what Grad-CAM and its kin look at. All
-        evidence comes through it, as it does not through the maps inside of the outline: of them an answer hangs on 1 to
-        9 %, and a map of what lies there would look right whatever the network goes by.
+        evidence comes through it, but for what a shared trunk's head sees inside of the outline: on that an answer hangs
+        to 1 to 9 %, and a map of what lies there would look right whatever the network goes by.
 
-        positive: where that map has both signs, as at the end of MobileNetV2's stages, the activation that the next layer
-        begins with, which all of it goes through: of what is below 0 a channel's weight does not tell what it is for."""
+        positive: where that map has both signs, as at the end of MobileNetV2's stages, the activation that the next
+        layer begins with, if it has one: of what is below 0 a channel's weight does not tell what it is for."""
         number, signed = self.stages[max(s for s in self.stages if s <= stride)]
         after = self.backbone[number + 1 : number + 2] if positive and signed else nn.Sequential()
         activations = (m for m in after.modules() if isinstance(m, (nn.ReLU, nn.ReLU6, nn.SiLU)))
@@ -350,9 +350,9 @@ class Answer(NamedTuple):
     embeddings: list | None = None  # [(V, N, D)] of each member, of the first scale, where they are asked for
 
 
-# Pixels a cell of the maps that are looked at, and whether they must be positive, see CNet.layer_of: the deepest have 4 x 4
-# cells at 128 pixels, larger than most lesions. What weighs each place by itself may look at finer ones, as Layer-CAM's
-# authors do, and at either sign.
+# Pixels a cell of the maps that are looked at, and whether they are to be positive, see CNet.layer_of: the deepest have
+# 4 x 4 cells at 128 pixels, larger than most lesions. What weighs each place by itself may look at finer ones, as
+# Layer-CAM's authors do, and at either sign.
 CAM_LAYERS = {"gradcam": (16, True), "gradcam++": (16, True), "layercam": (8, False)}
 
 
@@ -393,7 +393,8 @@ class Ensemble(nn.Module):
         return any(not isinstance(dnet, VotingDNet) for dnet in self.finders)
 
     def locate(self, images, known=None):
-        """The lesions' boxes (N, 4) in [0, 1] by D-Net; without one those that are `known`, if they are needed, or None."""
+        """The lesions' boxes (N, 4) in [0, 1] by D-Net, as crops are made around them: `look` draws them finer. Without
+        a D-Net those that are `known`, if they are needed, or None."""
         if not self.finders:
             return known if self.needs_boxes else None
         x = crop(images, None, self.info["size"])
@@ -421,8 +422,8 @@ class Ensemble(nn.Module):
 
     def look(self, images, boxes=None, meta=None, views=None, scales=(1.0,), keep=False):
         """Answer of images (N, C, L, L). boxes (N, 4): what crops are made around; None: what is found. Members that see
-        the whole come first: those that hold a D-Net find the lesion in the pass that names it, and those that look closer
-        then draw it finer. keep: the embeddings too."""
+        the whole come first: those that hold a D-Net find the lesion in the pass that names it, and those on crops that
+        hold one then draw it finer. keep: the embeddings too."""
         views, n, size = views or self.info["views"], len(images), self.info["size"]
         take = crop if views == 1 else functools.partial(tta_views, views=views)
         meta = None if meta is None else meta.repeat(views, 1)

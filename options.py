@@ -301,8 +301,8 @@ def images_elsewhere(info, args, option):
 
 
 def began_with(folder, images, drawn=False):
-    """Whether a run began with these images, labels, groups and splits, with `drawn` also with these boxes and masks; True
-    where it is too old to have noted them."""
+    """Whether a run began with these images, labels, groups and splits, with `drawn` also with these boxes and masks;
+    True where it is too old to have noted them."""
     config = Path(folder) / "config.json"
     noted = json.loads(config.read_text()) if config.is_file() else {}
     same = noted.get("images") in (None, images.fingerprint())

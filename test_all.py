@@ -3100,6 +3100,25 @@ def test_who_was_shown_the_lesion_does_not_draw_it():
     close(model.look(x, boxes).found.boxes(), model.locate(x))
 
 
+def test_every_page_shows_the_box_that_was_drawn_finer(tmp_path):
+    model, image = shared_model(), picture(60, 48, 3)
+    image.save(tmp_path / "a.png")
+    model.info["lesion_threshold"] = 0.0
+    models.save(tmp_path / "m.pt", model)
+    told = infer.BreastCancerDetector(tmp_path / "m.pt", "cpu").predict(tmp_path / "a.png")["box"]
+    assert report.explain_picture(model, image, "gradcam")[1] == pytest.approx(told, abs=0.06)
+    picture(60, 48, 4).save(tmp_path / "b.png")
+    (tmp_path / "t.csv").write_text("image,label\na.png,benign\nb.png,malignant\n")
+    images, rows = quiet_load(tmp_path / "t.csv", 64), torch.arange(2)
+    coarse, fine = model.locate(images.pixels), model.look(images.pixels).boxes
+    assert (coarse - fine).abs().max() > 0.01
+    guesses, found = person.read_guesses(model, images, rows, coarse)
+    close(found, fine)
+    assert [float(v) for v in guesses[0][2].split()] == pytest.approx(told, abs=0.51)
+    images.boxes = fine
+    assert al_loop.assess(model, images, rows, coarse)["iou"] == pytest.approx(1, abs=1e-4)
+
+
 def test_an_older_files_detector_votes_as_it_did(tmp_path):
     """Version 1: the box is the mean of all cells' under the softmax of their votes."""
     torch.manual_seed(0)
@@ -4177,7 +4196,7 @@ def test_the_map_of_every_backbone_is_that_of_its_features_slow(backbone):
             changed = [net(x), net(x.flip(3) * 0.5)]
         hook.remove()
         assert torch.equal(*changed)
-    # and a channel is evidence or not: there is none below 0, where a later layer rectifies (ConvNeXt has none that does)
+    # and a channel is evidence or not: none is below 0, where the next layer rectifies (no layer of ConvNeXt does)
     lowest = []
     hook = layer.register_forward_hook(lambda module, _, output: lowest.append(float(output.detach().min())))
     net.embed(x)
@@ -5420,8 +5439,8 @@ def test_a_file_answers_like_the_model_whatever_the_batch(exported):
     for rows in (torch.arange(9), torch.tensor([3]), torch.tensor([8, 0, 3, 3, 1, 4, 7])):
         found = answers_of(content, images=pixels[rows], patients=patients[rows])
         assert list(found) == list(wanted)
-        for name, value in wanted.items():
-            close(found[name], value[rows].double(), 1e-4 * max(1.0, float(value.abs().max())))
+        for name, value in wanted.items():  # of this lively network a crop moved by 1e-6 changes the outline by 2e-4
+            close(found[name], value[rows].double(), (2e-3 if name in ("box", "outline") else 1e-4) * max(1.0, float(value.abs().max())))  # fmt: skip
 
 
 @needs_onnx
@@ -7667,9 +7686,8 @@ def test_a_folder_that_changed_is_not_taken_for_the_old_one(tmp_path, folders): 
     assert config["images"] != quiet_load(own, 32).fingerprint()
     (own / "benign" / "benign (0).png").unlink()
     mask = own / "benign" / "benign (3)_mask.png"
-    Image.open(mask).transpose(Image.Transpose.FLIP_LEFT_RIGHT).save(
-        mask
-    )  # the same pictures, and another lesion in one
+    other = Image.open(mask).transpose(Image.Transpose.FLIP_LEFT_RIGHT)  # the same pictures, another lesion in one
+    other.save(mask)
     assert "boxes or masks" in error_of(call(train, "--resume", folder))
     teacher = ["--teacher", folder, "--folds", "2", "--nets", "cnet", "--data", folders, *TINY, "--runs", tmp_path]
     said = error_of(call(train, *teacher, "--teacher", folder / "model.pt"))

@@ -1,4 +1,5 @@
-"""BUSI and BUS-BRA as one set, five folds that split no patient and no near-duplicates: what does each learn from the other?
+"""BUSI and BUS-BRA as one set, five folds that split no patient and no near-duplicates: what does each learn from the
+other?
 
 python recipes/both.py data/BUSI data/BUSBRA/bus_data.csv both.csv        writes the table of both
 python train.py @recipes/busi.args --data both.csv --epochs 15 --name both
@@ -12,7 +13,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from scanners import BUSBRA
+from ridge import BUSBRA
 
 import metrics
 from judge import cross_fit

@@ -1,11 +1,12 @@
-"""BreastMNIST with the outlines that it was published without. It is BUSI, cut to the central square and shrunk to 28 pixels, so
-BUSI's masks fit it; and a network that learnt from BUSI has learnt its test images.
+"""BreastMNIST with the outlines that it was published without. It is BUSI, cut to the central square and shrunk to 28
+pixels, so BUSI's masks fit it; and a network that learnt from BUSI has learnt its test images.
 
     python recipes/breastmnist.py data/breastmnist.npz data/BUSI breastmnist28        half a minute
     python train.py @recipes/breastmnist.args --data breastmnist28/breastmnist.csv
 
-Writes a table of BreastMNIST's images in their official split, with a mask where the BUSI folder has the picture; and
-busi.csv, the rest of BUSI: what neither is, nor looks like, a validation or test image of BreastMNIST."""
+--data breastmnist downloads the file. Writes a table of its images in their official split, with a mask where the BUSI
+folder has the picture; and busi.csv, the rest of BUSI: what neither is, nor looks like, a validation or test image of
+BreastMNIST."""
 
 import csv
 import sys
@@ -65,9 +66,8 @@ def main(breastmnist, busi, out):
     met = set(pairs[asked[pairs].any(1)].flatten().tolist())
     rest = [e for k, e in enumerate(entries) if k not in met]
     write(out / "busi.csv", [(Path(e.image).resolve(), e.label, "", ";".join(str(Path(m).resolve()) for m in e.masks)) for e in rest])  # fmt: skip
-    print(
-        f"{sum(s is not None for s in source)} of {len(images)} images have a mask; busi.csv: {len(rest)} of {len(entries)}"
-    )
+    masked = sum(s is not None for s in source)
+    print(f"{masked} of {len(images)} images have a mask; busi.csv: {len(rest)} of {len(entries)}")
 
 
 def write(path, rows):

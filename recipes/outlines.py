@@ -14,7 +14,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from scanners import BUSBRA
+from ridge import BUSBRA
 
 import heads
 import metrics
@@ -26,7 +26,7 @@ from report import held_out
 
 
 def numbers(masks):
-    """(N, 3) of masks [(S, S) bool]; NaN where there is no outline."""
+    """Logarithms (N, 3) of masks [(S, S) bool]; NaN where there is no outline."""
     told = [describe_outline(mask, mask.shape) for mask in masks]
     values = [list(t.values()) if t else [torch.nan] * 3 for t in told]
     return (torch.tensor(values, dtype=torch.double) + torch.tensor([0, 0, 0.01])).log()

@@ -1,9 +1,11 @@
 """What makes answers travel to another hospital's scanners? Changes of BUSI's recipe, each against it in pairs.
 
-    python recipes/scanners.py WEIGHTS data/BUSI data/BUSBRA/bus_data.csv 0 recipe mixstyle amplitudes     a seed, what to try
+    python recipes/scanners.py imagenet data/BUSI data/BUSBRA/bus_data.csv 0 recipe mixstyle amplitudes
 
-Two halves of BUSI by groups (--folds 2), each learnt by one network that sees the whole picture; both together then look at
-BUS-BRA, which nothing learns from. One view of a picture. Ten minutes of a core each; a run that is there is not made again."""
+The weights to start from, as --weights takes them, two data sets, a seed, and what to try, of TRIALS: each is compared with
+the first. Two halves of BUSI by groups (--folds 2), each learnt by one network that sees the whole picture; both together
+then look at BUS-BRA, which nothing learns from. One view of a picture. Ten minutes of a core each; a run that is there is
+not made again."""
 
 import contextlib
 import sys
@@ -15,6 +17,8 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from ridge import BUSBRA
+
 import metrics
 import models
 import train
@@ -23,12 +27,11 @@ from data import load
 from judge import look_at
 from report import held_out
 
-BUSBRA = {"image": "ID", "label": "Pathology", "group": "Case", "mask": "Mask", "box": ["BBOX"]}
 RECIPE = "--positive malignant --model mobilenet_v2 --size 128 --epochs 40 --batch 16 --lr 5e-4 --ema 0.99 --dropout 0.3 --folds 2"
 
 
 def mixed_pyramid(features, x):
-    """feature_pyramid that, in every second step of training, gives each picture's maps of stride 4 and 8 the means and
+    """feature_pyramid that, in half of the steps of training, gives each picture's maps of stride 4 and 8 the means and
     spreads of a mixture with another picture's (MixStyle, Zhou et al. 2021; its alpha)."""
     if not features.training or torch.rand(()) < 0.5:
         return feature_pyramid(features, x)
@@ -46,8 +49,8 @@ def mix_style(x):
 
 
 def mixed_amplitudes(*args, augment=train.augment):
-    """augment, then half of the pictures take over up to all of another one's spectrum of amplitudes, and keep their own
-    phase (Xu et al., A Fourier-based framework for domain generalization, 2021)."""
+    """augment, then half of the pictures take over up to all of another one's spectrum of amplitudes, and keep their
+    own phase (Xu et al., A Fourier-based framework for domain generalization, 2021)."""
     x, *rest = augment(*args)
     spectrum, other = torch.fft.rfft2(x), torch.randperm(len(x))
     share = torch.rand(len(x), 1, 1, 1) * (torch.rand(len(x), 1, 1, 1) < 0.5)
