@@ -85,10 +85,11 @@ def self_teacher(before, known, rows, args):
 
 def assess(model, images, test, look):
     """{"auc"} of C-Net, and {"iou", "iou_at_50"} where there is a D-Net, on the test images."""
-    answers = model.combine(predict(model, images, test, look))
+    said = look_at(model, images, test, look)
+    answers = model.combine(said.opinions.mean(1))
     result = {"auc": metrics.evaluate(answers, images.labels[test])["auc"]}
-    if model.finders:
-        iou = metrics.paired_iou(locate(model, images, test), images.boxes[test])
+    if said.found:
+        iou = metrics.paired_iou(models.finite(said.found.boxes()), images.boxes[test])
         result |= metrics.means(metrics.localisation(iou))
     return {name: float(value) for name, value in result.items()}
 

@@ -148,7 +148,9 @@ def read_pool(args, info):
 def write_sheet(out, images, picks, model, boxes, title):
     """to_label.csv, to be filled in, and to_label.png, the same images numbered. model: whose guess and box (of all
     images, or None) are shown; None: nobody's, for who labels is not to be led."""
-    guesses = [["", "", ""]] * len(picks) if model is None else read_guesses(model, images, picks, boxes)
+    guesses, found = [["", "", ""]] * len(picks), None
+    if model is not None:
+        guesses, found = read_guesses(model, images, picks, boxes)
     file, captions = io.StringIO(), []
     table = csv.writer(file, lineterminator="\n")
     table.writerow(HEADER)
@@ -157,7 +159,6 @@ def write_sheet(out, images, picks, model, boxes, title):
         table.writerow([number, str(path.resolve()), *guess, "", "", images.group_names[i]])
         captions.append(f"{number}: {path.name[-24:]}" + (f"\n{guess[0][:14]}?  p {guess[1]}" if model else ""))
     pixels = [images.pixels[i] for i in picks.tolist()]
-    found = None if model is None or boxes is None else boxes[picks].clone()
     if found is not None:
         found[[k for k, guess in enumerate(guesses) if not guess[2]]] = math.nan
     sheet = plots.contact_sheet(pixels, captions, found, title=title + ("" if found is None else " (D-Net's box)"))
@@ -167,22 +168,23 @@ def write_sheet(out, images, picks, model, boxes, title):
 
 def read_guesses(model, images, picks, boxes):
     """What the model thinks of these images, as words: [class, probability (of the positive class, of more than two of
-    the likeliest), box in the picture's pixels or ""] each."""
+    the likeliest), box in the picture's pixels or ""] each; and these boxes (N, 4) in [0, 1], or None."""
     info, guesses, said = model.info, [], judge.look_at(model, images, picks, boxes)
+    found = said.found.boxes() if said.found else None if boxes is None else boxes[picks].clone()
     probabilities = model.combine(said.opinions.mean(1))
-    sure = [boxes is not None] * len(picks)  # that there is a lesion at all
+    sure = [found is not None] * len(picks)  # that there is a lesion at all
     if said.found:
         sure = (said.found.scores() >= info["lesion_threshold"]).tolist()
     answers = metrics.decide(probabilities, info["threshold"])
-    for i, answer, p, lesion in zip(picks.tolist(), answers.tolist(), probabilities, sure, strict=True):
+    for k, (i, answer, p, lesion) in enumerate(zip(picks.tolist(), answers.tolist(), probabilities, sure, strict=True)):
         box, asked = "", 1 if len(p) == 2 else answer
         if lesion:
             picture = read_image(images.names[i], info["channels"])
             placement = letterbox(picture, info["load_size"])[1]
-            corners = original_box(boxes[i].tolist(), placement, info["load_size"], origin(picture))
+            corners = original_box(found[k].tolist(), placement, info["load_size"], origin(picture))
             box = " ".join(f"{v:.0f}" for v in corners)
         guesses.append([info["classes"][answer], f"{p[asked]:.3f}", box])
-    return guesses
+    return guesses, found
 
 
 def read_answers(path, classes, partial=False):

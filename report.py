@@ -405,13 +405,13 @@ def explain_steps(model, picture, method, target=None, meta=None):
     x = clahe(x) if info["equalise"] else x
     patient = encode_meta([meta or {}], None, info["meta_spec"])[0].to(x.device) if info["meta_spec"] else None
     with torch.no_grad():
-        boxes = model.locate(x)
-        p = finite(model(x, boxes, patient))[0].tolist()
+        boxes, said = model.locate(x), model.look(x, None, patient)
+        p = finite(model.combine(said.opinions.mean(1)))[0].tolist()
     if target is None:
         target = int(p[1] >= info["threshold"]) if len(p) == 2 else int(np.argmax(p))
     box = None
-    if boxes is not None:
-        box = original_box(boxes[0].tolist(), placement, info["load_size"], origin(picture))
+    if boxes is not None:  # as the answer has it: the members' crops are made around a coarser one
+        box = original_box(said.boxes[0].tolist(), placement, info["load_size"], origin(picture))
     (left, top, w, h), total = fit(picture.size, info["load_size"]), 0.0  # without the bars
     for part in model.member_maps(x, method, target, patient, boxes):
         total = heat = total + part
