@@ -107,7 +107,7 @@ class Found(NamedTuple):
         coarse = torch.cat([self.outlines[:, None], self.cells], 1)
         coarse = F.interpolate(coarse, size=(h, w), mode="bilinear")
         seen = (fine[:, 0] * inside).amax((1, 2)).clamp(min=1e-12)
-        raised = fine[:, 0] * (coarse[:, 0].amax((1, 2)) / seen).clamp(min=1)[:, None, None]
+        raised = fine[:, 0] * (self.outlines.amax((1, 2)) / seen).clamp(min=1)[:, None, None]
         outlines = torch.where(inside, raised, coarse[:, 0])
         return Found(outlines, torch.where(inside[:, None], fine[:, 1:], coarse[:, 1:]), self.scores())
 
