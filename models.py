@@ -105,7 +105,7 @@ class Found(NamedTuple):
         fine = torch.cat([near.outlines[:, None], cells], 1)
         fine = F.grid_sample(fine, places.permute(0, 2, 3, 1), padding_mode="border", align_corners=False)
         coarse = torch.cat([self.outlines[:, None], self.cells], 1)
-        coarse = F.interpolate(coarse, size=(h, w), mode="bilinear")
+        coarse = F.interpolate(coarse, size=(h, w), mode="nearest")  # a smoother one would take other lesions' tops off
         seen = (fine[:, 0] * inside).amax((1, 2)).clamp(min=1e-12)
         raised = fine[:, 0] * (self.outlines.amax((1, 2)) / seen).clamp(min=1)[:, None, None]
         outlines = torch.where(inside, raised, coarse[:, 0])

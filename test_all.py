@@ -3095,7 +3095,8 @@ def test_a_closer_look_draws_the_lesion_finer():
 def test_a_doubtful_closer_look_moves_the_lesion_nowhere_else():
     """Whatever the crop says: the likeliest lesion is where it was looked for, and the others are as likely as they were."""
     outlines, cells = torch.full((1, 16, 16), 0.02), torch.zeros(1, 4, 16, 16)
-    outlines[0, 2:6, 2:6], outlines[0, 10:14, 10:14], outlines[0, 2:6, 10:14] = 0.9, 0.6, 0.3
+    outlines[0, 2:6, 2:6], outlines[0, 10:14, 10:14], outlines[0, 2:6, 10:14] = 0.9, 0.4, 0.3
+    outlines[0, 12, 12] = 0.6  # a single cell: that it is drawn on a finer map does not lower it
     cells[0] = torch.tensor([0.625, 0.625, 0.875, 0.875])[:, None, None]
     cells[0, :, :8, :8] = torch.tensor([0.125, 0.125, 0.375, 0.375])[:, None, None]
     whole, regions = models.Found(outlines, cells), torch.tensor([[0.0, 0.0, 0.5, 0.5]])
