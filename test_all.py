@@ -3571,6 +3571,12 @@ def test_an_outline_is_told_in_numbers_and_drawn_in_the_pictures_own_pixels(tmp_
     )
     assert told["box"] == pytest.approx([15, 15, 45, 45], abs=0.2)  # what is found is drawn, however faint
     assert data.box_of(told["mask"]) == pytest.approx([15, 15, 45, 45], abs=5)
+    small = torch.full((1, 16, 16), 0.05)
+    small[0, 8, 4] = 0.52  # a cell, whose top is a half no more where it is drawn
+    about = {"placement": (64 / 120, 32 / 60, 0, 16), "origin": Origin((120, 60), (120, 60))}
+    told = infer.describe_lesions(found._replace(outlines=small), about, {"load_size": 64, "lesion_threshold": 0.3}, True)
+    assert told["outline"] is not None
+    assert data.box_of(told["mask"]) == pytest.approx([30, 30, 37.5, 37.5], abs=5)
     model.info["lesion_threshold"] = 0.95  # less sure than that: no lesion is said to be found
     models.save(tmp_path / "m.pt", model)
     answer = infer.BreastCancerDetector(tmp_path / "m.pt", "cpu").predict(tmp_path / "p.png", masks=True)
