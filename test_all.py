@@ -5471,7 +5471,9 @@ def test_a_file_answers_like_the_model_whatever_the_batch(exported):
         found = answers_of(content, images=pixels[rows], patients=patients[rows])
         assert list(found) == list(wanted)
         for name, value in wanted.items():
-            close(found[name], value[rows].double(), 1e-4 * max(1.0, float(value.abs().max())))
+            # a crop that lies 1e-6 elsewhere moves what this untrained network draws in it by 5e-4
+            atol = 2e-3 if name in ("box", "outline") else 1e-4
+            close(found[name], value[rows].double(), atol * max(1.0, float(value.abs().max())))
 
 
 @needs_onnx
