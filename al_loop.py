@@ -89,7 +89,7 @@ def assess(model, images, test, look):
     answers = model.combine(said.opinions.mean(1))
     result = {"auc": metrics.evaluate(answers, images.labels[test])["auc"]}
     if said.found:
-        iou = metrics.paired_iou(said.found.boxes(), images.boxes[test])
+        iou = metrics.paired_iou(models.finite(said.found.boxes()), images.boxes[test])
         result |= metrics.means(metrics.localisation(iou))
     return {name: float(value) for name, value in result.items()}
 

@@ -117,9 +117,9 @@ def outlines_on(found, size, side):
     outline falls to a half, or to half of its largest, if that is less than a half: what was found is drawn."""
     left, top, w, h = fit(size, side)
     part = np.s_[top : top + h, left : left + w]
-    most = float(found.outlines.max())
     near = F.max_pool2d(found.likeliest()[:, None].float(), 3, 1, 1)  # its own cells and those around
     smooth = F.interpolate(found.outlines[:, None], size=(side, side), mode="bilinear")[0, 0]
+    most = float(smooth.max())  # of what is drawn: a small lesion's 0.52 is less between the cells
     smooth, near = smooth >= (0.5 if most > 0.5 else most / 2), F.interpolate(near, size=(side, side))[0, 0] > 0
     return smooth[part].cpu().numpy(), (smooth & near)[part].cpu().numpy()
 

@@ -84,8 +84,9 @@ class ImageSet:
         return hashlib.blake2b(json.dumps(told).encode(), digest_size=8).hexdigest()
 
     def drawn(self):
-        """A word that changes when a box, a lesion's mask, or one of what is beside the point does."""
-        word = hashlib.blake2b(self.boxes.numpy().tobytes(), digest_size=8)
+        """A word that changes when a box, a lesion's mask (a black one tells that there is none), or one of what is beside
+        the point does."""
+        word = hashlib.blake2b(self.boxes.numpy().tobytes() + self.outlined.numpy().tobytes(), digest_size=8)
         for masks in (self.masks, self.beside):
             for part in () if masks is None else masks.split(256):
                 word.update(part.numpy().tobytes())

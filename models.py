@@ -93,19 +93,23 @@ class Found(NamedTuple):
 
     def refined(self, near, regions):
         """The same on a map twice as fine, with what a closer look at regions (N, 4) saw there: `near`, Found in the
-        coordinates of the regions. How sure it is that there is a lesion stays what the whole picture says."""
+        coordinates of the regions. How sure it is that there is a lesion stays what the whole picture says: what a doubtful
+        look saw is raised to it, or another place would be the likeliest. What is damaged (NaN) is not covered up."""
         h, w = (2 * side for side in self.outlines.shape[-2:])
         start, extent = regions[:, :2, None, None], (regions[:, 2:] - regions[:, :2])[:, :, None, None]
         cells = near.cells * extent.repeat(1, 2, 1, 1) + start.repeat(1, 2, 1, 1)
         x, y = cell_centres(h, w, regions.device)
         places = torch.stack([x.expand(h, w), y.expand(h, w)])
         places = 2 * (places - start) / extent - 1  # (N, 2, h, w), in [-1, 1] inside of the region
-        inside = (places.abs() <= 1).all(1, keepdim=True)
+        inside = (places.abs() <= 1).all(1) & self.cells.isfinite().flatten(1).all(1)[:, None, None]
         fine = torch.cat([near.outlines[:, None], cells], 1)
         fine = F.grid_sample(fine, places.permute(0, 2, 3, 1), padding_mode="border", align_corners=False)
         coarse = torch.cat([self.outlines[:, None], self.cells], 1)
-        both = torch.where(inside, fine, F.interpolate(coarse, size=(h, w), mode="bilinear"))
-        return Found(both[:, 0], both[:, 1:], self.scores())
+        coarse = F.interpolate(coarse, size=(h, w), mode="nearest")  # a smoother one would take other lesions' tops off
+        seen = (fine[:, 0] * inside).amax((1, 2)).clamp(min=1e-12)
+        raised = fine[:, 0] * (self.outlines.amax((1, 2)) / seen).clamp(min=1)[:, None, None]
+        outlines = torch.where(inside, raised, coarse[:, 0])
+        return Found(outlines, torch.where(inside[:, None], fine[:, 1:], coarse[:, 1:]), self.scores())
 
     def at(self, i):
         """Of image i alone."""
@@ -114,10 +118,10 @@ class Found(NamedTuple):
     def lesions(self, threshold):
         """All lesions of a single image, the likeliest first: their boxes, a list of (4,). A lesion is a connected part of
         the outline (above a half, or the threshold if that is lower) whose largest probability, on the scale of the
-        image's score, reaches the threshold."""
-        scale = float(self.scores() / self.outlines.max().clamp(min=1e-12))
+        image's score, reaches the threshold, as that score does. Where a closer look was surer, the others stay as they are."""
+        scale = max(1.0, float(self.scores() / self.outlines.max().clamp(min=1e-12)))
         parts, found = label_parts(self.outlines >= min(0.5, threshold) / scale).flatten(1), []
-        for part in parts.unique().tolist():
+        for part in parts.unique().tolist() if float(self.scores()) >= threshold else ():
             score = scale * float((self.outlines.flatten(1) * (parts == part)).max())
             if part and score >= threshold:
                 found.append((score, self.boxes_of(parts == part)[0]))
