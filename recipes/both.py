@@ -1,9 +1,9 @@
 """BUSI and BUS-BRA as one set, five folds that split no patient and no near-duplicates: what does each learn from the
 other?
 
-python recipes/both.py data/BUSI data/BUSBRA/bus_data.csv both.csv        writes the table of both
-python train.py @recipes/busi.args --data both.csv --epochs 15 --name both
-python recipes/both.py runs/both        the figures by hospital, each fold judged at the thresholds of the others"""
+    python recipes/both.py data/BUSI data/BUSBRA/bus_data.csv both.csv        writes the table of both
+    python train.py @recipes/busi.args --roi none --data both.csv --epochs 15 --name both
+    python recipes/both.py runs/both        the figures by hospital, each fold judged at the thresholds of the others"""
 
 import csv
 import sys
