@@ -93,8 +93,8 @@ class Found(NamedTuple):
 
     def refined(self, near, regions):
         """The same on a map twice as fine, with what a closer look at regions (N, 4) saw there: `near`, Found in the
-        coordinates of the regions. How sure it is that there is a lesion stays what the whole picture says: what a doubtful
-        look saw is raised to it, or another place would be the likeliest. What is damaged (NaN) is not covered up."""
+        coordinates of the regions. That there is a lesion, and where, stays what the whole picture says: what a doubtful
+        look saw is raised to it, or another place would be the likeliest. NaN in the whole's boxes is not covered up."""
         h, w = (2 * side for side in self.outlines.shape[-2:])
         start, extent = regions[:, :2, None, None], (regions[:, 2:] - regions[:, :2])[:, :, None, None]
         cells = near.cells * extent.repeat(1, 2, 1, 1) + start.repeat(1, 2, 1, 1)
@@ -118,7 +118,7 @@ class Found(NamedTuple):
     def lesions(self, threshold):
         """All lesions of a single image, the likeliest first: their boxes, a list of (4,). A lesion is a connected part of
         the outline (above a half, or the threshold if that is lower) whose largest probability, on the scale of the
-        image's score, reaches the threshold, as that score does. Where a closer look was surer, the others stay as they are."""
+        image's score, reaches the threshold, as that score does. A closer look that was surer lowers no other."""
         scale = max(1.0, float(self.scores() / self.outlines.max().clamp(min=1e-12)))
         parts, found = label_parts(self.outlines >= min(0.5, threshold) / scale).flatten(1), []
         for part in parts.unique().tolist() if float(self.scores()) >= threshold else ():

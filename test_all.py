@@ -3119,23 +3119,6 @@ def test_a_closer_look_does_not_cover_up_a_damaged_detector():
     assert answer.boxes.isnan().all()
 
 
-def test_all_programs_tell_the_box_of_the_answer(tmp_path):
-    """The finer one, where members look closer: infer.py, the page of explain.py, the list of suggest, the curve of al_loop."""
-    model, path = shared_model(), tmp_path / "pool" / "a.png"
-    path.parent.mkdir()
-    picture(60, 40, 3).save(path)
-    models.save(tmp_path / "m.pt", model)
-    box = infer.BreastCancerDetector(tmp_path / "m.pt", "cpu").predict(path)["box"]
-    images = quiet_load(path.parent, 64, channels=1)
-    first = model.locate(images.pixels).detach()
-    assert report.explain_picture(model, data.read_image(path, 1), "gradcam")[1] == pytest.approx(box, abs=0.06)
-    guesses, found = person.read_guesses(model, images, torch.tensor([0]), first)
-    assert [float(v) for v in guesses[0][2].split()] == pytest.approx(box, abs=0.56)
-    assert float((found - first).abs().max()) > 0.02  # else this would show nothing
-    images.boxes, images.labels = found, torch.zeros(1, dtype=torch.long)
-    assert al_loop.assess(model, images, torch.tensor([0]), first)["iou"] == pytest.approx(1, abs=1e-4)
-
-
 def test_who_was_shown_the_lesion_does_not_draw_it():
     """Crops around true boxes (--roi mask) know where the lesion is: what they find must not be judged as found."""
     model, x = shared_model(), torch.rand(3, 1, 64, 64, generator=seeded())
@@ -3144,7 +3127,8 @@ def test_who_was_shown_the_lesion_does_not_draw_it():
     close(model.look(x, boxes).found.boxes(), model.locate(x))
 
 
-def test_every_page_shows_the_box_that_was_drawn_finer(tmp_path):
+def test_all_programs_tell_the_box_of_the_answer(tmp_path):
+    """The finer one, where members look closer: infer.py, the page of explain.py, the list of suggest, the curve of al_loop."""
     model, image = shared_model(), picture(60, 48, 3)
     image.save(tmp_path / "a.png")
     model.info["lesion_threshold"] = 0.0
@@ -3155,7 +3139,7 @@ def test_every_page_shows_the_box_that_was_drawn_finer(tmp_path):
     (tmp_path / "t.csv").write_text("image,label\na.png,benign\nb.png,malignant\n")
     images, rows = quiet_load(tmp_path / "t.csv", 64), torch.arange(2)
     coarse, fine = model.locate(images.pixels), model.look(images.pixels).boxes
-    assert (coarse - fine).abs().max() > 0.01
+    assert (coarse - fine).abs().max() > 0.02  # else this would show nothing
     guesses, found = person.read_guesses(model, images, rows, coarse)
     close(found, fine)
     assert [float(v) for v in guesses[0][2].split()] == pytest.approx(told, abs=0.51)

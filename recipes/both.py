@@ -22,21 +22,23 @@ from readers import find_entries
 from report import args_of, pooled, read_result
 
 
-def write_table(busi, busbra, path):
-    entries = find_entries(busi, {}, Path()) + find_entries(busbra, BUSBRA, Path())
-    rows = [
-        (Path(e.image).resolve(), e.label, e.group, ";".join(str(Path(m).resolve()) for m in e.masks)) for e in entries
-    ]
+def write_table(path, entries):
+    """A CSV as readers.read_csv takes it, wherever it lies."""
     with open(path, "w", newline="") as file:
-        csv.writer(file).writerows([("image", "label", "group", "mask"), *rows])
-    print(f"{path}: {len(rows)} images")
+        table = csv.writer(file)
+        table.writerow(("image", "label", "group", "split", "mask"))
+        for e in entries:
+            masks = ";".join(str(Path(m).resolve()) for m in e.masks)
+            table.writerow((Path(e.image).resolve(), e.label, e.group, e.split, masks))
+    print(f"{path}: {len(entries)} images")
 
 
 def by_hospital(run, cache="runs/cache"):
     args = args_of(Path(run))
     args.cache = cache
     images = load_images(args)
-    results = [read_result(Path(run) / f"fold{k + 1}" / "test.pt", images) for k in range(args.folds)]
+    files = sorted(Path(run).glob("fold*/test.pt"))  # of the folds that there are
+    args.folds, results = len(files), [read_result(file, images) for file in files]
     results = cross_fit(images, results, args)
     rows, (p, threshold, found) = torch.cat([r["rows"] for r in results]), pooled(images, results)
     named = torch.tensor([bool(name) for name in images.group_names])[rows]  # BUS-BRA tells its patients
@@ -50,4 +52,8 @@ def by_hospital(run, cache="runs/cache"):
 
 
 if __name__ == "__main__":
-    (write_table if len(sys.argv) == 4 else by_hospital)(*sys.argv[1:])
+    if len(sys.argv) == 4:
+        busi, busbra, path = sys.argv[1:]
+        write_table(path, find_entries(busi, {}, Path()) + find_entries(busbra, BUSBRA, Path()))
+    else:
+        by_hospital(*sys.argv[1:])

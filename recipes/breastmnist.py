@@ -8,7 +8,6 @@ pixels, so BUSI's masks fit it; and a network that learnt from BUSI has learnt i
 folder has the picture; and busi.csv, the rest of BUSI: what neither is, nor looks like, a validation or test image of
 BreastMNIST."""
 
-import csv
 import sys
 from pathlib import Path
 
@@ -19,8 +18,10 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from both import write_table
+
 from grouping import near_duplicates
-from readers import find_entries
+from readers import Entry, find_entries
 
 SAME = 0.99  # correlation; of 621 of BUSI's images the least alike has 0.9988 with its own, few others reach 0.95
 
@@ -50,29 +51,26 @@ def main(breastmnist, busi, out):
     source = [int(i) if a > SAME else None for a, i in zip(alike, source, strict=True)]
 
     out.mkdir(parents=True, exist_ok=True)
-    rows = []
+    table = []
     for i, (image, label, split) in enumerate(zip(images, labels, splits, strict=True)):
-        name, mask = out / f"{i}.png", ""
+        name, masks = out / f"{i}.png", []
         Image.fromarray(image).save(name)
         if source[i] is not None:
             union = np.maximum.reduce([shrink(m) for m in entries[source[i]].masks])
-            mask = out / f"{i}_mask.png"
-            Image.fromarray(np.where(union > 127, 255, 0).astype(np.uint8)).save(mask)
-        rows.append((name, "benign" if label else "malignant", split, mask))  # there 0 is malignant
-    write(out / "breastmnist.csv", rows)
+            masks = [out / f"{i}_mask.png"]
+            Image.fromarray(np.where(union > 127, 255, 0).astype(np.uint8)).save(masks[0])
+        label = "benign" if label else "malignant"  # there 0 is malignant
+        table.append(Entry(name, str(name), label, masks, split=split))
+    write_table(out / "breastmnist.csv", table)
 
     pairs = near_duplicates(torch.from_numpy(np.concatenate([known, images]))[:, None])
     asked = torch.tensor([False] * len(known) + [split != "train" for split in splits])
     met = set(pairs[asked[pairs].any(1)].flatten().tolist())
     rest = [e for k, e in enumerate(entries) if k not in met]
-    write(out / "busi.csv", [(Path(e.image).resolve(), e.label, "", ";".join(str(Path(m).resolve()) for m in e.masks)) for e in rest])  # fmt: skip
-    masked = sum(s is not None for s in source)
-    print(f"{masked} of {len(images)} images have a mask; busi.csv: {len(rest)} of {len(entries)}")
-
-
-def write(path, rows):
-    with open(path, "w", newline="") as file:
-        csv.writer(file).writerows([("image", "label", "split", "mask"), *rows])
+    write_table(out / "busi.csv", rest)
+    print(
+        f"{sum(bool(e.masks) for e in table)} of {len(table)} have a mask; of BUSI {len(rest)} of {len(entries)} are left"
+    )
 
 
 if __name__ == "__main__":
