@@ -130,10 +130,13 @@ class Found(NamedTuple):
 
 def label_parts(masks):
     """Connected parts (8 neighbours) of masks (N, h, w) bool: a number (N, h, w) for each, 0 outside. The largest number
-    spreads through its part until nothing changes."""
+    spreads through its part until nothing changes. A number names a cell of the part, whose own may be larger by then:
+    to take that over is a long way in one step."""
     labels = torch.arange(1, masks[0].numel() + 1, dtype=torch.float, device=masks.device).view(masks.shape[1:]) * masks
     while True:
         spread = F.max_pool2d(labels[:, None], 3, 1, 1)[:, 0] * masks
+        named = spread.flatten(1).gather(1, (spread.flatten(1).long() - 1).clamp(min=0))
+        spread = named.view_as(spread) * masks
         if torch.equal(spread, labels):
             return labels.long()
         labels = spread
