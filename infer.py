@@ -74,13 +74,15 @@ from readers import (
 )
 
 
-def check_views(views, scales):
-    """Both, scales as a tuple. InputError for what is out of range."""
+def check_views(views, scales, size):
+    """Both, scales as a tuple. size: what the networks were trained at. InputError for what is out of range."""
     scales = (scales,) if isinstance(scales, (int, float)) else tuple(scales)
     if views not in range(1, len(VIEWS) + 1):
         raise InputError(f"--tta {views}: give 1 to {len(VIEWS)} views")
     if not scales or not all(0.25 <= s <= 4 for s in scales):
         raise InputError(f"--scales {' '.join(map(str, scales))}: give one or more of 0.25 to 4")
+    if round(size * min(scales)) < 16:
+        raise InputError(f"--scales {min(scales)}: of {size} pixels fewer than 16 are left; give {16 / size:g} or more")
     return views, scales
 
 
@@ -96,7 +98,7 @@ class BreastCancerDetector:
         self.device = choose_device(device)
         self.model = load_classifier(self.path, self.device)
         self.info = self.model.info
-        self.tta, self.scales = check_views(self.info["views"] if tta is None else tta, scales)
+        self.tta, self.scales = check_views(self.info["views"] if tta is None else tta, scales, self.info["size"])
         self.window = parse_window(window or self.info["window"])
 
     def predict(self, images, meta=None, boxes=None, masks=False):
@@ -410,7 +412,7 @@ def test(args):
 
     model = load_classifier(args.model, choose_device(args.device))
     info = model.info
-    model.info = info | {"views": check_views(args.tta or info["views"], args.scales)[0]}
+    model.info = info | {"views": check_views(args.tta or info["views"], args.scales, info["size"])[0]}
     images = images_elsewhere(info, args, "test")
     if tuple(args.scales) != (1.0,):
         raise InputError("--test looks at pictures at scale 1; leave --scales out")
@@ -612,7 +614,7 @@ def evaluate(run, views, scales, data_path, cache, device):
 
     images, pairs = held_out(run, data_path, cache)
     rows = torch.cat([rows for _, rows in pairs])
-    views, scales = check_views(views or pairs[0][0].info["views"], scales)
+    views, scales = check_views(views or pairs[0][0].info["views"], scales, pairs[0][0].info["size"])
     looked = tuple(dict.fromkeys((1.0, *scales)))  # scale by scale, `views` each; the first is the picture as it is
     found = []
     for model, own in pairs:

@@ -42,9 +42,7 @@ def choose_device(name):
     if device.type == "cuda" and not torch.cuda.is_available():
         raise InputError(f"--device {name}: PyTorch sees no CUDA device here; use --device cpu or auto")
     try:
-        torch.Generator(
-            device
-        )  # as each training needs one; an index too high, or a kind that was not built in, has none
+        torch.Generator(device)  # each training needs one; an index too high, or a kind not built in, has none
     except (RuntimeError, AssertionError) as e:
         raise InputError(f"--device {name}: not on this machine ({reason(e)}); use --device cpu or auto") from None
     return device

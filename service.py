@@ -73,7 +73,9 @@ class Look:
         other, info = copy.copy(detector), detector.info
         if self.threshold is not None and len(info["classes"]) > 2:
             raise InputError(f"threshold: the model knows {len(info['classes'])} classes, and the likeliest is said")
-        other.tta, other.scales = check_views(info["views"] if self.tta is None else self.tta, self.scales)
+        other.tta, other.scales = check_views(
+            info["views"] if self.tta is None else self.tta, self.scales, info["size"]
+        )
         other.info = info if self.threshold is None else info | {"threshold": self.threshold}
         return other
 

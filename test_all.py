@@ -2773,12 +2773,18 @@ def test_cuda_serves_every_script(tmp_path, folders):
 # Several processes: what torchrun starts
 
 
+def free_port():
+    """One that no client is given while it waits for its server: below those that the system picks from."""
+    for port in range(20000 + os.getpid() % 12000, 32768):
+        with contextlib.suppress(OSError), socket.socket() as s:
+            s.bind(("127.0.0.1", port))
+            return port
+    raise OSError("no port is free")
+
+
 def processes(script, *options, count=2):
     """As torchrun starts them, without torchrun, which takes as long as they do."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    started = []
+    port, started = free_port(), []
     for rank in range(count):
         place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         environment = {**os.environ, "PYTHONPATH": str(HERE), **{k: str(v) for k, v in place.items()}}
@@ -4657,6 +4663,9 @@ def test_multi_scale_inference_is_the_mean_over_resolutions(tmp_path):
     said = call(infer, *command, "--tta", "1", "--scales", "0.75", "1", "1.25", "--json")
     assert json.loads(said.stdout)["probability"] == together["probability"]
     assert "--scales: 0: must lie in 0.25 ... 4" in error_of(call(infer, *command, "--scales", "0"))
+    assert "fewer than 16 are left; give 0.5 or more" in error_of(call(infer, *command, "--scales", "1", "0.4"))
+    models.save(tmp_path / "s.pt", shared_model())  # its pyramid needs all of its levels, of the smallest picture too
+    assert infer.BreastCancerDetector(tmp_path / "s.pt", "cpu", scales=[0.5]).predict(image)["error"] is None
 
 
 def test_the_worth_of_views_is_that_of_the_detectors_answers_slow(tmp_path, folders, two_folds):
