@@ -5667,7 +5667,7 @@ class Slowly:
     """A detector that notes which pictures came together, and answers their names."""
 
     def __init__(self):
-        self.info, self.seen = {"classes": ["benign", "malignant"], "views": 1, "threshold": 0.5}, []
+        self.info, self.seen = {"classes": ["benign", "malignant"], "views": 1, "size": 32, "threshold": 0.5}, []
 
     def predict(self, paths, metas, masks=False):
         if "bad" in paths:
