@@ -4,8 +4,8 @@
 
 The weights to start from, as --weights takes them, two data sets, a seed, and what to try, of TRIALS: each is compared with
 the first. Two halves of BUSI by groups (--folds 2), each learnt by one network that sees the whole picture; both together
-then look at BUS-BRA, which nothing learns from. One view of a picture. Ten minutes of a core each; a run that is there is
-not made again."""
+then look at BUS-BRA, which nothing learns from. One view of a picture. Ten minutes of a core each, 192 px 25; a run that
+is there is not made again."""
 
 import contextlib
 import sys
